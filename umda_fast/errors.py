@@ -1,0 +1,9 @@
+"""Errors that name what was wrong. Lowest floor: every other module may import it."""
+
+
+class DataError(ValueError):
+    """A user's file or array cannot be used; the message says what, where, and what was expected."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend named explicitly cannot serve the call; the message lists every reason."""
