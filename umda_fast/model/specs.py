@@ -44,7 +44,7 @@ def _as_tuple(argument: str, value: object) -> tuple[object, ...]:
 class ViewSpec:
     """One view: its name and the width of its features, `[n, width]`.
 
-    An encoder of one's own may take `[n, width, ...]`, for example images with `width` channels.
+    Images and other shaped inputs are given flattened; an encoder of one's own unflattens them first.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.

@@ -1,0 +1,184 @@
+"""Stratified splits for several tasks at once, and k-fold cross-validation.
+
+Method: iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011, "On the stratification of multi-label
+    data"):
+the rarest label first, every one of its bags to the part that still lacks most of that label. It serves any
+mixture of tasks with missing labels; for one binary task it is plain stratification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from umda_fast.data import _random
+from umda_fast.data._random import IntArray
+from umda_fast.data.bags import BagDataset
+from umda_fast.data.labels import FloatArray
+from umda_fast.errors import DataError
+from umda_fast.model.specs import TaskSpec
+
+_SPLIT, _FOLD = 2, 3  # first words of the random streams
+_REGRESSION_BINS = 4
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One fold of a cross-validation: which bags train and which test, int64 indices in ascending order."""
+
+    repeat: int
+    fold: int
+    train: IntArray
+    test: IntArray
+
+
+def stratify(
+    indicators: npt.NDArray[np.bool_], shares: Sequence[float], rng: np.random.Generator
+) -> IntArray:
+    """Assign rows to parts so that every part has its share of the rows and of every indicator.
+
+    Args:
+        indicators: bool [n, L], which labels a row has.
+        shares: of the parts, non-negative, summing to 1; a part with share 0 stays empty.
+        rng: breaks ties.
+
+    Returns:
+        The part of every row, int64 [n].
+    """
+    n, labels = indicators.shape
+    share = np.asarray(shares, dtype=np.float64)
+    part = np.full(n, -1, dtype=np.int64)
+    lacking = share * n  # rows every part still lacks, [P]
+    lacking_label = share[:, None] * indicators.sum(axis=0)  # and of every label, [P, L]
+    order = _random.permutation(rng, n)
+    shuffled = indicators[order]
+
+    def assign(rows: IntArray, demand: FloatArray) -> None:
+        for row in rows:
+            # Most in demand first, then the part that lacks most rows, then at random. Demands are sums of
+            products, # so that equal ones differ in the last bits.
+            keys = (rng.random(len(share)), lacking.round(6), demand.round(6), share > 0)
+            chosen = int(np.lexsort(keys)[-1])
+            part[order[row]] = chosen
+            lacking[chosen] -= 1.0
+            lacking_label[chosen, shuffled[row]] -= 1.0
+
+    left = np.ones(n, dtype=np.bool_)
+    for _ in range(labels):
+        counts = shuffled[left].sum(axis=0)
+        if not counts.any():
+            break
+        rarest = int(np.where(counts > 0, counts, n + 1).argmin())
+        rows = np.flatnonzero(left & shuffled[:, rarest])
+        assign(rows, lacking_label[:, rarest])
+        left[rows] = False
+    assign(np.flatnonzero(left), lacking)
+    return part
+
+
+def indicators_of(tasks: Sequence[TaskSpec], labels: Mapping[str, FloatArray]) -> npt.NDArray[np.bool_]:
+    """What a split should balance, bool [B, L]: classes, positives, quartiles of a regression; none where missing."""
+    columns: list[npt.NDArray[np.bool_]] = []
+    for task in tasks:
+        column = labels[task.name]
+        if task.kind == "multilabel":
+            columns.extend(column.T == 1.0)
+        elif task.kind == "regression":
+            present = column[~np.isnan(column)]
+            if len(present):
+                inner = np.quantile(present, np.linspace(0.0, 1.0, _REGRESSION_BINS + 1)[1:-1])
+                bins = np.searchsorted(inner, column, side="right")
+                columns.extend((bins == index) & ~np.isnan(column) for index in range(_REGRESSION_BINS))
+        else:
+            classes = 2 if task.kind == "binary" else task.classes
+            columns.extend(column == index for index in range(classes))
+    bags = len(next(iter(labels.values()))) if labels else 0
+    return np.stack(columns, axis=1) if columns else np.zeros((bags, 0), dtype=np.bool_)
+
+
+def _assign(
+    dataset: BagDataset, shares: Sequence[float], groups: Sequence[str] | None, rng: np.random.Generator
+) -> IntArray:
+    """The part of every bag; bags of one group, for example of one patient, go to the same part."""
+    indicators = indicators_of(dataset.tasks, dataset.labels)
+    if not dataset.tasks:
+        indicators = np.zeros((len(dataset), 0), dtype=np.bool_)
+    if groups is None:
+        return stratify(indicators, shares, rng)
+    if len(groups) != len(dataset):
+        raise DataError(
+            f"{dataset.name}: groups: expected {len(dataset)}, one for each bag, got {len(groups)}"
+        )
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    together = np.zeros((int(group.max(initial=-1)) + 1, indicators.shape[1]), dtype=np.bool_)
+    np.logical_or.at(together, group, indicators)
+    return stratify(together, shares, rng)[group]
+
+
+def split_bags(
+    dataset: BagDataset,
+    shares: Mapping[str, float],
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+) -> dict[str, IntArray]:
+    """Split bags at random, stratified by all tasks.
+
+    Args:
+        dataset: the bags.
+        shares: part -> share of the bags, summing to 1.
+        seed: non-negative; the same split on every machine.
+        groups: [B]; bags of one group stay together.
+
+    Returns:
+        Part -> int64 indices in ascending order.
+
+    Raises:
+        DataError: shares that are negative or do not sum to 1, `groups` of another length.
+    """
+    values = list(shares.values())
+    if any(not 0.0 <= value <= 1.0 for value in values) or abs(sum(values) - 1.0) > 1e-9:
+        raise DataError(f"{dataset.name}: shares: expected numbers in 0..1 that sum to 1, got {dict(shares)}")
+    part = _assign(dataset, values, groups, _random.generator(_SPLIT, seed))
+    return {name: np.flatnonzero(part == index) for index, name in enumerate(shares)}
+
+
+def check_folds(where: str, folds: int, repeats: int, units: int) -> None:
+    """Raise DataError unless `units` things can be cut into `folds`."""
+    if not 2 <= folds <= units:
+        raise DataError(f"{where}: folds: expected 2 to {units}, got {folds}")
+    if repeats < 1:
+        raise DataError(f"{where}: repeats: expected at least 1, got {repeats}")
+
+
+def k_fold(
+    dataset: BagDataset,
+    folds: int = 10,
+    repeats: int = 1,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+) -> list[Fold]:
+    """Stratified k-fold cross-validation, `repeats` times with new folds; every bag tests once in each repeat.
+
+    Args:
+        dataset: the bags.
+        folds: at least 2, at most as many as bags (or groups).
+        repeats: at least 1.
+        seed: non-negative; the same folds on every machine.
+        groups: [B]; bags of one group are never on both sides.
+
+    Raises:
+        DataError: folds or repeats out of range, `groups` of another length.
+    """
+    check_folds(dataset.name, folds, repeats, len(dataset) if groups is None else len(set(groups)))
+    result = []
+    for repeat in range(repeats):
+        rng = _random.generator(_FOLD, seed, repeat)
+        part = _assign(dataset, [1.0 / folds] * folds, groups, rng)
+        result += [
+            Fold(repeat, fold, train=np.flatnonzero(part != fold), test=np.flatnonzero(part == fold))
+            for fold in range(folds)
+        ]
+    return result
