@@ -1,0 +1,85 @@
+"""What the reference operations share: dtypes, masked softmax, deterministic gather and scatter."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, logsigmoid
+from torch.utils.checkpoint import checkpoint
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def segment_index(ptr: Tensor, count: int) -> Tensor:
+    """The segment that owns each of ``count`` elements: int64 [count] from offsets ``ptr`` [segments + 1].
+
+    ``right=True`` steps over empty segments, whose offset repeats.
+    """
+    return torch.searchsorted(ptr, torch.arange(count, device=ptr.device), right=True) - 1
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]`` along the first axis. Its gradient is `scatter_sum`, in a fixed order on CPU and CUDA.
+
+    (``index_select`` reads the same, but its gradient is ``index_add``, which uses atomics on CUDA.)
+    """
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    return embedding(index, flat).reshape(*index.shape, *x.shape[1:])
+
+
+def scatter_sum(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """``out[index[e]] += values[e]``, out [count, ...], in a fixed order. Its gradient is `gather`."""
+    flat = values.reshape(values.shape[0], math.prod(values.shape[1:]))
+    out: Tensor = torch.ops.aten.embedding_dense_backward(flat, index, count, -1, False)
+    return out.reshape(count, *values.shape[1:])
+
+
+def with_zero_row(x: Tensor) -> Tensor:
+    """``x`` [n, ...] and one row of zeros at index n, for absent indices to read: no NaN leaks from there."""
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+
+
+def masked_softmax(scores: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over the last axis restricted to ``allowed``: probabilities, their logarithms, logsumexp.
+
+    Where nothing is allowed the probabilities and logarithms are 0 and the logsumexp is -inf, with zero
+    gradient: such a row is made harmless before the softmax and masked again after it, for 0 * NaN is NaN
+    in a gradient.
+    """
+    allowed = allowed.expand(scores.shape)
+    some = allowed.any(-1, keepdim=True)
+    scores = scores.masked_fill(~allowed, -math.inf).masked_fill(~some, 0.0)
+    lse = scores.logsumexp(-1, keepdim=True)
+    log_p = scores - lse
+    p = log_p.exp().masked_fill(~allowed, 0.0)
+    return p, log_p.masked_fill(~allowed, 0.0), lse.masked_fill(~some, -math.inf).squeeze(-1)
+
+
+def p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
+    """``p * log p`` with 0 log 0 = 0, in value and in gradient."""
+    return p * log_p.masked_fill(p == 0, 0.0)
+
+
+def gate_terms(gate_logits: Tensor, open_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``g``, ``1 - g`` and the entropy of (g, 1 - g) for g = sigmoid(gate_logits); g = 1 where not ``open_``.
+
+    Everything goes through log g and log(1 - g): 1 - g by subtraction has no digits left at a logit of 16,
+    and the derivative of g log g taken at g = 0 is 0 * inf.
+    """
+    log_g = logsigmoid(gate_logits).masked_fill(~open_, 0.0)
+    log_rest = logsigmoid(-gate_logits)
+    g = log_g.exp()
+    rest = log_rest.exp().masked_fill(~open_, 0.0)
+    return g, rest, -(p_log_p(g, log_g) + p_log_p(rest, log_rest))
+
+
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, whose intermediate values are computed again in backward instead of being kept."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
