@@ -120,6 +120,30 @@ State softmax_chunk(float* s, int64_t n) {
   return {m, sum(l), sum(w)};
 }
 
+// Merges the parts of a bag that was cut, in order. part_scale(part, factor) is told by how much each part's sums are
+// multiplied.
+template <class F>
+UMDA_INLINE State merge(const State* states, int64_t first, int64_t last, int64_t tasks, F&& part_scale) {
+  float top = -__builtin_inff();
+  for (int64_t part = first; part < last; ++part) {
+    const float m = states[part * tasks].max;
+    top = m > top ? m : top;
+  }
+  State total{top, 0.0f, 0.0f};
+  for (int64_t part = first; part < last; ++part) {
+    const State& s = states[part * tasks];
+    // A part of nothing but -inf; one with a NaN in it has a sum, of NaN.
+    const bool nothing = s.max == -__builtin_inff() && s.sum == 0.0f;
+    float shift = nothing ? kNegligible : s.max - top;
+    shift = shift < kNegligible ? kNegligible : shift;
+    const float scale = exp(shift);
+    total.sum += scale * s.sum;
+    total.weighted += scale * (s.weighted + s.sum * shift);
+    part_scale(part, scale);
+  }
+  return total;
+}
+
 // acc[t, d] += sum over rows of p[t, row] * z[row, d], for kTasks tasks and kVecs vectors of the width.
 template <int kTasks, int kVecs, class Z>
 UMDA_INLINE void accumulate_block(const Z* z, int64_t z_stride, int64_t rows, const float* p, float* acc, int64_t width,
@@ -233,11 +257,18 @@ void forward(const BagPoolForward& a) {
   Z* const pooled = static_cast<Z*>(a.pooled);
 
   const auto finish = [&](int64_t bag, int64_t t, const State& s, const float* acc) {
-    store_scaled(pooled + bag * per_bag + t * in.width, acc, 1.0f / s.sum, in.width);
+    const int64_t to = bag * in.tasks + t;
+    if (s.sum == 0.0f) {
+      __builtin_memset(static_cast<void*>(pooled + to * in.width), 0, static_cast<size_t>(in.width) * sizeof(Z));
+      a.lse[to] = -__builtin_inff();
+      a.entropy[to] = 0.0f;
+      return;
+    }
+    store_scaled(pooled + to * in.width, acc, 1.0f / s.sum, in.width);
     const float log_sum = __builtin_logf(s.sum);
     const float entropy = log_sum - s.weighted / s.sum;
-    a.lse[bag * in.tasks + t] = s.max + log_sum;
-    a.entropy[bag * in.tasks + t] = entropy < 0.0f ? 0.0f : entropy;  // rounding may leave a little less than 0
+    a.lse[to] = s.max + log_sum;
+    a.entropy[to] = entropy < 0.0f ? 0.0f : entropy;  // rounding may leave a little less than 0
   };
 
   parallel_items(plan.num_groups, [&](int64_t group) {
@@ -279,26 +310,15 @@ void forward(const BagPoolForward& a) {
       if (first == last) {
         continue;
       }
-      float top = -__builtin_inff();
-      for (int64_t part = first; part < last; ++part) {
-        const float m = states[part * in.tasks + t].max;
-        top = m > top ? m : top;
-      }
-      State total{top, 0.0f, 0.0f};
       __builtin_memset(acc.data(), 0, static_cast<size_t>(in.width) * sizeof(float));
-      for (int64_t part = first; part < last; ++part) {
-        const State& s = states[part * in.tasks + t];
-        const bool nothing = s.max == -__builtin_inff() && s.sum == 0.0f;
-        const float shift = nothing ? kNegligible : s.max - top;
-        const float scale = exp(shift);
-        total.sum += scale * s.sum;
-        total.weighted += scale * (s.weighted + s.sum * (shift < kNegligible ? kNegligible : shift));
+      const auto add_part = [&](int64_t part, float scale) {
         const float* const from = parts.data() + part * per_bag + t * in.width;
         for (int64_t d = 0; d < in.width; d += kWidth) {
           const int count = static_cast<int>(smaller<int64_t>(kWidth, in.width - d));
           store(&acc[d], fma(splat(scale), load(from + d, count), load(&acc[d], count)), count);
         }
-      }
+      };
+      const State total = merge(&states[t], first, last, in.tasks, add_part);
       finish(bag, t, total, acc.data());
     }
   });
@@ -309,6 +329,9 @@ void forward(const BagPoolForward& a) {
 //   g[i,t] = d_pooled[t].z[i]
 //   d_scores[i,t] = A (g - d_pooled[t].pooled[t]) - d_entropy[t] A (log A + entropy[t]) + d_lse[t] A
 //   dz[i] = sum_t A[i,t] d_pooled[t]
+//
+// A is computed from the scores again and not as exp(scores - lse): one rounding of lse, at scores of 50, would cost
+// A four digits in a million. With the statistics relative to the maximum, log A + entropy = s - max - w/l.
 
 // g[r * tasks + t] for kRows rows and kTasks tasks.
 template <int kRows, int kTasks, class Z>
@@ -421,12 +444,37 @@ void backward(const BagPoolBackward& a) {
   const int64_t per_bag = in.tasks * in.width;
   Z* const dz = static_cast<Z*>(a.dz);
 
+  // Softmax statistics of the bags that are cut: by part, then by bag.
+  const Scratch<State> parts(plan.num_parts * in.tasks);
+  const Scratch<State> bags(plan.num_parts == 0 ? 0 : in.bags * in.tasks);
+  parallel_items(plan.num_parts == 0 ? 0 : plan.num_groups, [&](int64_t group) {
+    const Scratch<float> scores(in.tasks * kChunk);
+    for (int64_t c = plan.groups[group]; c < plan.groups[group + 1]; ++c) {
+      const Chunk& chunk = plan.chunks[c];
+      if (chunk.part >= 0) {
+        load_scores(in, chunk.begin, chunk.end, scores.data());
+        for (int64_t t = 0; t < in.tasks; ++t) {
+          parts[chunk.part * in.tasks + t] = softmax_chunk(&scores[t * kChunk], chunk.end - chunk.begin);
+        }
+      }
+    }
+  });
+  parallel_ranges(plan.num_parts == 0 ? 0 : in.bags, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t bag = begin; bag < end; ++bag) {
+      for (int64_t t = 0; t < in.tasks; ++t) {
+        bags[bag * in.tasks + t] =
+            merge(&parts[t], plan.first_part[bag], plan.first_part[bag + 1], in.tasks, [](int64_t, float) {});
+      }
+    }
+  });
+
   parallel_items(plan.num_groups, [&](int64_t group) {
     const Scratch<float> weights(in.tasks * kChunk);    // A, task-major
     const Scratch<float> gradients(in.tasks * kChunk);  // d_scores, task-major
     const Scratch<float> dots(in.tasks * kChunk);       // g, row-major
     const Scratch<float> d_pooled(per_bag);
     const Scratch<float> offsets(in.tasks);  // d_pooled.pooled
+    const Scratch<State> softmax(in.tasks);
     for (int64_t c = plan.groups[group]; c < plan.groups[group + 1]; ++c) {
       const Chunk& chunk = plan.chunks[c];
       const int64_t rows = chunk.end - chunk.begin;
@@ -460,10 +508,21 @@ void backward(const BagPoolBackward& a) {
       }
 
       for (int64_t t = 0; t < in.tasks; ++t) {
-        const Vec lse = splat(a.lse[stats + t]);
+        const float* const s = &gradients[t * kChunk];
+        float* const w = &weights[t * kChunk];
+        __builtin_memcpy(w, s, static_cast<size_t>(rows) * sizeof(float));
+        softmax[t] = softmax_chunk(w, rows);
+        float scale = 1.0f;
+        if (chunk.part >= 0) {
+          const float part_max = softmax[t].max;
+          softmax[t] = bags[stats + t];
+          scale = exp(part_max == -__builtin_inff() ? 0.0f : part_max - softmax[t].max);
+        }
+        // Every score -inf: the weights are 0 and stay so.
+        const Vec factor = splat(softmax[t].sum == 0.0f ? 0.0f : scale / softmax[t].sum);
         for (int64_t i = 0; i < rows; i += kWidth) {
           const int count = static_cast<int>(smaller<int64_t>(kWidth, rows - i));
-          store(&weights[t * kChunk + i], exp(load(&gradients[t * kChunk + i], count) - lse), count);
+          store(w + i, load(w + i, count) * factor, count);
         }
       }
 
@@ -481,14 +540,15 @@ void backward(const BagPoolBackward& a) {
       }
 
       for (int64_t t = 0; t < in.tasks; ++t) {
-        const float lse = a.lse[stats + t], entropy = a.entropy[stats + t];
         const float d_entropy = a.d_entropy == nullptr ? 0.0f : a.d_entropy[stats + t];
         const float d_lse = a.d_lse == nullptr ? 0.0f : a.d_lse[stats + t];
+        const float top = softmax[t].max == -__builtin_inff() ? 0.0f : softmax[t].max;
+        const float mean_log = softmax[t].sum == 0.0f ? 0.0f : softmax[t].weighted / softmax[t].sum;
         for (int64_t i = 0; i < rows; ++i) {
-          const float log_a = gradients[t * kChunk + i] - lse;
-          const float log_term = d_entropy * ((log_a < kNegligible ? kNegligible : log_a) + entropy);
-          gradients[t * kChunk + i] =
-              weights[t * kChunk + i] * ((dots[i * in.tasks + t] - offsets[t]) - log_term + d_lse);
+          const float shifted = gradients[t * kChunk + i] - top;
+          const float log_term = (shifted < kNegligible ? kNegligible : shifted) - mean_log;
+          const float g = dots[i * in.tasks + t] - offsets[t];
+          gradients[t * kChunk + i] = weights[t * kChunk + i] * (g - d_entropy * log_term + d_lse);
         }
       }
       UMDA_DISPATCH_DTYPE(in.scores_type,

@@ -33,11 +33,9 @@ struct BagPoolBackward {
   int64_t d_pooled_bag_stride, d_pooled_task_stride;
   const float* d_entropy;  // [bags, tasks], contiguous, or null
   const float* d_lse;      // [bags, tasks], contiguous, or null
-  const void* pooled;      // what the forward returned
-  const float* entropy;
-  const float* lse;
-  void* dz;        // [instances, width], contiguous, of z's type
-  void* d_scores;  // [instances, tasks], contiguous, of scores' type
+  const void* pooled;      // what the forward returned, contiguous
+  void* dz;                // [instances, width], contiguous, of z's type
+  void* d_scores;          // [instances, tasks], contiguous, of scores' type
 };
 
 }  // namespace umda

@@ -35,19 +35,16 @@ std::tuple<Tensor, Tensor, Tensor> bag_pool(const Tensor& z_any, const Tensor& s
   return {pooled, entropy, lse};
 }
 
+// The kernel finds entropy and lse again from the scores, more exactly than they can be stored.
 std::tuple<Tensor, Tensor> bag_pool_backward(const OptionalTensor& d_pooled_any, const OptionalTensor& d_entropy_any,
                                              const OptionalTensor& d_lse_any, const Tensor& z_any, const Tensor& scores,
-                                             const Tensor& ptr, const Tensor& pooled_any, const Tensor& entropy_any,
-                                             const Tensor& lse_any) {
+                                             const Tensor& ptr, const Tensor& pooled_any, const Tensor& /*entropy*/,
+                                             const Tensor& /*lse*/) {
   const Tensor z = inner_contiguous(z_any);
   const BagPoolInput in = make_input(z, scores, ptr);
   const Tensor pooled = torch::stable::contiguous(pooled_any);
-  const Tensor entropy = torch::stable::contiguous(entropy_any);
-  const Tensor lse = torch::stable::contiguous(lse_any);
   check_shape(pooled, {in.bags, in.tasks, in.width}, "pooled");
   check_type(pooled, z.scalar_type(), "pooled");
-  check_shape(entropy, {in.bags, in.tasks}, "entropy");
-  check_shape(lse, {in.bags, in.tasks}, "lse");
   const auto statistic = [&](const OptionalTensor& t, const char* name) -> OptionalTensor {
     if (!t.has_value()) {
       return std::nullopt;
@@ -73,8 +70,6 @@ std::tuple<Tensor, Tensor> bag_pool_backward(const OptionalTensor& d_pooled_any,
                                   d_entropy ? d_entropy->const_data_ptr<float>() : nullptr,
                                   d_lse ? d_lse->const_data_ptr<float>() : nullptr,
                                   pooled.const_data_ptr(),
-                                  entropy.const_data_ptr<float>(),
-                                  lse.const_data_ptr<float>(),
                                   dz.mutable_data_ptr(),
                                   d_scores.mutable_data_ptr()};
   UMDA_CALL_KERNEL(bag_pool_backward, arguments);
