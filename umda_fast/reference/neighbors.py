@@ -6,8 +6,7 @@ absent edges are never used.
 
 Every function reads the graph as a list of edges (row, column); absent edges point at a row of zeros behind
 the last instance. A list too long for one tile is cut into pieces whose gathered vectors are computed again
-in backward. All are differentiable, twice, and repeat bit by bit; only `graph_transpose` has a shape that
-depends on the data.
+in backward. All are differentiable, twice, and repeat bit by bit; no shape depends on the data.
 """
 
 import math
@@ -34,16 +33,16 @@ NORM_EPSILON = 1e-8
 
 
 def graph_transpose(neighbors: Tensor, indptr: Tensor | None, num_nodes: int) -> tuple[Tensor, Tensor]:
-    """The edges by target: ``t_ptr`` int64 [num_nodes+1] and ``t_edge`` int64 [valid edges].
+    """The edges by target: ``t_ptr`` int64 [num_nodes+1] and ``t_edge`` int64 [E], E the size of the table.
 
     ``t_edge[t_ptr[j]:t_ptr[j+1]]`` are the flat positions in ``neighbors`` of the edges that point at j,
-    ascending. ``indptr`` does not matter here; it is taken so that all functions read alike.
+    ascending; behind ``t_ptr[num_nodes]`` it holds -1, one for every absent edge, so that no shape depends on
+    the data. ``indptr`` does not matter here; it is taken so that all functions read alike.
     """
-    target = neighbors.reshape(-1)
-    edges = (target >= 0).nonzero()[:, 0]
-    target, order = target[edges].to(torch.int64).sort(stable=True)
+    target = neighbors.reshape(-1).to(torch.int64)
+    target, order = target.masked_fill(target < 0, num_nodes).sort(stable=True)
     t_ptr = torch.searchsorted(target, torch.arange(num_nodes + 1, device=neighbors.device))
-    return t_ptr, edges[order]
+    return t_ptr, order.masked_fill(target == num_nodes, -1)
 
 
 def edge_cosine(r: Tensor, neighbors: Tensor, indptr: Tensor | None = None) -> Tensor:
