@@ -8,8 +8,8 @@ mixture of tasks with missing labels; for one binary task it is plain stratifica
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,11 @@ import numpy.typing as npt
 from umda_fast.data import _random
 from umda_fast.data._random import IntArray
 from umda_fast.data.bags import BagDataset
-from umda_fast.data.labels import FloatArray
+from umda_fast.data.labels import ClassWeights, FloatArray, fit_tasks
 from umda_fast.errors import DataError
-from umda_fast.model.specs import TaskSpec
+from umda_fast.model.specs import TaskSpec, ViewSpec
 
+SPLITS = ("train", "val", "test")
 _SPLIT, _FOLD = 2, 3  # first words of the random streams
 _REGRESSION_BINS = 4
 
@@ -58,8 +59,8 @@ def stratify(
 
     def assign(rows: IntArray, demand: FloatArray) -> None:
         for row in rows:
-            # Most in demand first, then the part that lacks most rows, then at random. Demands are sums of
-            products, # so that equal ones differ in the last bits.
+            # Most in demand first, then the part that lacks most rows, then at random. Rounded: demands are
+            # sums of products, and equal ones may differ in the last bits.
             keys = (rng.random(len(share)), lacking.round(6), demand.round(6), share > 0)
             chosen = int(np.lexsort(keys)[-1])
             part[order[row]] = chosen
@@ -79,8 +80,13 @@ def stratify(
     return part
 
 
-def indicators_of(tasks: Sequence[TaskSpec], labels: Mapping[str, FloatArray]) -> npt.NDArray[np.bool_]:
-    """What a split should balance, bool [B, L]: classes, positives, quartiles of a regression; none where missing."""
+def indicators_of(
+    tasks: Sequence[TaskSpec], labels: Mapping[str, FloatArray], bags: int
+) -> npt.NDArray[np.bool_]:
+    """What a split should balance, bool [B, L]: classes, positives, quartiles of a regression.
+
+    A row has none of a task's indicators where its label is missing.
+    """
     columns: list[npt.NDArray[np.bool_]] = []
     for task in tasks:
         column = labels[task.name]
@@ -95,7 +101,6 @@ def indicators_of(tasks: Sequence[TaskSpec], labels: Mapping[str, FloatArray]) -
         else:
             classes = 2 if task.kind == "binary" else task.classes
             columns.extend(column == index for index in range(classes))
-    bags = len(next(iter(labels.values()))) if labels else 0
     return np.stack(columns, axis=1) if columns else np.zeros((bags, 0), dtype=np.bool_)
 
 
@@ -103,9 +108,7 @@ def _assign(
     dataset: BagDataset, shares: Sequence[float], groups: Sequence[str] | None, rng: np.random.Generator
 ) -> IntArray:
     """The part of every bag; bags of one group, for example of one patient, go to the same part."""
-    indicators = indicators_of(dataset.tasks, dataset.labels)
-    if not dataset.tasks:
-        indicators = np.zeros((len(dataset), 0), dtype=np.bool_)
+    indicators = indicators_of(dataset.tasks, dataset.labels, len(dataset))
     if groups is None:
         return stratify(indicators, shares, rng)
     if len(groups) != len(dataset):
@@ -160,7 +163,9 @@ def k_fold(
     seed: int = 0,
     groups: Sequence[str] | None = None,
 ) -> list[Fold]:
-    """Stratified k-fold cross-validation, `repeats` times with new folds; every bag tests once in each repeat.
+    """Stratified k-fold cross-validation, `repeats` times with new folds.
+
+    Every bag is in the test part once in each repeat.
 
     Args:
         dataset: the bags.
@@ -182,3 +187,54 @@ def k_fold(
             for fold in range(folds)
         ]
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class Splits(Mapping[str, BagDataset]):
+    """A source, split: `splits.train` or `splits["train"]`, the same for `val` and `test`; any may be empty.
+
+    Attributes:
+        name: of the source, for a table or a plot.
+        description: one sentence on what it holds.
+        train, val, test: share views and tasks; regressions are standardised by the training labels.
+        whole: all bags, in the source's order.
+    """
+
+    name: str
+    description: str
+    train: BagDataset
+    val: BagDataset
+    test: BagDataset
+    whole: BagDataset
+
+    @property
+    def views(self) -> tuple[ViewSpec, ...]:
+        return self.train.views
+
+    @property
+    def tasks(self) -> tuple[TaskSpec, ...]:
+        return self.train.tasks
+
+    def __getitem__(self, split: str) -> BagDataset:
+        if split not in SPLITS:
+            raise KeyError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        dataset: BagDataset = getattr(self, split)
+        return dataset
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(SPLITS)
+
+    def __len__(self) -> int:
+        return len(SPLITS)
+
+    def fitted(self, class_weights: ClassWeights = None, keep: Sequence[str] = ()) -> Splits:
+        """The same splits with task specs fitted to the training labels, but for the tasks in `keep`."""
+        fitted = fit_tasks(self.tasks, self.train.labels, class_weights)
+        tasks = [old if old.name in keep else new for old, new in zip(self.tasks, fitted, strict=True)]
+        return replace(
+            self,
+            train=self.train.with_tasks(tasks),
+            val=self.val.with_tasks(tasks),
+            test=self.test.with_tasks(tasks),
+            whole=self.whole.with_tasks(tasks),
+        )
