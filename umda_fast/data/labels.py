@@ -296,7 +296,7 @@ def fit_tasks(
     say, and (negatives / positives) for each label of a multilabel task; 1 for a class that never occurs.
     """
     if class_weights not in (None, "balanced"):
-        raise ValueError(f'class_weights: expected "balanced" or None, got {class_weights!r}')
+        raise DataError(f'class_weights: expected "balanced" or None, got {class_weights!r}')
     fitted = []
     for task in tasks:
         column = labels[task.name]

@@ -1,0 +1,270 @@
+"""The `.npz` source: packed arrays in one file.
+
+X [N, d]          features; further views as X_<view> [N, d_view]. Without any X: every matrix that is not
+listed
+                  here is a view under its own name.
+ptr [B+1]         bag b owns rows ptr[b]:ptr[b+1]; without it every row is a bag of one instance
+y [B], y_<task>   labels of one task, [B], or [B, C] for a multilabel one; NaN or blank is missing
+Y [B, T]          with `tasks` [T]: one task per column; without: one multilabel task `Y`
+mask [N, V]       which views an instance has, columns X first, then the others in the file's order
+coords [N, 2]     positions
+names [B]         names of the bags
+groups [B]        bags of one group (one patient) stay on one side of every split
+split [B]         train, val or test
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from umda_fast.data.bags import BagDataset
+from umda_fast.data.labels import ClassWeights, KindOverrides
+from umda_fast.data.splits import SPLITS, Splits, k_fold, split_bags
+from umda_fast.errors import DataError
+from umda_fast.model.specs import TaskSpec
+
+_RESERVED = ("ptr", "y", "Y", "tasks", "mask", "coords", "names", "groups", "split")
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class _File:
+    dataset: BagDataset
+    groups: list[str] | None
+    split: list[str] | None
+
+
+def is_npz(source: str) -> bool:
+    """Whether `source` is a file that calls itself .npz or is a zip archive of .npy members."""
+    path = Path(source)
+    if not path.is_file():
+        return False
+    if path.suffix == ".npz":
+        return True
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(member.endswith(".npy") for member in archive.namelist())
+
+
+def read_npz(path: str) -> Arrays:
+    """All arrays of a file. Pickled objects are refused, because reading them can run code.
+
+    Raises:
+        DataError: the file cannot be read, is cut short, or holds objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path}: expected an .npz archive of named arrays, got one .npy array")
+            return {name: archive[name] for name in archive.files}
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: expected a readable .npz file of plain arrays, got: {error}") from error
+
+
+def _views(path: str, arrays: Arrays) -> Arrays:
+    prefixed = {name.removeprefix("X_"): array for name, array in arrays.items() if name.startswith("X_")}
+    if "X" in arrays:
+        if "X" in prefixed:
+            raise DataError(f"{path}: X_X: expected another name, the view of the array X is called X")
+        return {"X": arrays["X"], **prefixed}
+    if prefixed:
+        return prefixed
+    return {name: array for name, array in arrays.items() if not _is_reserved(name) and array.ndim == 2}
+
+
+def _is_reserved(name: str) -> bool:
+    return name in _RESERVED or name.startswith("y_")
+
+
+def _check_keys(path: str, arrays: Arrays, views: Arrays) -> None:
+    if not views:
+        raise DataError(
+            f"{path}: X: expected the features [N, d] as X, as X_<view>, or as matrices of any name; "
+            f"got only {', '.join(arrays) or 'no array'}"
+        )
+    strange = [
+        name
+        for name in arrays
+        if not _is_reserved(name) and name not in views and name.removeprefix("X_") not in views
+    ]
+    if strange:
+        raise DataError(
+            f"{path}: {strange[0]}: an array of unknown meaning, shape {list(arrays[strange[0]].shape)}; expected "
+            f"X, X_<view>, y_<task>, {', '.join(_RESERVED)} (option ignore={strange[0]} leaves it out)"
+        )
+
+
+def _labels(path: str, arrays: Arrays, kinds: KindOverrides | None) -> Arrays:
+    labels = {"y": arrays["y"]} if "y" in arrays else {}
+    labels |= {name.removeprefix("y_"): array for name, array in arrays.items() if name.startswith("y_")}
+    if "Y" not in arrays:
+        if "tasks" in arrays:
+            raise DataError(f"{path}: tasks: expected beside Y [B, T], whose columns it names; there is no Y")
+        return labels
+    matrix = arrays["Y"]
+    if matrix.ndim != 2:
+        raise DataError(f"{path}: Y: expected [B, T], got {list(matrix.shape)}; one task is called y")
+    whole = isinstance(kinds, Mapping) and "Y" in kinds
+    if "tasks" not in arrays or whole:
+        labels["Y"] = matrix
+        return labels
+    names = _strings(path, "tasks", arrays["tasks"], matrix.shape[1], "column of Y")
+    return {**labels, **{name: matrix[:, column] for column, name in enumerate(names)}}
+
+
+def _strings(path: str, key: str, array: npt.NDArray[Any], expected: int, what: str) -> list[str]:
+    if array.shape != (expected,):
+        raise DataError(f"{path}: {key}: expected [{expected}], one for each {what}, got {list(array.shape)}")
+    return [item.decode() if isinstance(item, bytes) else str(item).strip() for item in array.tolist()]
+
+
+def open_npz(path: str, kinds: KindOverrides | None = None, ignore: Sequence[str] = ()) -> _File:
+    arrays = read_npz(path)
+    unknown = [name for name in ignore if name not in arrays]
+    if unknown:
+        raise DataError(f"{path}: ignore: expected names among {', '.join(arrays)}, got {unknown[0]!r}")
+    for name in ignore:
+        del arrays[name]
+    views = _views(path, arrays)
+    _check_keys(path, arrays, views)
+    ptr = arrays.get("ptr")
+    bags = len(next(iter(views.values()))) if ptr is None else len(ptr) - 1
+
+    def strings(key: str) -> list[str] | None:
+        return _strings(path, key, arrays[key], bags, "bag") if key in arrays else None
+
+    labels = _labels(path, arrays, kinds)
+    if ptr is None:
+        for name, array in labels.items():
+            if len(array) != bags:
+                raise DataError(
+                    f"{path}: labels {name!r}: expected {bags}, one for each row of the features, got {len(array)}; "
+                    "bags of several rows need ptr [B+1]"
+                )
+    dataset = BagDataset.from_arrays(
+        views,
+        ptr,
+        labels,
+        mask=arrays.get("mask"),
+        coords=arrays.get("coords"),
+        kinds=kinds,
+        names=strings("names"),
+        name=path,
+    )
+    split = strings("split")
+    for row, value in enumerate(split or ()):
+        if value not in SPLITS:
+            raise DataError(
+                f"{path}: split: expected one of {', '.join(SPLITS)} for every bag, "
+                f"got {value!r} for {dataset.names[row]!r}"
+            )
+    return _File(dataset, strings("groups"), split)
+
+
+def _kept(kinds: KindOverrides | None) -> list[str]:
+    """Tasks whose specs were given whole and are not fitted again."""
+    if isinstance(kinds, Mapping):
+        return [name for name, kind in kinds.items() if isinstance(kind, TaskSpec)]
+    return [spec.name for spec in kinds or ()]
+
+
+def _make_splits(
+    path: str,
+    dataset: BagDataset,
+    parts: Mapping[str, npt.NDArray[np.int64]],
+    kinds: KindOverrides | None,
+    class_weights: ClassWeights,
+) -> Splits:
+    datasets = {split: dataset.subset(rows, f"{path} ({split})") for split, rows in parts.items()}
+    bags, rows = len(dataset), int(dataset.sizes.sum())
+    description = f"{bags} bags, {rows} instances, {len(dataset.views)} view(s), {len(dataset.tasks)} task(s)"
+    name = Path(path).stem
+    return Splits(name, description, **datasets, whole=dataset).fitted(class_weights, keep=_kept(kinds))
+
+
+def load_npz_source(
+    path: str,
+    *,
+    seed: int = 0,
+    kinds: KindOverrides | None = None,
+    val_share: float = 0.15,
+    test_share: float = 0.2,
+    class_weights: ClassWeights = None,
+    ignore: Sequence[str] = (),
+) -> Splits:
+    """Bags from an `.npz` file, split as its `split` array says or else at random, stratified.
+
+    With a `split` array that has no val, bags are taken from train for it; one without test leaves test
+    empty.
+
+    Args:
+        path: the file.
+        seed: of the split.
+        kinds: as in `BagDataset.from_arrays`; {"Y": "multilabel"} makes the columns of Y one task.
+        val_share, test_share: of the bags.
+        class_weights: "balanced" or None.
+        ignore: arrays of the file to leave out.
+
+    Raises:
+        DataError: naming the file and the array, what was expected and what came.
+    """
+    file = open_npz(path, kinds, ignore)
+    dataset = file.dataset
+    if file.split is None:
+        shares = {"train": 1.0 - val_share - test_share, "val": val_share, "test": test_share}
+        parts = split_bags(dataset, shares, seed, file.groups)
+    else:
+        said = np.array(file.split)
+        parts = {split: np.flatnonzero(said == split) for split in SPLITS}
+        if not len(parts["val"]):
+            parts |= _held_out(dataset, parts["train"], val_share, seed, file.groups)
+    return _make_splits(path, dataset, parts, kinds, class_weights)
+
+
+def _held_out(
+    dataset: BagDataset,
+    rows: npt.NDArray[np.int64],
+    val_share: float,
+    seed: int,
+    groups: Sequence[str] | None,
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Bags for validation taken out of `rows`."""
+    within = None if groups is None else [groups[row] for row in rows]
+    shares = {"train": 1.0 - val_share, "val": val_share}
+    parts = split_bags(dataset.subset(rows), shares, seed, within)
+    return {split: rows[part] for split, part in parts.items()}
+
+
+def fold_npz_source(
+    path: str,
+    *,
+    folds: int,
+    repeats: int = 1,
+    seed: int = 0,
+    kinds: KindOverrides | None = None,
+    val_share: float = 0.15,
+    class_weights: ClassWeights = None,
+    ignore: Sequence[str] = (),
+) -> Iterator[Splits]:
+    """Stratified cross-validation over all bags of the file; `val_share` of every fold's other bags validate.
+
+    The file's `split` array is not used. Raises as `load_npz_source`.
+    """
+    file = open_npz(path, kinds, ignore)
+    dataset = file.dataset
+    for fold in k_fold(dataset, folds, repeats, seed, file.groups):
+        # Its own stream for every fold, or all folds would break ties alike.
+        inner = _held_out(dataset, fold.train, val_share, seed + folds * fold.repeat + fold.fold, file.groups)
+        yield _make_splits(path, dataset, {**inner, "test": fold.test}, kinds, class_weights)
