@@ -1,0 +1,32 @@
+"""Bags and where they come from: datasets, batches, samplers, file formats, splits."""
+
+from umda_fast.data.bags import Bag, BagBatch, BagDataset, BagStore, collate, concat
+from umda_fast.data.inspection import SourceReport, inspect_source, inspect_splits
+from umda_fast.data.sampler import BagLoader, InstanceBudgetSampler, make_loader
+from umda_fast.data.source import FORMATS, SourceFormat, find_format, load_folds, load_source
+from umda_fast.data.splits import SPLITS, Fold, Splits, k_fold, split_bags
+
+__all__ = [
+    "FORMATS",
+    "SPLITS",
+    "Bag",
+    "BagBatch",
+    "BagDataset",
+    "BagLoader",
+    "BagStore",
+    "Fold",
+    "InstanceBudgetSampler",
+    "SourceFormat",
+    "SourceReport",
+    "Splits",
+    "collate",
+    "concat",
+    "find_format",
+    "inspect_source",
+    "inspect_splits",
+    "k_fold",
+    "load_folds",
+    "load_source",
+    "make_loader",
+    "split_bags",
+]

@@ -195,8 +195,8 @@ def _splits(parts: dict[str, IntArray], seed: Sequence[int], options: _Options) 
         name="digits",
         description=(
             "bags of 3 to 30 handwritten digits in three views; "
-            f"{options.missing_views:.0%} of the views and {options.missing_labels:.0%} of the training labels "
-            "are missing"
+            f"{options.missing_views:.0%} of the views and {options.missing_labels:.0%} of the training "
+            "labels are missing"
         ),
         **datasets,
         whole=concat(list(datasets.values()), "digits"),

@@ -101,8 +101,8 @@ def _check_keys(path: str, arrays: Arrays, views: Arrays) -> None:
     ]
     if strange:
         raise DataError(
-            f"{path}: {strange[0]}: an array of unknown meaning, shape {list(arrays[strange[0]].shape)}; expected "
-            f"X, X_<view>, y_<task>, {', '.join(_RESERVED)} (option ignore={strange[0]} leaves it out)"
+            f"{path}: {strange[0]}: an array of unknown meaning, shape {list(arrays[strange[0]].shape)}; "
+            f"expected X, X_<view>, y_<task>, {', '.join(_RESERVED)} (the option ignore leaves it out)"
         )
 
 
@@ -150,8 +150,8 @@ def open_npz(path: str, kinds: KindOverrides | None = None, ignore: Sequence[str
         for name, array in labels.items():
             if len(array) != bags:
                 raise DataError(
-                    f"{path}: labels {name!r}: expected {bags}, one for each row of the features, got {len(array)}; "
-                    "bags of several rows need ptr [B+1]"
+                    f"{path}: labels {name!r}: expected {bags}, one for each row of the features, "
+                    f"got {len(array)}; bags of several rows need ptr [B+1]"
                 )
     dataset = BagDataset.from_arrays(
         views,
