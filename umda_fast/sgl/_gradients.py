@@ -1,0 +1,44 @@
+"""The one place where self-guided learning meets the operation `task_gradients`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from umda_fast.reference import task_gradients as reference
+
+
+def bias_correction(counts: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
+    """`1 / (1 - beta^k)` for k updates of each entry; 1 for an entry never updated, which is zero."""
+    kept = torch.pow(beta, counts.double())
+    return torch.where(counts > 0, 1 / (1 - kept), torch.ones_like(kept)).to(dtype)
+
+
+def smooth(
+    gradients: Sequence[Tensor],
+    ema: Tensor,
+    counts: Tensor,
+    active: Tensor | None,
+    beta: float,
+    backend: str | None,
+) -> Tensor:
+    """Updates `ema` [T, P] in place and returns the Gram matrix [T, T] of its bias-corrected rows."""
+    return reference.task_gradient_statistics(
+        gradients, ema, bias_correction(counts, beta, ema.dtype), active, beta
+    )
+
+
+def gram(gradients: Sequence[Tensor], dtype: torch.dtype, backend: str | None) -> Tensor:
+    """Gram matrix [T, T] of T gradients of any one shape."""
+    count = len(gradients)
+    # A zero average and beta 0: the operation sums the products in float64, which a matmul in float32 (or, on
+    # CUDA, TF32) would not.
+    ema = torch.zeros(count, gradients[0].numel(), device=gradients[0].device, dtype=dtype)
+    once = torch.ones(count, dtype=torch.int64, device=ema.device)
+    flat = [gradients[0].reshape(1, -1)] if count == 1 else list(gradients)
+    return smooth(flat, ema, once, None, 0.0, backend)
+
+
+def combine(ema: Tensor, weights: Tensor, out: Tensor, backend: str | None) -> None:
+    """`out = sum_t weights_t ema_t` in one pass."""
+    reference.combine_task_gradients(ema, weights, out)

@@ -1,0 +1,172 @@
+"""What the Gram matrix and the update direction tell about training; nothing here changes a gradient.
+
+From the Gram matrix `G` [T, T] of the (smoothed) task gradients, with `n_t = sqrt(G_tt)` and
+`C_st = G_st / (n_s n_t)`, over the pairs `s < t` of tasks seen so far:
+
+- conflict share: the share of pairs with `C_st < 0`;
+- norm ratio: `max_t n_t / min_t n_t`, tasks with a zero gradient left out;
+- magnitude similarity: mean of `2 n_s n_t / (n_s^2 + n_t^2)`, 1 when all norms agree (Yu et al., "Gradient
+  Surgery for Multi-Task Learning", NeurIPS 2020, definition 2);
+- curvature bound: mean of `(1 - C_st^2) ||m_s - m_t||^2 / ||m_s + m_t||^2` (the same paper, definition 4);
+- condition number of `G`, on the eigenvalues above `T * eps * largest`;
+- cosine of the update `sum_t w_t m_t` to the plain mean of the task gradients.
+
+`DirectionVariance` measures how much the update itself fluctuates.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from umda_fast.sgl.buffers import FlatLayout
+
+
+def cosine_matrix(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms [T] and cosines [T, T] of the rows behind a Gram matrix.
+
+    Cosines with a zero row are 0, the diagonal is 1, and rounding beyond [-1, 1] is cut off.
+    """
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    # Divided one side at a time: the product of two norms may leave the range of float32.
+    inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    cosines = (gram * inverse[:, None] * inverse[None, :]).clamp(-1, 1)
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return norms, torch.where(identity.bool(), identity, cosines)
+
+
+def gram_metrics(gram: Tensor, weights: Tensor) -> dict[str, float]:
+    """The figures of the module docstring, as floats (waits for the device).
+
+    Args:
+        gram: [T, T], any float dtype; only tasks that have been seen.
+        weights: [T].
+    """
+    gram64 = gram.detach().to("cpu", torch.float64)
+    weights64 = weights.detach().to("cpu", torch.float64)
+    norms, cosines = cosine_matrix(gram64)
+    count = gram64.shape[0]
+    rows, columns = torch.triu_indices(count, count, offset=1)
+    result: dict[str, float] = {}
+
+    positive = norms[norms > 0]
+    result["norm_ratio"] = float(positive.max() / positive.min()) if positive.numel() else math.nan
+
+    both = (norms[rows] > 0) & (norms[columns] > 0)
+    rows, columns = rows[both], columns[both]
+    if rows.numel():
+        cosine = cosines[rows, columns]
+        first, second = norms[rows], norms[columns]
+        inner = gram64[rows, columns]
+        result["conflict_share"] = float((cosine < 0).double().mean())
+        result["mean_cosine"] = float(cosine.mean())
+        result["magnitude_similarity"] = float((2 * first * second / (first**2 + second**2)).mean())
+        apart = first**2 + second**2 - 2 * inner
+        together = (first**2 + second**2 + 2 * inner).clamp_min(torch.finfo(torch.float64).tiny)
+        result["curvature_bound"] = float(((1 - cosine**2) * apart / together).mean())
+    else:
+        # One task cannot conflict with itself; the other figures are about pairs and have no value.
+        result["conflict_share"] = 0.0
+        result["mean_cosine"] = math.nan
+        result["magnitude_similarity"] = math.nan
+        result["curvature_bound"] = math.nan
+
+    eigenvalues = torch.linalg.eigvalsh(gram64) if bool(gram64.isfinite().all()) else gram64.new_zeros(1)
+    largest = float(eigenvalues[-1])
+    kept = eigenvalues[eigenvalues > largest * count * torch.finfo(gram.dtype).eps]
+    result["condition_number"] = largest / float(kept[0]) if largest > 0 else math.nan
+
+    plain = torch.ones(count, dtype=torch.float64)
+    squared = (weights64 @ gram64 @ weights64) * (plain @ gram64 @ plain)
+    result["cosine_to_mean"] = (
+        float((weights64 @ gram64 @ plain) / squared.sqrt()) if float(squared) > 0 else math.nan
+    )
+    return result
+
+
+class DirectionVariance:
+    """Variance of the update direction d over windows of W updates, in running form: two buffers [P].
+
+    Two figures, both from sums only:
+
+    - `variance`: `V = tr Var(d) / ||mean d||^2` with the unbiased `tr Var(d) = (Q - ||S||^2 / k) / (k - 1)`,
+      `S = sum d`, `Q = sum ||d||^2` over the k updates of the window;
+    - `matched`: the same with every d scaled to norm 1 first. Two methods whose updates have different or
+      drifting lengths can be compared by it: it sees the fluctuation of the direction alone.
+
+    Windows follow each other without overlap. The figures are those of the last full window, or of the
+    running one while there is no full window and it holds at least two updates. The sums are float32
+    (float64 for float64 parameters), so a V below about 1e-6 cannot be told from 0.
+    """
+
+    def __init__(self, layout: FlatLayout, window: int) -> None:
+        self._layout = layout
+        self._window = window
+        self._sum = layout.zeros()
+        self._unit_sum = layout.zeros()
+        self._square = torch.zeros((), dtype=torch.float64, device=layout.device)
+        self._units = torch.zeros((), dtype=torch.float64, device=layout.device)
+        self._count = 0
+        self._last = torch.full((2,), math.nan, dtype=torch.float64, device=layout.device)
+
+    def update(self, direction: Tensor) -> None:
+        """Takes one update direction [P]; no wait for the device."""
+        norm = torch.linalg.vector_norm(direction)
+        inverse = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
+        self._sum.add_(direction)
+        self._unit_sum.addcmul_(direction, inverse)
+        self._square.add_(norm.double().square())
+        self._units.add_(norm > 0)
+        self._count += 1
+        if self._count == self._window:
+            self._last = self._figures()
+            self._sum.zero_()
+            self._unit_sum.zero_()
+            self._square.zero_()
+            self._units.zero_()
+            self._count = 0
+
+    def _figures(self) -> Tensor:
+        """[2]: variance and matched variance of the running window."""
+        count = self._count
+        figures = []
+        for total, square in ((self._sum, self._square), (self._unit_sum, self._units)):
+            squared_sum = torch.linalg.vector_norm(total).double().square()
+            variance = ((square - squared_sum / count) / (count - 1)).clamp_min(0)
+            figures.append(variance / (squared_sum / count**2))
+        return torch.stack(figures)
+
+    def figures(self) -> tuple[float, float]:
+        """(variance, matched variance), nan before two updates were seen (waits for the device)."""
+        current = self._last
+        if self._count >= 2:
+            current = torch.where(current.isnan(), self._figures(), current)
+        variance, matched = current.tolist()
+        return variance, matched
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """Sums, count and the last window's figures."""
+        return {
+            "sum": self._sum.clone(),
+            "unit_sum": self._unit_sum.clone(),
+            "square": self._square.clone(),
+            "units": self._units.clone(),
+            "last": self._last.clone(),
+            "count": self._count,
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        """Puts back what `state_dict` gave."""
+        for name, target in (
+            ("sum", self._sum),
+            ("unit_sum", self._unit_sum),
+            ("square", self._square),
+            ("units", self._units),
+            ("last", self._last),
+        ):
+            value = state[name]
+            assert isinstance(value, Tensor)
+            target.copy_(value)
+        count = state["count"]
+        assert isinstance(count, int)
+        self._count = count
