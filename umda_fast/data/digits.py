@@ -230,7 +230,7 @@ def load_digits_source(
     val_bags: int = 300,
     test_bags: int = 500,
     missing_labels: float = 0.1,
-    missing_views: float = 0.07,
+    missing_views: float = 0.1,
     class_weights: ClassWeights = None,
 ) -> Splits:
     """Bags of digits; tasks has_nine (binary), largest (10 classes), present (10 labels), mean (regression).
@@ -261,7 +261,7 @@ def fold_digits_source(
     val_bags: int = 300,
     test_bags: int = 500,
     missing_labels: float = 0.1,
-    missing_views: float = 0.07,
+    missing_views: float = 0.1,
     class_weights: ClassWeights = None,
 ) -> Iterator[Splits]:
     """Cross-validation by images: a fold's test bags are drawn from images that no other fold tests on.
