@@ -28,12 +28,16 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
     (``index_select`` reads the same, but its gradient is ``index_add``, which uses atomics on CUDA.)
     """
+    if index.numel() == 0:  # whose second derivative `embedding` cannot reshape
+        return x[:0].reshape(*index.shape, *x.shape[1:])
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     return embedding(index, flat).reshape(*index.shape, *x.shape[1:])
 
 
 def scatter_sum(values: Tensor, index: Tensor, count: int) -> Tensor:
     """``out[index[e]] += values[e]``, out [count, ...], in a fixed order. Its gradient is `gather`."""
+    if index.numel() == 0:
+        return values.sum(0).expand(count, *values.shape[1:])
     flat = values.reshape(values.shape[0], math.prod(values.shape[1:]))
     out: Tensor = torch.ops.aten.embedding_dense_backward(flat, index, count, -1, False)
     return out.reshape(count, *values.shape[1:])

@@ -29,9 +29,9 @@ def knn(x: Tensor, ptr: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
 
     Order is decided on the similarity as it is returned, so a tie is a tie in the output. Two equal rows
     always tie: for the cosine, equal rows share one column of the product (a matrix product may round equal
-    columns differently); squared distances are summed from differences in one fixed order, which also keeps
-    the digits that ``|x|^2 + |y|^2 - 2 x.y`` cancels. A NaN similarity is reported as such and ranks after
-    every number.
+    columns differently), and the norms divide the product, not the rows, as products of float32 numbers are
+    exact in float64; squared distances are summed from differences in one fixed order, which also keeps the
+    digits that ``|x|^2 + |y|^2 - 2 x.y`` cancels. A NaN similarity is reported as such and ranks last.
 
     Memory is O(N (d + k)) plus one tile. The loop over bags and tiles reads ``ptr`` back to the host (one
     synchronisation), so ``torch.compile`` cannot trace through it.
@@ -42,8 +42,6 @@ def knn(x: Tensor, ptr: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
     neighbors = torch.full((x.shape[0], k), -1, dtype=torch.int32, device=x.device)
     similarity = torch.full((x.shape[0], k), -math.inf, dtype=dtype, device=x.device)
     points = x.double()
-    if metric == "cosine":
-        points = points / torch.linalg.vector_norm(points, dim=-1, keepdim=True).clamp_min(NORM_EPSILON)
 
     offsets = ptr.tolist()
     for start, end in pairwise(offsets):
@@ -52,12 +50,16 @@ def knn(x: Tensor, ptr: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
             continue
         bag = points[start:end]
         if metric == "cosine":
-            distinct, twin = torch.unique(bag, dim=0, return_inverse=True)
+            # By bits (0.0 for -0.0): a sort by value has no order for NaN.
+            distinct, twin = torch.unique((bag + 0.0).view(torch.int64), dim=0, return_inverse=True)
+            distinct = distinct.view(torch.float64)
+            norms = torch.linalg.vector_norm(distinct, dim=-1).clamp_min(NORM_EPSILON)
         rows = max(1, TILE_ELEMENTS // (end - start))
         for first in range(start, end, rows):
             query = points[first : min(first + rows, end)]
             if metric == "cosine":
-                tile = (query @ distinct.T).index_select(1, twin)
+                own = norms[twin[first - start : first - start + rows], None]
+                tile = (query @ distinct.T / (own * norms)).index_select(1, twin)
             else:
                 tile = torch.cdist(query, bag, compute_mode="donot_use_mm_for_euclid_dist").square_().neg_()
             tile = tile.to(dtype)  # [queries, instances of the bag]
