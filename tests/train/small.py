@@ -1,0 +1,30 @@
+"""A run small enough for a test: few bags of digits, a narrow model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from umda_fast.data import load_source
+from umda_fast.train import RunConfig, make_config
+
+DATA = {"train_bags": 40, "val_bags": 16, "test_bags": 16}
+
+
+def small_config(**sections: Any) -> RunConfig:
+    """A configuration of seconds; `sections` are laid over it, one level deep."""
+    values: dict[str, Any] = {
+        "device": "cpu",
+        "data": {"options": dict(DATA), "budget": 96},
+        "model": {"width": 16, "heads": 2, "layers": 1},
+        "train": {"epochs": 2, "log_steps": 2, "checkpoint_steps": 3},
+    }
+    for name, section in sections.items():
+        if isinstance(section, dict):
+            values[name] = {**values.get(name, {}), **section}
+        else:
+            values[name] = section
+    return make_config(values)
+
+
+def small_data() -> dict[str, Any]:
+    return dict(load_source("digits", seed=0, **DATA))

@@ -1,0 +1,49 @@
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from umda_fast.train.optim import learning_rate_factor, parameter_groups, random_state, set_random_state
+
+
+def test_only_matrices_decay() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+            self.norm = nn.LayerNorm(4)
+            self.table = nn.Embedding(5, 4)
+            self.view_embedding = nn.Parameter(torch.zeros(2, 4))
+            self.influence_bias = nn.Parameter(torch.zeros(2, 3, 3))
+            self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+    model = Model()
+    decayed, kept = parameter_groups(model, 0.1)
+    assert [id(p) for p in decayed["params"]] == [id(model.linear.weight)]
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert len(kept["params"]) == 6
+
+
+def test_the_learning_rate_rises_then_falls_along_a_cosine() -> None:
+    factors = [learning_rate_factor(i / 1000, 0.1, 0.01) for i in range(1001)]
+    assert factors[0] == 0.0
+    assert factors[50] == pytest.approx(0.5)
+    assert max(factors) == factors[100] == 1.0
+    assert factors[550] == pytest.approx(0.505)
+    assert factors[-1] == pytest.approx(0.01)
+    assert all(b <= a for a, b in pairwise(factors[100:]))
+    assert learning_rate_factor(0.0, 0.0, 0.1) == 1.0
+
+
+def test_random_states_return(tmp_path: object) -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+    state = random_state()
+    first = draw()
+    torch.save(state, f"{tmp_path}/state.pt")
+    set_random_state(torch.load(f"{tmp_path}/state.pt", weights_only=True))
+    assert draw() == first

@@ -1,0 +1,172 @@
+"""What the commands print: rich tables from plain results."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["collect_info", "crossval_table", "metrics_table", "print_info", "print_inspection"]
+
+_NAMES = {
+    "auroc": "AUROC",
+    "accuracy": "accuracy",
+    "f1_macro": "macro F1",
+    "f1_micro": "micro F1",
+    "map": "mAP",
+    "mae": "MAE",
+    "r2": "R2",
+}
+_LOWER_IS_BETTER = {"mae"}
+
+
+def metric_name(metric: str) -> str:
+    """The usual spelling of a metric."""
+    return _NAMES.get(metric, metric)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def metrics_table(
+    results: Mapping[str, Mapping[str, Mapping[str, float | None]]], *, title: str, mark_best: bool = False
+) -> Table:
+    """A table of `{column: {task: {metric: value}}}`, the best of each row in bold if `mark_best`."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    for column in results:
+        table.add_column(column or "value", justify="right")
+    first = next(iter(results.values()))
+    for task, metrics in first.items():
+        for index, metric in enumerate(metrics):
+            values = [results[column].get(task, {}).get(metric) for column in results]
+            cells = [_cell(value) for value in values]
+            finite = [value for value in values if value is not None and math.isfinite(value)]
+            if mark_best and finite:
+                best = min(finite) if metric in _LOWER_IS_BETTER else max(finite)
+                cells = [
+                    f"[bold]{cell}[/bold]" if value == best else cell
+                    for cell, value in zip(cells, values, strict=True)
+                ]
+            last = index == len(metrics) - 1
+            table.add_row(task if index == 0 else "", metric_name(metric), *cells, end_section=last)
+    return table
+
+
+def crossval_table(result: Mapping[str, Any]) -> Table:
+    """Mean and standard deviation of every metric over the folds of `cross_validate`'s result."""
+    title = f"{result['source']}: {result['folds']} folds x {result['repeats']} repeats"
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "metric"):
+        table.add_column(column)
+    for column in ("mean", "std", "lowest", "highest"):
+        table.add_column(column, justify="right")
+    for task, metrics in result["tasks"].items():
+        for index, (metric, figures) in enumerate(metrics.items()):
+            values = [_cell(figures[key]) for key in ("mean", "std", "min", "max")]
+            last = index == len(metrics) - 1
+            table.add_row(task if index == 0 else "", metric_name(metric), *values, end_section=last)
+    figures = result["mean_score"]
+    table.add_row("mean_score", "", *(_cell(figures[key]) for key in ("mean", "std", "min", "max")))
+    return table
+
+
+def collect_info() -> dict[str, Any]:
+    """Versions, devices and backends as plain values."""
+    import torch
+
+    from umda_fast import ops
+    from umda_fast.train.run import versions
+
+    name = platform.processor() or platform.machine()
+    devices = [f"cpu: {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = properties.total_memory / 2**30
+            devices.append(
+                f"cuda:{index}: {properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}"
+            )
+    return {"versions": versions(), "devices": devices, "backends": ops.backend_status()}
+
+
+def print_info(console: Console, report: Mapping[str, Any]) -> None:
+    """Print what `collect_info` found."""
+    table = Table(show_header=False, box=None)
+    for name, version in report["versions"].items():
+        table.add_row(name, version)
+    for device in report["devices"]:
+        table.add_row("device", device)
+    for backend, reason in report["backends"].items():
+        table.add_row(f"backend {backend}", "available" if reason is None else f"not available: {reason}")
+    console.print(table)
+
+
+def print_inspection(console: Console, report: Any) -> None:
+    """Print a `umda_fast.data.SourceReport`: bags, views, tasks, and what is wrong."""
+    console.print(f"[bold]{report.name}[/bold] ({report.format}): {report.description}", soft_wrap=True)
+    splits = list(report.bags)
+
+    table = Table(title="Bags", title_justify="left")
+    table.add_column("split")
+    for column in ("bags", "instances", "min", "q25", "median", "q75", "max", "mean"):
+        table.add_column(column, justify="right")
+    for split in splits:
+        sizes = report.instances_per_bag[split]
+        figures = [
+            f"{sizes[name]:g}" if name in sizes else "-" for name in ("min", "q25", "median", "q75", "max")
+        ]
+        average = f"{sizes['mean']:.1f}" if "mean" in sizes else "-"
+        table.add_row(split, f"{report.bags[split]:,}", f"{report.instances[split]:,}", *figures, average)
+    table.caption = "min to mean: instances in a bag" + (
+        "; instances have coordinates" if report.coords else ""
+    )
+    console.print(table)
+
+    table = Table(title="Views", title_justify="left")
+    table.add_column("view")
+    table.add_column("width", justify="right")
+    for split in splits:
+        table.add_column(f"missing, {split}", justify="right")
+    for view in report.views:
+        shares = [view.missing[split] for split in splits]
+        table.add_row(view.name, str(view.width), *("-" if s is None else f"{s:.1%}" for s in shares))
+    console.print(table)
+
+    table = Table(title="Tasks", title_justify="left")
+    for column in ("task", "kind", "classes"):
+        table.add_column(column, overflow="fold")
+    for split in splits:
+        table.add_column(f"labels, {split}", justify="right")
+    for split in splits:
+        table.add_column(f"missing, {split}", justify="right")
+    for task in report.tasks:
+        classes = ", ".join(task.classes)
+        if task.kind == "regression" and splits[0] in task.values:
+            lowest, highest, mean, std = (
+                task.values[splits[0]][key] for key in ("min", "max", "mean", "std")
+            )
+            classes = f"{lowest:g} to {highest:g}, mean {mean:.3g}, std {std:.3g}"
+        labelled = (f"{task.labelled[split]:,}" for split in splits)
+        table.add_row(
+            task.name, task.kind, classes, *labelled, *(f"{task.missing[split]:,}" for split in splits)
+        )
+    console.print(table)
+
+    if not report.problems:
+        console.print("no problem found")
+        return
+    console.print(
+        f"[bold]{len(report.problems)} problem(s), the first: {report.problems[0]}[/bold]", soft_wrap=True
+    )
+    for problem in report.problems[1:20]:
+        console.print(f"  {problem}", soft_wrap=True)
+    if len(report.problems) > 20:
+        console.print(f"  and {len(report.problems) - 20} more (--json FILE lists all)")

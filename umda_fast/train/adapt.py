@@ -1,0 +1,131 @@
+"""Bags for a model that was trained on others: its views in its order, its tasks, its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from umda_fast.data import Bag, BagDataset
+from umda_fast.errors import DataError
+from umda_fast.model import TaskSpec, ViewSpec
+
+__all__ = ["adapt_dataset"]
+
+
+def adapt_dataset(dataset: BagDataset, views: Sequence[ViewSpec], tasks: Sequence[TaskSpec]) -> BagDataset:
+    """`dataset` as a model with `views` and `tasks` takes it.
+
+    A view that the data lacks is a missing view, a task that it lacks has missing labels. Views and tasks
+    that the model does not know are left out. Classes are matched by their names where both sides have names.
+
+    Raises:
+        DataError: no view in common, a width that differs, a task of another kind, or a class the model does
+        not know.
+    """
+    if dataset.views == tuple(views) and dataset.tasks == tuple(tasks):
+        return dataset
+    widths = {view.name: view.width for view in dataset.views}
+    if not any(view.name in widths for view in views):
+        raise DataError(
+            f"{dataset.name}: expected views {', '.join(v.name for v in views)} as the model has, "
+            f"got {', '.join(widths)}"
+        )
+    for view in views:
+        if widths.get(view.name, view.width) != view.width:
+            raise DataError(
+                f"{dataset.name}: view {view.name!r}: expected width {view.width} as the model has, "
+                f"got {widths[view.name]}"
+            )
+    theirs = {task.name: task for task in dataset.tasks}
+    classes = {
+        task.name: _class_map(dataset.name, task, theirs[task.name]) for task in tasks if task.name in theirs
+    }
+    return BagDataset(_AdaptedStore(dataset, views, tasks, classes), views, tasks, dataset.name)
+
+
+def _class_map(where: str, ours: TaskSpec, theirs: TaskSpec) -> list[int] | None:
+    """Positions of their classes among ours; None where they are the same."""
+    if theirs.kind != ours.kind:
+        raise DataError(
+            f"{where}: task {ours.name!r}: expected kind {ours.kind} as the model has, got {theirs.kind}"
+        )
+    if ours.kind == "regression":
+        return None
+    if ours.labels is not None and theirs.labels is not None:
+        unknown = [label for label in theirs.labels if label not in ours.labels]
+        if unknown:
+            raise DataError(
+                f"{where}: task {ours.name!r}: class {unknown[0]!r} is unknown to the model; expected one of "
+                f"{', '.join(ours.labels)}"
+            )
+        positions = [ours.labels.index(label) for label in theirs.labels]
+        return None if positions == list(range(len(ours.labels))) else positions
+    if theirs.classes > ours.classes or (ours.kind == "multilabel" and theirs.classes != ours.classes):
+        raise DataError(
+            f"{where}: task {ours.name!r}: expected {ours.classes} classes as the model has, "
+            f"got {theirs.classes}"
+        )
+    return None
+
+
+class _AdaptedStore:
+    """Reads bags of a dataset and hands them on under a model's views and tasks."""
+
+    def __init__(
+        self,
+        dataset: BagDataset,
+        views: Sequence[ViewSpec],
+        tasks: Sequence[TaskSpec],
+        classes: Mapping[str, list[int] | None],
+    ) -> None:
+        self._dataset = dataset
+        self._views = [view.name for view in views]
+        self._tasks = tuple(tasks)
+        self._classes = classes
+        theirs = [view.name for view in dataset.views]
+        self._columns = [theirs.index(name) if name in theirs else -1 for name in self._views]
+        self.names: Sequence[str] = dataset.names
+        self.sizes = dataset.sizes
+        columns = dataset.labels
+        self.labels = {task.name: self._column(task, columns.get(task.name)) for task in self._tasks}
+
+    def _column(self, task: TaskSpec, column: np.ndarray | None) -> np.ndarray:  # type: ignore[type-arg]
+        bags = len(self.names)
+        if column is None:
+            return np.full((bags, task.classes) if task.kind == "multilabel" else (bags,), np.nan)
+        positions = self._classes[task.name]
+        if positions is None:
+            return column
+        if task.kind == "multilabel":
+            moved = np.zeros((bags, task.classes))
+            moved[:, positions] = column
+            moved[np.isnan(column).any(axis=1)] = np.nan
+            return moved
+        moved = np.full(bags, np.nan)
+        known = ~np.isnan(column)
+        moved[known] = np.asarray(positions, dtype=np.float64)[column[known].astype(np.int64)]
+        return moved
+
+    def load(self, index: int) -> Bag:
+        bag = self._dataset[index]
+        present = bag.mask
+        if present is None:
+            given = torch.tensor([view.name in bag.views for view in self._dataset.views])
+            present = given.expand(len(bag), -1)
+        absent = torch.zeros(len(bag), 1, dtype=torch.bool)
+        mask = torch.cat([present, absent], dim=1)[:, self._columns]
+        bare = (~mask.any(dim=1)).nonzero()
+        if len(bare):
+            raise DataError(
+                f"bag {bag.name!r}: instance {int(bare[0])} has none of the views the model knows"
+            )
+        labels = {}
+        for task in self._tasks:
+            value = self.labels[task.name][index]
+            if not np.isnan(value).any():
+                dtype = torch.int64 if task.kind == "multiclass" else torch.float32
+                labels[task.name] = torch.as_tensor(value, dtype=dtype)
+        views = {name: features for name, features in bag.views.items() if name in self._views}
+        return Bag(bag.name, views, mask, labels, bag.coords)

@@ -1,0 +1,123 @@
+"""Cross-validation: a run directory for each fold, so that it can be stopped and continued at any point."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from umda_fast.data import BagDataset, load_folds
+from umda_fast.errors import DataError
+from umda_fast.train.config import RunConfig, as_dict, make_config
+from umda_fast.train.files import json_ready, write_json
+from umda_fast.train.run import data_seed, train
+from umda_fast.train.rundir import RunDirectory
+
+__all__ = ["cross_validate"]
+
+
+def cross_validate(
+    config: RunConfig,
+    out: str | os.PathLike[str],
+    *,
+    folds: int = 10,
+    repeats: int = 1,
+    datasets: Iterable[Mapping[str, BagDataset]] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """`repeats` times `folds` runs, each measured on the bags of its fold.
+
+    The validation part, which decides on the best epoch, comes out of the training folds; the test fold has
+    no say.
+
+    Args:
+        config: of every run; the run of fold f of repeat r has the seed `config.seed + r * folds + f`.
+        out: holds `repeat-R-fold-F/` for each run, and crossval.json, brought up to date after every fold.
+            What is finished there is not done again, and a run that was stopped is resumed.
+        datasets: `folds * repeats` mappings split -> bags (train, test and, if there, val), repeat by repeat,
+            instead of the folds of `config.data.source`.
+        progress: show progress on standard error.
+
+    Returns:
+        What crossval.json holds: settings; `results`, one entry for each fold; for `mean_score` and each
+        metric of each task `mean`, `std` (of a sample), `min`, `max` and `folds`, over the folds in which it
+        is defined.
+
+    Raises:
+        DataError: too many folds, or `out` holds a cross-validation with other settings.
+    """
+    directory = Path(out)
+    settings = {
+        "source": config.data.source,
+        "folds": folds,
+        "repeats": repeats,
+        "config": json_ready({**as_dict(config), "device": None, "backend": None}),
+    }
+    _check_settings(directory, settings)
+    if datasets is None:
+        data = config.data
+        datasets = load_folds(
+            data.source,
+            folds=folds,
+            repeats=repeats,
+            seed=data_seed(config),
+            format=data.format,
+            **data.options,
+        )
+    results: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
+    for number, parts in enumerate(datasets):
+        repeat, fold = divmod(number, folds)
+        run = RunDirectory(directory / f"repeat-{repeat}-fold-{fold}")
+        if run.metrics.is_file():
+            metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
+        else:
+            fold_config = make_config({**as_dict(config), "seed": config.seed + number})
+            resume = run.config.is_file()
+            metrics = train(
+                fold_config, run.path, resume=resume, datasets=parts, progress=progress, plots=False
+            ).metrics
+        bags = {split: len(dataset) for split, dataset in parts.items()}
+        entry = {key: metrics[key] for key in ("tasks", "mean_score", "seconds")}
+        results.append({"repeat": repeat, "fold": fold, "bags": bags, **entry})
+        report = _report(settings, results)
+        write_json(directory / "crossval.json", report)
+    plain: dict[str, Any] = json_ready(report)
+    return plain
+
+
+def _check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    path = directory / "crossval.json"
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if before.get(key) != value:
+            what = f"{key} {before.get(key)!r}" if key != "config" else "another configuration"
+            raise DataError(f"{directory}: holds a cross-validation with {what}; choose another --out")
+
+
+def _report(settings: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    tasks = {
+        task: {metric: _figures([r["tasks"][task][metric] for r in results]) for metric in metrics}
+        for task, metrics in results[0]["tasks"].items()
+    }
+    scores = _figures([r["mean_score"] for r in results])
+    return {**settings, "tasks": tasks, "mean_score": scores, "results": list(results)}
+
+
+def _figures(values: Sequence[float | None]) -> dict[str, float | int | None]:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return {"mean": None, "std": None, "min": None, "max": None, "folds": 0}
+    return {
+        "mean": statistics.fmean(known),
+        "std": statistics.stdev(known) if len(known) > 1 else None,
+        "min": min(known),
+        "max": max(known),
+        "folds": len(known),
+    }

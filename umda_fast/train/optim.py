@@ -1,0 +1,78 @@
+"""AdamW's parameter groups, the schedule of the learning rate, and the random states an exact resume
+needs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = ["learning_rate_factor", "parameter_groups", "random_state", "set_random_state"]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: matrices with `weight_decay`, and everything else (biases, norms, embeddings,
+    gates) without.
+
+    A parameter decays if it has at least two dimensions and belongs neither to a norm nor to an embedding; a
+    bare parameter counts as an embedding when its name says so.
+    """
+    plain: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or "norm" in type(module).__name__.lower():
+            plain.update(id(p) for p in module.parameters(recurse=False))
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        leaf = name.rsplit(".", 1)[-1]
+        is_plain = parameter.ndim < 2 or id(parameter) in plain or "bias" in leaf or "embed" in leaf
+        (kept if is_plain else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
+    """Factor on the learning rate at `progress` in [0, 1] of the training: linear from 0 over `warmup`, then
+    a cosine down to `final`."""
+    if progress < warmup:
+        return progress / warmup
+    if progress >= 1.0 or warmup >= 1.0:
+        return final if progress >= 1.0 else 1.0
+    angle = math.pi * (progress - warmup) / (1.0 - warmup)
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(angle))
+
+
+def random_state() -> dict[str, Any]:
+    """States of Python's, numpy's and torch's random generators as plain values and tensors."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is what others draw from
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (
+            str(kind),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,171 @@
+"""Predictions for bags: a CSV with a line for each, and, if asked, an HDF5 with every instance's
+attention.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from umda_fast import ops
+from umda_fast.data import BagBatch, BagDataset
+from umda_fast.errors import DataError
+from umda_fast.model import TaskSpec, decode
+from umda_fast.train.evaluation import batches_in_order
+from umda_fast.train.files import atomic_file
+from umda_fast.train.guard import check_batch
+from umda_fast.train.progress import ProgressReport
+from umda_fast.train.run import Run, model_data
+
+__all__ = ["predict", "predict_batches"]
+
+
+def class_names(task: TaskSpec) -> list[str]:
+    """Names of a task's classes, their numbers where they have none; [] for a regression."""
+    if task.kind == "regression":
+        return []
+    if task.labels is not None:
+        return list(task.labels)
+    return [str(index) for index in range(2 if task.kind == "binary" else task.classes)]
+
+
+def columns(tasks: Sequence[TaskSpec]) -> list[str]:
+    """The header of predictions.csv."""
+    header = ["bag"]
+    for task in tasks:
+        if task.kind == "regression":
+            header.append(task.name)
+            continue
+        if task.kind == "binary":
+            header.append(f"{task.name}_probability")
+        else:
+            header += [f"{task.name}_probability_{name}" for name in class_names(task)]
+        header.append(f"{task.name}_predicted")
+    return header
+
+
+def rows(
+    names: Sequence[str], tasks: Sequence[TaskSpec], logits: Mapping[str, Tensor], threshold: float
+) -> list[list[str]]:
+    """Lines of predictions.csv for the bags of a batch, under the header of `columns`."""
+    lines = [[name] for name in names]
+    for task in tasks:
+        decoded = decode(task, logits[task.name].float()).cpu()
+        labels = class_names(task)
+        for line, values in zip(lines, decoded.reshape(len(lines), -1).tolist(), strict=True):
+            line.extend(f"{value:.6g}" for value in values)
+            if task.kind == "binary":
+                line.append(labels[int(values[0] >= threshold)])
+            elif task.kind == "multiclass":
+                line.append(labels[max(range(len(values)), key=values.__getitem__)])
+            elif task.kind == "multilabel":
+                line.append(
+                    ";".join(label for label, value in zip(labels, values, strict=True) if value >= threshold)
+                )
+    return lines
+
+
+@torch.no_grad()
+def predict_batches(
+    run: Run, dataset: BagDataset, fabric: Any, *, progress: bool = False, title: str = "predict"
+) -> Iterator[tuple[BagBatch, Any]]:
+    """The batch and the model's output for all bags of `dataset`, which has the model's views and tasks, in
+    its order.
+    """
+    model = fabric.to_device(run.model).eval()
+    done = 0
+    with ProgressReport(title, device=fabric.device, enabled=progress) as report:
+        for host in batches_in_order(dataset, run.config.data):
+            check_batch(host)
+            batch: BagBatch = fabric.to_device(host)
+            with fabric.autocast():
+                out = model(**batch.inputs())
+            yield batch, out
+            done += len(host)
+            report.update(done / max(len(dataset), 1), instances=host.num_instances)
+
+
+def predict(
+    run: Run,
+    *,
+    source: str | None = None,
+    datasets: Mapping[str, BagDataset] | None = None,
+    out: str | os.PathLike[str],
+    attention: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    format: str | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    progress: bool = True,
+) -> int:
+    """Predict for every bag of `source` (or of `datasets`), all splits unless `split` names one.
+
+    The CSV holds the bag's name and, for each task, the probabilities (of label 1 for a binary task, of every
+    class otherwise) and the class predicted, classes joined by `;` for a multilabel task; for a regression
+    the value in original units. The HDF5 holds a group for each bag, named as the bag with `/` written as
+    `%2F` and its plain name in the attribute `name`: `attention` [n, T], `view_weights` [n, V] (models with
+    several views) and `coords` [n, 2] if the data has them; the file's attributes `tasks` and `views` name
+    the columns.
+
+    Returns:
+        The number of bags.
+
+    Raises:
+        DataError: the data cannot be read or does not fit the model.
+    """
+    dataset, fabric = model_data(
+        run, source=source, datasets=datasets, split=split, format=format, device=device
+    )
+    tasks: Sequence[TaskSpec] = run.model.config.tasks
+    threshold = run.config.train.threshold
+    with ExitStack() as stack:
+        stack.enter_context(ops.use_backend(backend))
+        table = stack.enter_context(atomic_file(out))
+        text = io.TextIOWrapper(table, encoding="utf-8", newline="", write_through=True)
+        stack.callback(text.detach)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns(tasks))
+        store = stack.enter_context(_attention_file(attention, run)) if attention is not None else None
+        for batch, result in predict_batches(run, dataset, fabric, progress=progress):
+            writer.writerows(rows(batch.names, tasks, result.logits, threshold))
+            if store is not None:
+                _write_attention(store, batch, result)
+    return len(dataset)
+
+
+@contextmanager
+def _attention_file(path: str | os.PathLike[str], run: Run) -> Iterator[Any]:
+    import h5py
+
+    with atomic_file(path) as stream, h5py.File(stream, "w") as store:
+        store.attrs["tasks"] = [task.name for task in run.model.config.tasks]
+        store.attrs["views"] = [view.name for view in run.model.config.views]
+        yield store
+
+
+def _write_attention(store: Any, batch: BagBatch, result: Any) -> None:
+    attention = result.attention.float().cpu().numpy()
+    weights = getattr(result, "view_weights", None)
+    weights = None if weights is None else weights.float().cpu().numpy()
+    coords = None if batch.coords is None else batch.coords.cpu().numpy()
+    offsets = batch.ptr.tolist()
+    for index, name in enumerate(batch.names):
+        part = slice(offsets[index], offsets[index + 1])
+        key = quote(name, safe=" !#$&'()*+,:;=?@[]~")
+        if key in (".", ""):
+            raise DataError(f"bag {name!r}: cannot be the name of a group in an HDF5 file")
+        group = store.create_group(key)
+        group.attrs["name"] = name
+        group.create_dataset("attention", data=attention[part])
+        if weights is not None:
+            group.create_dataset("view_weights", data=weights[part])
+        if coords is not None:
+            group.create_dataset("coords", data=coords[part])

@@ -1,0 +1,360 @@
+"""From a configuration to a run directory and back: `train`, `load_run`, `load_data`, `evaluate`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+import umda_fast
+from umda_fast import ops
+from umda_fast.data import BagDataset, Splits, concat, find_format, load_source
+from umda_fast.errors import DataError
+from umda_fast.model import UMDA, UMDAConfig
+from umda_fast.model.baselines import GatedAttention, GatedAttentionConfig
+from umda_fast.train.adapt import adapt_dataset
+from umda_fast.train.config import (
+    ARCHITECTURES,
+    ConfigError,
+    RunConfig,
+    as_dict,
+    dump_config,
+    load_config,
+    make_config,
+)
+from umda_fast.train.evaluation import SplitResult, evaluate_dataset
+from umda_fast.train.files import write_json
+from umda_fast.train.plots import plot_run
+from umda_fast.train.progress import peak_memory_mb
+from umda_fast.train.rundir import RunDirectory, read_metrics, save_model
+from umda_fast.train.trainer import Trainer
+
+__all__ = [
+    "Run",
+    "RunResult",
+    "build_model",
+    "evaluate",
+    "load_data",
+    "load_run",
+    "make_fabric",
+    "run_config",
+    "train",
+]
+
+
+@dataclass
+class RunResult:
+    """A finished run: its directory, the content of metrics.json, the split it was measured on, and the model
+    with the best weights, in evaluation mode."""
+
+    directory: Path
+    metrics: dict[str, Any]
+    split: str
+    model: Any
+
+
+@dataclass
+class Run:
+    """A run read back from its directory."""
+
+    directory: Path
+    config: RunConfig
+    model: Any
+
+
+def make_fabric(config: RunConfig) -> Fabric:
+    """Fabric on the configured device, one process.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: expected a device of this machine, got 'cuda', but torch sees no GPU")
+    accelerator = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return Fabric(accelerator=accelerator, devices=1, precision=config.precision)
+
+
+def load_data(config: RunConfig) -> Splits:
+    """The splits of the configured source.
+
+    Raises:
+        DataError: from the source.
+    """
+    data = config.data
+    return load_source(data.source, format=data.format, seed=data_seed(config), **data.options)
+
+
+def data_seed(config: RunConfig) -> int:
+    """The seed of splits and generated bags."""
+    return config.seed if config.data.seed is None else config.data.seed
+
+
+def build_model(
+    config: RunConfig, dataset: BagDataset, encoders: Mapping[str, nn.Module] | None = None
+) -> UMDA | GatedAttention:
+    """The configured model for the views and tasks of `dataset`.
+
+    Raises:
+        ConfigError: a model option does not go with another or with the data.
+    """
+    options = dict(config.model)
+    architecture = options.pop("architecture", "umda")
+    try:
+        model_config = ARCHITECTURES[architecture](views=dataset.views, tasks=dataset.tasks, **options)
+        if isinstance(model_config, GatedAttentionConfig):
+            if encoders:
+                raise ValueError("encoders: gated_attention takes none")
+            return GatedAttention(model_config)
+        assert isinstance(model_config, UMDAConfig)
+        return UMDA(model_config, encoders)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {error}") from None
+
+
+def train(
+    config: RunConfig,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    datasets: Mapping[str, BagDataset] | None = None,
+    encoders: Mapping[str, nn.Module] | None = None,
+    progress: bool = True,
+    plots: bool = True,
+) -> RunResult:
+    """Train, keep the weights with the best validation score, measure them on the test split, and fill the
+    run directory.
+
+    Args:
+        config: everything the run depends on.
+        out: the run directory; must not hold a run unless `resume`.
+        resume: continue from the directory's checkpoint. On the CPU the weights come out bit-identical to
+            those of a run that was never stopped.
+        datasets: split -> bags, instead of `config.data.source`. "train" is needed, "val" and "test" are used
+            if there.
+        encoders: view -> module, see `UMDA`.
+        progress: show progress on standard error.
+        plots: draw plots/ at the end.
+
+    Raises:
+        DataError, ConfigError: the configuration, the directory or the data cannot be used.
+        NonFiniteError: a loss or a gradient became NaN or infinite; the weights and the last checkpoint are
+        untouched.
+    """
+    run = RunDirectory(out)
+    run.begin(resume=resume)
+    if datasets is None:
+        datasets = load_data(config)
+    if "train" not in datasets:
+        raise DataError(f"datasets: expected a split 'train', got {', '.join(datasets) or 'none'}")
+    fabric = make_fabric(config)
+    on_cpu = fabric.device.type == "cpu"
+    deterministic = config.train.deterministic if config.train.deterministic is not None else on_cpu
+    with _deterministic(deterministic), ops.use_backend(config.backend):
+        Fabric.seed_everything(config.seed, verbose=False)
+        model = build_model(config, datasets["train"], encoders)
+        with _events(run) as events:
+            trainer = Trainer(config, model, datasets, run, fabric, events=events, progress=progress)
+            if resume:
+                trainer.load()
+            if fabric.is_global_zero:
+                dump_config(config, run.config)
+            trainer.fit()
+        best = trainer.best_model()
+        split = next((name for name in ("test", "val") if name in datasets and len(datasets[name])), "train")
+        result = trainer.evaluate(datasets[split], best)
+    metrics = summary(config, datasets, split, result, run, trainer)
+    if fabric.is_global_zero:
+        save_model(best, run.path)
+        write_json(run.metrics, metrics)
+        if plots:
+            plot_run(run, datasets["train"].views, datasets["train"].tasks, result)
+    return RunResult(run.path, metrics, split, best)
+
+
+@contextlib.contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    """Torch's deterministic algorithms for the length of a run.
+
+    Filling fresh memory with NaN finds reads of it in tests and costs time in a run, so it is off.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def _events(run: RunDirectory) -> Iterator[Any]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(run.events))
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {
+        "python": platform.python_version(),
+        "umda_fast": umda_fast.__version__,
+        "torch": torch.__version__,
+    }
+    for package in ("numpy", "triton", "lightning-fabric", "torchmetrics"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def summary(
+    config: RunConfig,
+    datasets: Mapping[str, BagDataset],
+    split: str,
+    result: SplitResult,
+    run: RunDirectory,
+    trainer: Trainer,
+) -> dict[str, Any]:
+    """The content of metrics.json."""
+    stability = [
+        record["sgl"] for record in read_metrics(run.log) if record["kind"] == "step" and "sgl" in record
+    ]
+
+    def mean(key: str) -> float | None:
+        values = [record[key] for record in stability if record.get(key) is not None]
+        return sum(values) / len(values) if values else None
+
+    return {
+        "seed": config.seed,
+        "data": {
+            "source": config.data.source,
+            "split": split,
+            "views": {view.name: view.width for view in datasets["train"].views},
+            "bags": {name: len(dataset) for name, dataset in datasets.items()},
+            "instances": {name: int(dataset.sizes.sum()) for name, dataset in datasets.items()},
+        },
+        "tasks": result.tasks,
+        "mean_score": result.mean_score,
+        "view_consistency": result.view_consistency,
+        "gradient_variance": mean("gradient_variance"),
+        "conflict_share": mean("conflict_share"),
+        "seconds": trainer.total_seconds,
+        "instances_per_second": trainer.instances / max(trainer.train_seconds, 1e-9),
+        "peak_memory_mb": peak_memory_mb(trainer.fabric.device),
+        "versions": versions(),
+        "backend": ops.backends_used(),
+    }
+
+
+def load_run(directory: str | os.PathLike[str]) -> Run:
+    """The configuration and the model (best weights, evaluation mode, on the CPU) of a run directory.
+
+    Raises:
+        DataError: it is no run directory, or its files cannot be read.
+    """
+    run = RunDirectory.existing(directory)
+    config = load_config(run.config)
+    kind: Any = GatedAttention if config.model["architecture"] == "gated_attention" else UMDA
+    try:
+        model = kind.from_pretrained(run.path)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise DataError(
+            f"{run.path}: the model cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return Run(run.path, config, model.eval())
+
+
+def run_config(directory: str | os.PathLike[str], values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of the run in `directory`, with `values` laid over it, to resume it.
+
+    Raises:
+        DataError: there is no run.
+    """
+    run = RunDirectory(directory)
+    if not run.config.is_file():
+        raise DataError(f"{run.path}: holds no run to resume (no {run.config.name})")
+    return load_config(run.config, values=values)
+
+
+def model_data(
+    run: Run,
+    *,
+    source: str | None,
+    datasets: Mapping[str, BagDataset] | None,
+    split: str | None,
+    format: str | None,
+    device: str,
+) -> tuple[BagDataset, Fabric]:
+    """Bags as the run's model takes them, and the device to run it on: one split, or with `split=None` all of
+    them.
+
+    Raises:
+        DataError: there is no such split, or the data does not fit the model.
+    """
+    data = run.config.data
+    model = run.model.config
+    if datasets is None:
+        where = data.source if source is None else source
+        kind = find_format(where, format if source is not None else data.format)
+        understood = kind.options()
+        options = {name: value for name, value in data.options.items() if name in understood}
+        if "kinds" in understood:
+            # What the model was trained on decides what a label means: a file with two of ten classes is not
+            # binary.
+            options["kinds"] = model.tasks
+        splits: Mapping[str, BagDataset] = load_source(
+            where, format=kind.name, seed=data_seed(run.config), **options
+        )
+    else:
+        where, splits = "datasets", datasets
+    if split is not None and split not in splits:
+        raise DataError(f"{where}: expected a split among {', '.join(splits)}, got {split!r}")
+    if split is not None:
+        chosen = [splits[split]]
+    elif isinstance(splits, Splits):
+        chosen = [splits.whole]
+    else:
+        chosen = list(splits.values())
+    parts = [adapt_dataset(part, model.views, model.tasks) for part in chosen]
+    fabric = make_fabric(make_config({**as_dict(run.config), "device": device}))
+    return (parts[0] if len(parts) == 1 else concat(parts, where)), fabric
+
+
+def evaluate(
+    run: Run,
+    *,
+    source: str | None = None,
+    split: str | None = "test",
+    datasets: Mapping[str, BagDataset] | None = None,
+    format: str | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    progress: bool = True,
+) -> SplitResult:
+    """The model of a run on a split (None: all splits) of its own data, of `source`, or of `datasets`.
+
+    Raises:
+        DataError: there is no such split, or the data does not fit the model.
+    """
+    dataset, fabric = model_data(
+        run, source=source, datasets=datasets, split=split, format=format, device=device
+    )
+    model = fabric.to_device(run.model)
+    with ops.use_backend(backend):
+        return evaluate_dataset(model, dataset, fabric, run.config.data, progress=progress)

@@ -1,0 +1,431 @@
+"""The training loop: Fabric for device and precision, one host synchronisation a step, exact resume.
+
+The loop calls the model itself, inside `fabric.autocast()`, and not through Fabric's module wrapper: the
+wrapper casts every output, which would cut `representation` out of the graph that self-guided learning
+differentiates, and wraps gradients in DistributedDataParallel, where self-guided learning reduces per-task
+gradients itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
+from umda_fast.errors import DataError
+from umda_fast.model import penalty_loss, task_losses
+from umda_fast.sgl import SelfGuided
+from umda_fast.train.config import ConfigError, RunConfig, as_dict, make_balancer
+from umda_fast.train.evaluation import SplitResult, evaluate_dataset
+from umda_fast.train.files import save_torch
+from umda_fast.train.guard import check_batch, explain_non_finite
+from umda_fast.train.optim import learning_rate_factor, parameter_groups, random_state, set_random_state
+from umda_fast.train.progress import ProgressReport
+from umda_fast.train.rundir import MetricsLog, RunDirectory, save_model
+
+__all__ = ["Trainer"]
+
+CHECKPOINT_VERSION = 1
+
+
+class Events(Protocol):
+    """What of TensorBoard's SummaryWriter the trainer uses."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+
+class Trainer:
+    """Trains `model` on `datasets["train"]`, keeps the weights with the best validation mean_score.
+
+    Args:
+        config: the run's.
+        model: takes `BagBatch.inputs()`, returns an object with `logits` and `penalties`; self-guided
+            learning further needs `shared_parameters()`, `task_parameters()`, `last_shared_layer()` and
+            `representation` as `UMDA` has them.
+        datasets: split -> bags; "train" is needed, "val" decides which weights are best and when to stop
+            early.
+        run: the directory for checkpoints and metrics.
+        fabric: device and precision.
+        events: a TensorBoard SummaryWriter, or None.
+        progress: show progress on standard error.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        datasets: Mapping[str, BagDataset],
+        run: RunDirectory,
+        fabric: Fabric,
+        *,
+        events: Events | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.config = config
+        self.fabric = fabric
+        self.run = run
+        self.events = events
+        self.progress = progress
+        self.train_set = datasets["train"]
+        self.val_set = datasets.get("val")
+        self.tasks = self.train_set.tasks
+        if len(self.train_set) == 0:
+            raise DataError("split 'train' holds no bags")
+        self.model: Any = fabric.to_device(model)
+        if config.precision == "64-true":
+            self.model = self.model.double()
+        options = config.train
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, options.weight_decay), lr=options.lr)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.average: AveragedModel | None = None
+        if options.ema > 0:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
+        self.guided: SelfGuided | None = self._self_guided()
+        self.penalty_weights: dict[str, float] = dict(as_dict(config)["penalties"])
+        # The sampler and the loader's own generator, not the global one, decide on the order of the bags, so
+        # the position below is all that a resumed run needs to see the same batches.
+        self.sampler = InstanceBudgetSampler(
+            self.train_set.sizes, config.data.budget, shuffle=True, seed=config.seed
+        )
+        self.loader = make_loader(self.train_set, self.sampler, workers=config.data.workers)
+        self.log: MetricsLog | None = None
+
+        # What a checkpoint holds beside the states of model, optimiser, self-guided learning, average and
+        # generators.
+        self.epoch = 0
+        self.step = 0
+        self.step_in_epoch = 0
+        self.instances = 0
+        self.train_seconds = 0.0
+        self.total_seconds = 0.0
+        self.sums: dict[str, list[float]] = {}
+        self.best_score = -math.inf
+        self.best_epoch = -1
+        self.best_weights: dict[str, Tensor] = {}
+        self.finished = False
+
+    def _self_guided(self) -> SelfGuided | None:
+        sgl = self.config.sgl
+        balancer = make_balancer(sgl)
+        if balancer is None:
+            return None
+        missing = [name for name in ("shared_parameters", "task_parameters") if not hasattr(self.model, name)]
+        if missing:
+            architecture = self.config.model.get("architecture")
+            raise ConfigError(
+                f"sgl.balancer: expected none for the architecture {architecture}, got {sgl.balancer!r}"
+            )
+        names = [task.name for task in self.tasks]
+        return SelfGuided(
+            self.model.shared_parameters(),
+            tasks=names,
+            task_parameters=self.model.task_parameters(),
+            balancer=balancer,
+            scope=sgl.scope,
+            last_shared_layer=self.model.last_shared_layer() if sgl.scope == "last_shared_layer" else (),
+            every=sgl.every,
+            beta=sgl.beta,
+        )
+
+    # ---- the loop ----
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The weights that are judged and saved: their running mean if there is one."""
+        return self.average.module if self.average is not None else self.model
+
+    def fit(self) -> None:
+        """Train to the end (or on to it, after `load`), writing metrics and checkpoints."""
+        self.log = self.log or MetricsLog(self.run.log)
+        epochs = self.config.train.epochs
+        began = time.monotonic()
+        before = self.total_seconds
+        with ProgressReport(
+            "train", device=self.fabric.device, start=self.epoch / epochs, enabled=self.progress
+        ) as report:
+            while self.epoch < epochs and not self.finished:
+                self._train_epoch(report, lambda: before + time.monotonic() - began)
+                self.total_seconds = before + time.monotonic() - began
+                self._end_epoch()
+        self.log.close()
+
+    def _train_epoch(self, report: ProgressReport, clock: Callable[[], float]) -> None:
+        epochs = self.config.train.epochs
+        self.sampler.resume_at(self.epoch, self.step_in_epoch)
+        steps = self.sampler.num_batches(self.epoch)
+        self.model.train()
+        last = time.monotonic()
+        for host in self.loader:
+            check_batch(host)
+            self._train_step(host, (self.epoch + self.step_in_epoch / steps) / epochs)
+            self.step += 1
+            self.step_in_epoch += 1
+            self.instances += host.num_instances
+            now = time.monotonic()
+            self.train_seconds += now - last
+            last = now
+            share = (self.epoch + self.step_in_epoch / steps) / epochs
+            note = f"epoch {self.epoch + 1}/{epochs}"
+            if self.best_epoch >= 0:
+                note += f", best mean_score {self.best_score:.4f}"
+            report.update(share, instances=host.num_instances, note=note)
+            every = self.config.train.checkpoint_steps
+            if every and self.step % every == 0 and self.step_in_epoch < steps:
+                self.total_seconds = clock()
+                self.save()
+
+    def _train_step(self, host: BagBatch, progress: float) -> None:
+        options = self.config.train
+        lr = options.lr * learning_rate_factor(progress, options.warmup, options.final_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batch: BagBatch = self.fabric.to_device(host)
+        with self.fabric.autocast():
+            out = self._forward(batch)
+            losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
+            penalty = penalty_loss(out.penalties, self.penalty_weights) if out.penalties else None
+        if not losses:
+            return  # not one label in this batch: nothing to learn from
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.guided is not None:
+            scoped = out.representation if self.config.sgl.scope == "representation" else None
+            self.guided.backward(losses, penalty=penalty, representation=scoped)
+        else:
+            total = torch.stack(list(losses.values())).sum()
+            (total if penalty is None else total + penalty).backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if options.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, options.clip, norm)
+
+        # The one synchronisation of the step: everything that decides whether the weights may be touched, at
+        # once.
+        watched = {"gradient_norm": norm, **{f"loss/{name}": loss for name, loss in losses.items()}}
+        if penalty is not None:
+            watched["penalty"] = penalty
+        host_values = torch.stack(
+            [value.detach().double().reshape(()) for value in watched.values()]
+        ).tolist()
+        values = dict(zip(watched, host_values, strict=True))
+        if not all(math.isfinite(value) for value in host_values):
+            raise explain_non_finite(
+                batch, out.logits, losses | out.penalties, self.model.named_parameters(), step=self.step
+            )
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        for name, value in values.items():
+            entry = self.sums.setdefault(name, [0.0, 0.0])
+            entry[0] += value
+            entry[1] += 1.0
+        if self.step % options.log_steps == 0:
+            self._log_step(lr, values, out.penalties)
+
+    def _forward(self, batch: BagBatch) -> Any:
+        return self.model(**batch.inputs())
+
+    def _log_step(self, lr: float, values: Mapping[str, float], penalties: Mapping[str, Tensor]) -> None:
+        record: dict[str, Any] = {
+            "kind": "step",
+            "step": self.step,
+            "epoch": self.epoch,
+            "lr": lr,
+            "gradient_norm": values["gradient_norm"],
+            "losses": {name[5:]: value for name, value in values.items() if name.startswith("loss/")},
+        }
+        if penalties:
+            stacked = torch.stack(
+                [value.detach().double().reshape(()) for value in penalties.values()]
+            ).tolist()
+            record["penalties"] = dict(zip(penalties, stacked, strict=True))
+        if self.guided is not None:
+            record["sgl"] = self.guided.metrics()
+        self._write(record, step=self.step)
+
+    def _end_epoch(self) -> None:
+        options = self.config.train
+        record: dict[str, Any] = {
+            "kind": "epoch",
+            "step": self.step,
+            "epoch": self.epoch,
+            "train": {name: total / count for name, (total, count) in self.sums.items()},
+            "seconds": self.total_seconds,
+            "instances_per_second": self.instances / max(self.train_seconds, 1e-9),
+        }
+        score = math.nan
+        result: SplitResult | None = None
+        if self.val_set is not None and len(self.val_set) > 0:
+            result = self.evaluate(self.val_set)
+            score = result.mean_score
+            record["val"] = {
+                "losses": result.losses,
+                "tasks": result.tasks,
+                "mean_score": result.mean_score,
+                "view_consistency": result.view_consistency,
+            }
+        # Without a validation score the last weights are the best known.
+        better = not math.isfinite(score) or score > self.best_score
+        if better:
+            self.best_score = score if math.isfinite(score) else self.best_score
+            self.best_epoch = self.epoch
+            self.best_weights = {
+                name: value.detach().cpu().clone()
+                for name, value in self.evaluated_model.state_dict().items()
+            }
+        record["best_epoch"] = self.best_epoch
+        self._write(record, step=self.step)
+        self.epoch += 1
+        self.step_in_epoch = 0
+        self.sums = {}
+        self.finished = self.epoch >= options.epochs or (
+            options.patience > 0 and self.epoch - 1 - self.best_epoch >= options.patience
+        )
+        self.save()
+        if better and self.fabric.is_global_zero:
+            self.save_best()
+
+    def _write(self, record: dict[str, Any], *, step: int) -> None:
+        if not self.fabric.is_global_zero or self.log is None:
+            return
+        self.log.write(record)
+        if self.events is not None:
+            for tag, value in _scalars(record):
+                self.events.add_scalar(tag, value, step)
+
+    def evaluate(self, dataset: BagDataset, model: nn.Module | None = None) -> SplitResult:
+        """`evaluated_model` (or `model`) on `dataset`."""
+        return evaluate_dataset(model or self.evaluated_model, dataset, self.fabric, self.config.data)
+
+    # ---- checkpoints ----
+
+    def best_model(self) -> Any:
+        """A copy of the model with the best weights, in evaluation mode."""
+        model: Any = copy.deepcopy(self.evaluated_model)
+        if self.best_weights:
+            model.load_state_dict(self.best_weights)
+        return model.eval()
+
+    def save_best(self) -> None:
+        """Write the best weights as model.safetensors and config.json."""
+        save_model(self.best_model(), self.run.path)
+
+    def save(self) -> None:
+        """Write checkpoint.pt, whole or not at all."""
+        if not self.fabric.is_global_zero:
+            return
+        state = {
+            "version": CHECKPOINT_VERSION,
+            "config": as_dict(self.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sgl": self.guided.state_dict() if self.guided is not None else None,
+            "average": self.average.state_dict() if self.average is not None else None,
+            "random": random_state(),
+            "sampler": self.sampler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "step_in_epoch": self.step_in_epoch,
+            "instances": self.instances,
+            "train_seconds": self.train_seconds,
+            "total_seconds": self.total_seconds,
+            "sums": self.sums,
+            "best_score": self.best_score,
+            "best_epoch": self.best_epoch,
+            "best_weights": self.best_weights,
+            "finished": self.finished,
+            "log_offset": self.log.sync() if self.log is not None else 0,
+        }
+        save_torch(self.run.checkpoint, state)
+
+    def load(self) -> None:
+        """Continue from checkpoint.pt; a run killed before its first checkpoint begins anew.
+
+        Raises:
+            DataError: the file is no checkpoint of this version, or of a model of another shape.
+        """
+        path = self.run.checkpoint
+        if not path.is_file():
+            self.log = MetricsLog(self.run.log)
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            version = state["version"]
+        except Exception as error:
+            raise DataError(f"{path}: not a checkpoint: {' '.join(str(error).split())[:200]}") from None
+        if version != CHECKPOINT_VERSION:
+            raise DataError(f"{path}: version {version}, expected {CHECKPOINT_VERSION}")
+        check_same_run(as_dict(self.config), state["config"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.guided is not None:
+                self.guided.load_state_dict(state["sgl"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.sampler.load_state_dict(state["sampler"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: does not fit this model: {' '.join(str(error).split())[:300]}"
+            ) from None
+        self.epoch = state["epoch"]
+        self.step = state["step"]
+        self.step_in_epoch = state["step_in_epoch"]
+        self.instances = state["instances"]
+        self.train_seconds = state["train_seconds"]
+        self.total_seconds = state["total_seconds"]
+        self.sums = state["sums"]
+        self.best_score = state["best_score"]
+        self.best_epoch = state["best_epoch"]
+        self.best_weights = state["best_weights"]
+        # A run that had ended goes on only if it is given more epochs than it had.
+        self.finished = state["finished"] and self.config.train.epochs <= state["config"]["train"]["epochs"]
+        self.log = MetricsLog(self.run.log, offset=state["log_offset"])
+        set_random_state(state["random"])
+
+
+# What may change when a run is resumed; everything else decides what the weights become.
+_CHANGEABLE = (
+    "device",
+    "backend",
+    "data.workers",
+    "train.epochs",
+    "train.patience",
+    "train.checkpoint_steps",
+    "train.log_steps",
+)
+
+
+def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ConfigError naming the first key whose value must not differ from the checkpoint's."""
+    for key in sorted(now.keys() | then.keys()):
+        name = prefix + key
+        if name in _CHANGEABLE:
+            continue
+        here, there = now.get(key), then.get(key)
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            check_same_run(here, there, f"{name}.")
+        elif here != there:
+            raise ConfigError(
+                f"{name}: a resumed run keeps its configuration; expected {there!r}, got {here!r}"
+            )
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """The numbers in a nested record as (tag, value), for TensorBoard."""
+    found: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if not prefix and key in ("kind", "step", "epoch"):
+            continue
+        if isinstance(value, Mapping):
+            found.extend(_scalars(value, f"{prefix}{key}/"))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((prefix + key, float(value)))
+    return found
