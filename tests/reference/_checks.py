@@ -44,12 +44,17 @@ def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 
 def check_repeats(function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
-    """Outputs and gradients have the same bits each time, with two threads."""
+    """Outputs and gradients have the same bits each time, with two threads.
+
+    PyTorch raises at any operation that it knows not to be deterministic.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
     try:
         (outputs, gradients), *others = [with_gradients(function, inputs) for _ in range(3)]
     finally:
+        torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
     for other in others:
         assert same_bits(outputs + gradients, other[0] + other[1])
@@ -66,6 +71,22 @@ class _Largest(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.bytes = max(self.bytes, x.untyped_storage().nbytes())
         return result
+
+
+@contextmanager
+def saved_tensors() -> Iterator[dict[int, int]]:
+    """The bytes of every storage that forward keeps for backward, by address."""
+    kept: dict[int, Tensor] = {}
+    sizes: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        kept[storage.data_ptr()] = x  # alive, so that no address is used twice
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield sizes
 
 
 @contextmanager

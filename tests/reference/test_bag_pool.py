@@ -1,6 +1,7 @@
 """bag_pool against loops over bags, with empty bags, long bags and extreme scores."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,11 +32,11 @@ def loops(z: Tensor, scores: Tensor, ptr: list[int]) -> tuple[Tensor, Tensor, Te
     return pooled, entropy, lse
 
 
-def call(ptr: list[int]):  # type: ignore[no-untyped-def]
+def call(ptr: list[int]) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
     return lambda z, scores: bag_pool(z, scores, torch.tensor(ptr))
 
 
-def finite(ptr: list[int]):  # type: ignore[no-untyped-def]
+def finite(ptr: list[int]) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
     def function(z: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
         pooled, entropy, lse = bag_pool(z, scores, torch.tensor(ptr))
         return pooled, entropy, lse.masked_fill(lse == -math.inf, 0.0)  # finite differences of -inf are NaN

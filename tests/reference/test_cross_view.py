@@ -3,12 +3,15 @@
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
 from tests.reference._checks import check_gradients, check_repeats, leaf, same_bits, with_gradients
 from umda_fast.reference.cross_view import cross_view
+
+Array = npt.NDArray[np.float64]
 
 SHAPES = [(3, 1, 1, 3), (4, 2, 3, 5), (3, 3, 1, 7), (2, 5, 3, 1), (1, 5, 2, 3)]
 
@@ -28,7 +31,9 @@ def some_mask(n: int, views: int) -> Tensor:
     return mask
 
 
-def loops(q, k, v, gate_logits, bias, mask):  # type: ignore[no-untyped-def]
+def loops(
+    q: Array, k: Array, v: Array, gate_logits: Array, bias: Array, mask: npt.NDArray[np.bool_]
+) -> tuple[Array, ...]:
     """The formula of section 1, one number at a time."""
     n, views, heads, width = q.shape
     out, mass = np.zeros((n, views, heads, width)), np.zeros((n, views, views))

@@ -13,6 +13,7 @@ from tests.reference._checks import (
     largest_tensor,
     leaf,
     same_bits,
+    saved_tensors,
     with_gradients,
 )
 from umda_fast.reference import neighbors as module
@@ -303,7 +304,11 @@ def test_pieces_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with largest_tensor() as largest:
         with_gradients(every_op(graph), arguments)
     bound = 8 * max(tile, (n + 1) * heads * width, n * k * heads)
-    assert largest.bytes <= bound < 4 * n * k * heads * width / 4
+    gathered = 4 * n * k * heads * width
+    assert largest.bytes <= bound < gathered / 4
+    with saved_tensors() as saved:
+        every_op(graph)(*arguments)
+    assert sum(saved.values()) < gathered
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

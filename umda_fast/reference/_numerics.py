@@ -37,7 +37,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 def scatter_sum(values: Tensor, index: Tensor, count: int) -> Tensor:
     """``out[index[e]] += values[e]``, out [count, ...], in a fixed order. Its gradient is `gather`."""
     if index.numel() == 0:
-        return values.sum(0).expand(count, *values.shape[1:])
+        return values.sum(0).expand(count, *values.shape[1:]).clone(memory_format=torch.contiguous_format)
     flat = values.reshape(values.shape[0], math.prod(values.shape[1:]))
     out: Tensor = torch.ops.aten.embedding_dense_backward(flat, index, count, -1, False)
     return out.reshape(count, *values.shape[1:])
