@@ -1,1 +1,2 @@
-"""Triton kernels, installed as ``umda_fast.kernels``; a module here imports triton, so it is imported on first use."""
+"""Triton kernels, installed as ``umda_fast.kernels``. Its modules import triton, so import them on first
+use."""

@@ -1,0 +1,32 @@
+"""Triton reads TRITON_INTERPRET when it is imported: a process either interprets kernels or compiles them.
+
+A plain pytest run collects what compiles, and ``test_interpreter.py``, which runs the rest in processes of
+their own with TRITON_INTERPRET=1. With that variable set, pytest collects the interpreted tests directly.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+collect_ignore = (
+    ["test_compile.py", "test_interpreter.py"]
+    if INTERPRETED
+    else ["test_cross_view.py", "test_cross_view_tokens.py", "test_knn.py"]
+)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.empty`` holds NaN (or the lowest integer), so that an element nobody wrote is seen."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        x = empty(*args, **kwargs)
+        if x.device.type != "meta":
+            x.fill_(float("nan") if x.dtype.is_floating_point else torch.iinfo(x.dtype).min)
+        return x
+
+    monkeypatch.setattr(torch, "empty", poisoned)
