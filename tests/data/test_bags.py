@@ -99,9 +99,21 @@ class TestBatch:
         assert all(tensor.is_meta for tensor in moved)
         assert batch.names == ["one"]
 
+    def test_pin_memory_pins_every_tensor(self, monkeypatch):
+        pinned = []
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+        batch = collate([make_bag(coords=torch.ones(4, 2))], VIEWS, TASKS)
+        batch.pin_memory()
+        held = [batch.mask, batch.ptr, batch.coords]
+        for tensors in (batch.views, batch.labels, batch.label_mask):
+            held += tensors.values()
+        assert {id(tensor) for tensor in pinned} == {id(tensor) for tensor in held}
+
     def test_dtypes_of_a_view_may_not_differ(self):
         half = make_bag(1, "half", views={"a": torch.ones(1, 3).half(), "b": torch.ones(1, 2)})
-        with pytest.raises(DataError, match="bag 'half': view 'a': expected dtype torch.float32 as in bag 'one'"):
+        with pytest.raises(
+            DataError, match=r"bag 'half': view 'a': expected dtype torch\.float32 as in bag 'one'"
+        ):
             collate([make_bag(), half], VIEWS, TASKS)
         assert collate([half], VIEWS, TASKS).views["a"].dtype == torch.float16
 
@@ -184,7 +196,9 @@ class CountingStore:
     def load(self, index):
         self.loaded.append(index)
         features = torch.full((int(self.sizes[index]), self.width), float(index))
-        return Bag(self.names[index], {"a": features}, labels={"sick": torch.tensor(self.labels["sick"][index])})
+        return Bag(
+            self.names[index], {"a": features}, labels={"sick": torch.tensor(self.labels["sick"][index])}
+        )
 
 
 class TestDataset:
@@ -290,7 +304,9 @@ class TestFromArrays:
         assert kept[0].views["a"].dtype == torch.bfloat16
 
     def test_pickles(self):
-        dataset = BagDataset.from_arrays({"a": np.ones((3, 2))}, [0, 1, 3], {"age": [1.5, 2.5]}, names=["p", "q"])
+        dataset = BagDataset.from_arrays(
+            {"a": np.ones((3, 2))}, [0, 1, 3], {"age": [1.5, 2.5]}, names=["p", "q"]
+        )
         again = pickle.loads(pickle.dumps(dataset))
         assert again.names == ["p", "q"]
         torch.testing.assert_close(again[1].views["a"], dataset[1].views["a"])
@@ -302,7 +318,10 @@ class TestFromArrays:
             ({"views": {"a": np.ones(6)}}, "set: view 'a': expected [N, d]"),
             ({"views": {"a": np.ones((6, 0))}}, "set: view 'a': expected [N, d] with d at least 1"),
             ({"views": {"a": np.full((6, 1), "x")}}, "set: view 'a': expected numbers"),
-            ({"views": {"a": [[1.0], [2.0, 3.0]]}}, "set: view 'a': expected an array, got rows of different"),
+            (
+                {"views": {"a": [[1.0], [2.0, 3.0]]}},
+                "set: view 'a': expected an array, got rows of different",
+            ),
             (
                 {"views": {"a": np.ones((6, 1)), "b": np.ones((5, 1))}},
                 "set: view 'b': expected 6 rows as in view 'a', got 5",
@@ -313,8 +332,14 @@ class TestFromArrays:
             ({"ptr": []}, "set: ptr: expected integers [B+1]"),
             ({"ptr": [0.0, 6.0]}, "set: ptr: expected integers [B+1]"),
             ({"ptr": [[0, 6]]}, "set: ptr: expected integers [B+1]"),
-            ({"labels": {"y": [0, 1, 1]}}, "set: labels 'y': expected 2 rows, one for each bag, got shape [3]"),
-            ({"labels": {"y": [0, 3]}, "kinds": [TaskSpec("y", "multiclass", 3)]}, "labels 'y': expected a class"),
+            (
+                {"labels": {"y": [0, 1, 1]}},
+                "set: labels 'y': expected 2 rows, one for each bag, got shape [3]",
+            ),
+            (
+                {"labels": {"y": [0, 3]}, "kinds": [TaskSpec("y", "multiclass", 3)]},
+                "labels 'y': expected a class",
+            ),
             ({"names": ["x"]}, "set: names: expected 2"),
             ({"names": ["x", "x"]}, "set: bag 'x': expected distinct names"),
             ({"mask": np.ones((6, 2))}, "set: mask: expected [6, 1]"),

@@ -108,7 +108,11 @@ def test_a_sequence_of_specs_chooses_tasks_and_allows_absent_ones():
         (["no", "x"], TaskSpec("y", "binary", labels=("no", "yes")), "expected one of no, yes, got 'x'"),
         ([[0, 2], [1, 0]], None, "expected values of 0 or 1, got 2 in row 0"),
         ([[0, 1], [1, NAN]], None, "all there or all missing, got both in row 1"),
-        ([[0, 1, 1], [1, 0, 1]], TaskSpec("y", "multilabel", 2), "expected 2 columns, one for each label, got 3"),
+        (
+            [[0, 1, 1], [1, 0, 1]],
+            TaskSpec("y", "multilabel", 2),
+            "expected 2 columns, one for each label, got 3",
+        ),
         ([0, 1], "multilabel", "expected [B, C] for multilabel, got [2]"),
         ([[0, 1], [1, 1]], "binary", "expected [B] for binary, got [2, 2]"),
         ([["a", "b"], ["c", "d"]], None, "expected values of 0 or 1 for multilabel"),

@@ -65,5 +65,5 @@ def test_bad_view(name, width, error):
 
 def test_names_are_distinct():
     check_distinct("views", [ViewSpec("a", 1), ViewSpec("b", 1)])
-    with pytest.raises(ValueError, match="views: .* got a more than once"):
+    with pytest.raises(ValueError, match=r"views: .* got a more than once"):
         check_distinct("views", [ViewSpec("a", 1), ViewSpec("b", 1), ViewSpec("a", 2)])

@@ -6,6 +6,7 @@ missing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, cast
@@ -283,8 +284,10 @@ def fit_regression(spec: TaskSpec, column: FloatArray) -> TaskSpec:
     present = column[~np.isnan(column)]
     if len(present) == 0:
         return replace(spec, mean=0.0, std=1.0)
-    std = float(present.std())
-    return replace(spec, mean=float(present.mean()), std=std if std > 0.0 else 1.0)
+    # fsum is exact, so that every machine standardises alike.
+    mean = math.fsum(present) / len(present)
+    std = math.sqrt(math.fsum((present - mean) ** 2) / len(present))
+    return replace(spec, mean=mean, std=std if std > 0.0 else 1.0)
 
 
 def fit_tasks(

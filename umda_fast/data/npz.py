@@ -63,14 +63,13 @@ def read_npz(path: str) -> Arrays:
         DataError: the file cannot be read, is cut short, or holds objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: expected an .npz archive of named arrays, got one .npy array")
-            return {name: archive[name] for name in archive.files}
-    except DataError:
-        raise
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.lib.npyio.NpzFile):
+            with archive:
+                return {name: archive[name] for name in archive.files}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: expected a readable .npz file of plain arrays, got: {error}") from error
+    raise DataError(f"{path}: expected an .npz archive of named arrays, got one .npy array")
 
 
 def _views(path: str, arrays: Arrays) -> Arrays:
@@ -106,22 +105,29 @@ def _check_keys(path: str, arrays: Arrays, views: Arrays) -> None:
         )
 
 
-def _labels(path: str, arrays: Arrays, kinds: KindOverrides | None) -> Arrays:
+def _labels(path: str, arrays: Arrays, kinds: KindOverrides | None) -> tuple[Arrays, KindOverrides | None]:
+    """The labels of every task, and the kinds with the names of Y's columns where Y is one task."""
     labels = {"y": arrays["y"]} if "y" in arrays else {}
     labels |= {name.removeprefix("y_"): array for name, array in arrays.items() if name.startswith("y_")}
     if "Y" not in arrays:
         if "tasks" in arrays:
             raise DataError(f"{path}: tasks: expected beside Y [B, T], whose columns it names; there is no Y")
-        return labels
+        return labels, kinds
     matrix = arrays["Y"]
     if matrix.ndim != 2:
         raise DataError(f"{path}: Y: expected [B, T], got {list(matrix.shape)}; one task is called y")
-    whole = isinstance(kinds, Mapping) and "Y" in kinds
-    if "tasks" not in arrays or whole:
-        labels["Y"] = matrix
-        return labels
+    if "tasks" not in arrays:
+        return {**labels, "Y": matrix}, kinds
     names = _strings(path, "tasks", arrays["tasks"], matrix.shape[1], "column of Y")
-    return {**labels, **{name: matrix[:, column] for column, name in enumerate(names)}}
+    if "Y" in _names(kinds):
+        if isinstance(kinds, Mapping) and kinds["Y"] == "multilabel":
+            kinds = {**kinds, "Y": {"kind": "multilabel", "classes": len(names), "labels": names}}
+        return {**labels, "Y": matrix}, kinds
+    return {**labels, **{name: matrix[:, column] for column, name in enumerate(names)}}, kinds
+
+
+def _names(kinds: KindOverrides | None) -> list[str]:
+    return list(kinds) if isinstance(kinds, Mapping) else [spec.name for spec in kinds or ()]
 
 
 def _strings(path: str, key: str, array: npt.NDArray[Any], expected: int, what: str) -> list[str]:
@@ -145,7 +151,7 @@ def open_npz(path: str, kinds: KindOverrides | None = None, ignore: Sequence[str
     def strings(key: str) -> list[str] | None:
         return _strings(path, key, arrays[key], bags, "bag") if key in arrays else None
 
-    labels = _labels(path, arrays, kinds)
+    labels, kinds = _labels(path, arrays, kinds)
     if ptr is None:
         for name, array in labels.items():
             if len(array) != bags:
