@@ -73,10 +73,19 @@ class TestBatch:
         assert batch.mask.tolist() == [*mask.tolist(), [True, False]]
         assert torch.isnan(features[1:]).all(), "the bag's own features were written to"
 
+    def test_a_bag_alone_is_not_copied_unless_it_has_holes(self):
+        bag = make_bag(3, mask=torch.tensor([[True, True], [True, False], [True, True]]))
+        batch = collate([bag], VIEWS, TASKS)
+        assert batch.views["a"].data_ptr() == bag.views["a"].data_ptr()
+        assert batch.views["b"].tolist() == [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
+        assert bag.views["b"].tolist() == [[1.0, 1.0]] * 3
+
     def test_a_view_that_no_bag_has(self):
         batch = collate([Bag("x", {"a": torch.ones(2, 3)})], VIEWS, ())
         assert batch.views["b"].tolist() == [[0.0, 0.0], [0.0, 0.0]]
         assert not batch.mask[:, 1].any()
+        batch = collate([Bag("x", {"a": torch.ones(2, 3, dtype=torch.float64)})], VIEWS, ())
+        assert batch.views["b"].dtype == torch.float64
 
     def test_no_bags(self):
         batch = collate([], VIEWS, TASKS)

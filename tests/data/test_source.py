@@ -57,6 +57,10 @@ class TestRecognition:
             load_source(kinds={})
         with pytest.raises(DataError, match="digits: option 'ptr'"):
             load_folds(ptr=1)
+        with pytest.raises(
+            DataError, match="option 'test_share': expected one of kinds, val_share, class_weights"
+        ):
+            load_folds(generated[1]["bags"], test_share=0.1)
         with pytest.raises(DataError, match="nowhere: expected a readable"):
             load_source("nowhere", format="npz")
         assert load_source(generated[1]["bags"], format="npz").name == "bags"

@@ -7,7 +7,7 @@ on disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -188,7 +188,7 @@ class BagBatch:
         """The batch in page-locked memory. Needs an accelerator, like `torch.Tensor.pin_memory`."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, move: Any) -> BagBatch:
+    def _map(self, move: Callable[[Tensor], Tensor]) -> BagBatch:
         return BagBatch(
             views={name: move(features) for name, features in self.views.items()},
             mask=move(self.mask),
@@ -201,7 +201,7 @@ class BagBatch:
 
 
 def collate(bags: Sequence[Bag], views: Sequence[ViewSpec], tasks: Sequence[TaskSpec]) -> BagBatch:
-    """Pack bags into one batch, in the order given.
+    """Pack bags into one batch, in the order given. A batch of one bag shares the bag's features.
 
     Raises:
         DataError: a bag does not fit the specs; dtypes of a view differ between bags; only some bags have
@@ -236,7 +236,8 @@ def _mask(bag: Bag, views: Sequence[ViewSpec]) -> Tensor:
 def _collate_view(bags: Sequence[Bag], view: ViewSpec, present: Tensor) -> Tensor:
     given = [bag for bag in bags if view.name in bag.views]
     if not given:
-        return torch.zeros(present.shape[0], view.width)
+        other = next(iter(bags[0].views.values())) if bags else torch.empty(0)
+        return other.new_zeros(present.shape[0], view.width)
     first = given[0].views[view.name]
     for bag in given:
         if bag.views[view.name].dtype != first.dtype:
@@ -248,9 +249,10 @@ def _collate_view(bags: Sequence[Bag], view: ViewSpec, present: Tensor) -> Tenso
         bag.views[view.name] if view.name in bag.views else first.new_zeros(len(bag), view.width)
         for bag in bags
     ]
-    packed = torch.cat(parts)
+    # A bag too large to copy without need is a batch of its own.
+    packed = torch.cat(parts) if len(parts) > 1 else parts[0]
     # Not a product with the mask: missing rows may hold NaN.
-    return packed if bool(present.all()) else packed.masked_fill_(~present[:, None], 0.0)
+    return packed if bool(present.all()) else packed.masked_fill(~present[:, None], 0.0)
 
 
 def _collate_labels(

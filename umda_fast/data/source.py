@@ -35,11 +35,11 @@ class SourceFormat:
     fold: Callable[..., Iterator[Splits]]
     is_path: bool = True
 
-    def options(self) -> tuple[str, ...]:
-        """Names of the options that `load` takes."""
-        parameters = inspect.signature(self.load).parameters.values()
+    def options(self, folds: bool = False) -> tuple[str, ...]:
+        """Names of the options that `load`, or for cross-validation `fold`, takes."""
+        parameters = inspect.signature(self.fold if folds else self.load).parameters.values()
         names = (parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
-        return tuple(name for name in names if name != "seed")
+        return tuple(name for name in names if name not in ("seed", "folds", "repeats"))
 
 
 FORMATS: tuple[SourceFormat, ...] = (
@@ -82,16 +82,16 @@ def find_format(source: str, format: str | None = None) -> SourceFormat:
 
 
 def _checked(
-    source: str | PathLike[str], format: str | None, options: dict[str, Any], function: str
+    source: str | PathLike[str], format: str | None, options: dict[str, Any], folds: bool
 ) -> tuple[SourceFormat, list[str]]:
     """The source's kind and its positional arguments, after a look at the options."""
     text = fspath(source)
     known = find_format(text, format)
-    understood = inspect.signature(getattr(known, function)).parameters
+    understood = known.options(folds)
     for name in options:
         if name not in understood:
             raise DataError(
-                f"{text}: option {name!r}: expected one of {', '.join(known.options())} for {known.name}"
+                f"{text}: option {name!r}: expected one of {', '.join(understood)} for {known.name}"
             )
     return known, [text] if known.is_path else []
 
@@ -111,7 +111,7 @@ def load_source(
     Raises:
         DataError: naming the source and what in it was wrong, or what is understood.
     """
-    known, where = _checked(source, format, options, "load")
+    known, where = _checked(source, format, options, folds=False)
     return known.load(*where, seed=seed, **options)
 
 
@@ -132,5 +132,5 @@ def load_folds(
     Raises:
         DataError: as `load_source`; folds or repeats out of range.
     """
-    known, where = _checked(source, format, options, "fold")
+    known, where = _checked(source, format, options, folds=True)
     return known.fold(*where, folds=folds, repeats=repeats, seed=seed, **options)
