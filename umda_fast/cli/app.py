@@ -135,9 +135,8 @@ def train(
     )
     console = _console()
     console.print(metrics_table({"": result.metrics["tasks"]}, title=f"Split {result.split}"))
-    console.print(
-        f"mean_score {_number(result.metrics['mean_score'])} after {result.metrics['seconds']:.0f} s of training"
-    )
+    score, seconds = result.metrics["mean_score"], result.metrics["seconds"]
+    console.print(f"mean_score {_number(score)} after {seconds:.0f} s of training")
     console.print(f"run directory: {result.directory}, plots in {result.directory / 'plots'}", soft_wrap=True)
 
 
@@ -188,7 +187,7 @@ def evaluate(
 
 
 @app.command(
-    epilog="Example: umda-fast predict runs/first --data slides/ --out predictions.csv --attention attention.h5"
+    epilog="Example: umda-fast predict runs/first --data new.npz --out predicted.csv --attention attention.h5"
 )
 def predict(
     run: RunDir,

@@ -91,7 +91,7 @@ class _AdaptedStore:
         columns = dataset.labels
         self.labels = {task.name: self._column(task, columns.get(task.name)) for task in self._tasks}
 
-    def _column(self, task: TaskSpec, column: np.ndarray | None) -> np.ndarray:  # type: ignore[type-arg]
+    def _column(self, task: TaskSpec, column: np.ndarray | None) -> np.ndarray:
         bags = len(self.names)
         if column is None:
             return np.full((bags, task.classes) if task.kind == "multilabel" else (bags,), np.nan)

@@ -171,7 +171,7 @@ def _keys(config: type, prefix: str = "") -> list[str]:
     for item in dataclasses.fields(config):
         keys.append(prefix + item.name)
         if dataclasses.is_dataclass(hints[item.name]):
-            keys.extend(_keys(hints[item.name], f"{prefix}{item.name}."))  # type: ignore[arg-type]
+            keys.extend(_keys(hints[item.name], f"{prefix}{item.name}."))
     return keys
 
 

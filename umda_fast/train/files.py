@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-__all__ = ["atomic_file", "json_ready", "save_torch", "write_json", "write_text"]
+__all__ = ["atomic_file", "json_ready", "save_torch", "shared_mode", "write_json", "write_text"]
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, shared_mode())
         os.replace(name, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -41,12 +41,11 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _sync_directory(target.parent)
 
 
-def _umask() -> int:
-    # The umask can only be read by setting it; mkstemp's 0600 would lock colleagues out of a shared run
-    # directory.
-    mask = os.umask(0o022)
+def shared_mode() -> int:
+    """The permissions `open` gives a new file; mkstemp's 0600 locks colleagues out of a run directory."""
+    mask = os.umask(0o022)  # it can only be read by setting it
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask
 
 
 def _sync_directory(directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class TaskMetrics(nn.Module):
         self.tasks = tuple(tasks)
         self.metrics = nn.ModuleDict(
             {f"task_{i}": nn.ModuleDict(_metrics(t)) for i, t in enumerate(self.tasks)}
-        )  # type: ignore[arg-type]
+        )
         self.seen: list[list[Tensor]] = [[] for _ in self.tasks]
 
     @torch.no_grad()
@@ -82,7 +83,8 @@ class TaskMetrics(nn.Module):
                 metric.update(prediction, target)
 
     def _of(self, index: int) -> dict[str, Metric]:
-        return dict(self.metrics[f"task_{index}"].items())  # type: ignore[operator, arg-type, union-attr]
+        metrics = cast(nn.ModuleDict, self.metrics[f"task_{index}"])
+        return cast("dict[str, Metric]", dict(metrics.items()))
 
     def compute(self) -> dict[str, dict[str, float]]:
         result: dict[str, dict[str, float]] = {}

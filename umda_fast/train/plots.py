@@ -67,7 +67,7 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(stream, format="png", dpi=130)
 
 
-def _series(records: Sequence[Mapping[str, Any]], get: Callable[[Mapping[str, Any]], Any]) -> np.ndarray:  # type: ignore[type-arg]
+def _series(records: Sequence[Mapping[str, Any]], get: Callable[[Mapping[str, Any]], Any]) -> np.ndarray:
     values = []
     for record in records:
         try:
@@ -117,12 +117,19 @@ def plot_metrics(epochs: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec])
     x = [record["epoch"] + 1 for record in epochs]
     for axis, task in zip(axes, tasks, strict=False):
         names = list(epochs[-1].get("val", {}).get("tasks", {}).get(task.name, {}))
+        names.sort(key=lambda metric: metric != PRIMARY[task.kind])
         lines = 0
         for index, metric in enumerate(names):
             y = _series(epochs, lambda r, n=task.name, m=metric: r["val"]["tasks"][n][m])  # type: ignore[misc]
+            label = _LABELS.get(metric, metric)
             if metric == "mae":  # its unit is not that of the others
+                other = axis.twinx()
+                other.spines["top"].set_visible(False)
+                _line(other, x, y, **_style(index))
+                other.set_ylabel(label, color=_style(index)["color"])
+                other.set_ylim(bottom=0)
                 continue
-            lines += _line(axis, x, y, label=_LABELS.get(metric, metric), **_style(index))
+            lines += _line(axis, x, y, label=label, **_style(index))
         axis.set(title=task.name, xlabel="epoch", ylabel="score (1 is perfect)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(axis, lines)
@@ -138,8 +145,9 @@ def plot_metrics(epochs: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec])
     )
     if best >= 0 and lines:
         axis.axvline(best + 1, color="0.5", linewidth=1, linestyle=":", label=f"best epoch ({best + 1})")
-    used = ", ".join(sorted({_LABELS[PRIMARY[task.kind]] for task in tasks}))
-    axis.set(title=f"mean_score (of {used})", xlabel="epoch", ylabel="score (1 is perfect)")
+    axis.set(
+        title="mean_score (mean of each task's blue line)", xlabel="epoch", ylabel="score (1 is perfect)"
+    )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axis, lines + 1)
     figure.suptitle("Validation metrics by epoch")
@@ -171,6 +179,7 @@ def plot_cosines(steps: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec]) 
     FigureCanvasAgg(figure)
     x = [record["step"] for record in steps]
     mean = np.eye(len(names))
+    largest = 0.1
     if draw_lines:
         axis = figure.add_subplot(1, 2, 1)
         axis.grid(True, color="0.9", linewidth=0.8)
@@ -180,11 +189,12 @@ def plot_cosines(steps: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec]) 
         if np.isfinite(y).any():
             i, j = names.index(first), names.index(second)
             mean[i, j] = mean[j, i] = np.nanmean(y)
+            largest = max(largest, float(np.nanmax(np.abs(y))))
         if draw_lines:
             _line(axis, x, y, label=f"{first}, {second}", **_style(index))
     if draw_lines:
         axis.axhline(0.0, color="0.3", linewidth=1)
-        axis.set_ylim(-1.05, 1.05)
+        axis.set_ylim(-1.1 * largest, 1.4 * largest)  # room for the legend
         axis.set(
             title="By step (below 0: the tasks conflict)", xlabel="step", ylabel="cosine of the gradients"
         )
@@ -199,7 +209,7 @@ def plot_cosines(steps: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec]) 
 def _heatmap(
     figure: Figure,
     axis: Axes,
-    values: np.ndarray,  # type: ignore[type-arg]
+    values: np.ndarray,
     rows: Sequence[str],
     columns: Sequence[str],
     *,
@@ -224,7 +234,7 @@ def _heatmap(
 
 
 def _matrix(
-    values: np.ndarray,  # type: ignore[type-arg]
+    values: np.ndarray,
     names: Sequence[str],
     *,
     title: str,

@@ -73,7 +73,8 @@ class ProgressReport:
                 console=self.console,
                 transient=True,
             )
-            self._task = self._bar.add_task(self.title, total=1.0, completed=self._start_share, status="")
+            self._task = self._bar.add_task(self.title, total=1.0, status="")
+            self._bar.update(self._task, completed=self._start_share)
             self._bar.start()
         return self
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from umda_fast.errors import DataError
-from umda_fast.train.files import json_ready
+from umda_fast.train.files import json_ready, shared_mode
 
 __all__ = ["MetricsLog", "RunDirectory", "read_metrics", "save_model"]
 
@@ -111,6 +111,7 @@ def save_model(model: _Saves, directory: Path) -> None:
         for file in sorted(temporary.iterdir()):
             with open(file, "rb+") as stream:
                 os.fsync(stream.fileno())
+            file.chmod(shared_mode())  # some writers leave 0600
             os.replace(file, directory / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -200,7 +200,7 @@ class Trainer:
             self.guided.backward(losses, penalty=penalty, representation=scoped)
         else:
             total = torch.stack(list(losses.values())).sum()
-            (total if penalty is None else total + penalty).backward()  # type: ignore[no-untyped-call]
+            (total if penalty is None else total + penalty).backward()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if options.clip > 0:
