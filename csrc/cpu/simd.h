@@ -4,7 +4,10 @@
 //                                                   read as 0 and are not written), 0 <= n <= kWidth
 //   splat(x) zero() fma(a, b, c) = a*b+c  max(a, b) sum(v) largest(v) exp(v)
 //   a + b, a - b, a * b, a / b                      the compiler's own vector operators
+//   sums(a, b, c, d, to)                            to[0..3] = sum(a), sum(b), sum(c), sum(d), cheaper than four
+//   stream(p, v)                                    store past the caches; p aligned to the vector
 //   to_float(x) from_float<T>(f)                    scalar conversions, round to nearest even
+//   min(a, b) at_least(a, b)                        bit i of the latter: a[i] >= b[i], false for NaN
 //
 // sum() adds in one fixed order. Only for kernel files, which are compiled with UMDA_ISA set.
 #pragma once
@@ -167,6 +170,17 @@ UMDA_INLINE float sum(Vec v) {
   return sum4(_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 }
 
+UMDA_INLINE void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+  const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const Vec cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const Vec all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0)),
+                                _mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2)));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+UMDA_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
+UMDA_INLINE void stream_fence() { _mm_sfence(); }
+
 // 2^n * x, n integral.
 UMDA_INLINE Vec scale_by_power(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
 UMDA_INLINE Vec round_nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -224,6 +238,16 @@ UMDA_INLINE float sum(Vec v) {
   return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
 }
 
+UMDA_INLINE void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+  const Vec ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const Vec cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  const Vec all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0)),
+                                _mm256_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2)));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+UMDA_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+UMDA_INLINE void stream_fence() { _mm_sfence(); }
+
 UMDA_INLINE Vec round_nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 #else
@@ -267,6 +291,15 @@ UMDA_INLINE void store(T* p, Vec v) {
 }
 
 UMDA_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+UMDA_INLINE void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+  to[0] = sum(a);
+  to[1] = sum(b);
+  to[2] = sum(c);
+  to[3] = sum(d);
+}
+UMDA_INLINE void stream(float* p, Vec v) { store(p, v); }
+UMDA_INLINE void stream_fence() {}
 
 // The sum pushes the fraction out of the mantissa. |x| < 2^22.
 UMDA_INLINE Vec round_nearest(Vec x) { return (x + splat(0x1.8p23f)) - splat(0x1.8p23f); }
@@ -335,6 +368,35 @@ UMDA_INLINE float exp(float x) {
   float lane[kWidth];
   store(lane, v);
   return lane[0];
+}
+
+// ---- comparisons -----------------------------------------------------------------------------------------
+
+// As x86's: the second one when either is NaN.
+UMDA_INLINE Vec min(Vec a, Vec b) {
+#if defined(UMDA_ISA_AVX512)
+  return _mm512_min_ps(a, b);
+#elif defined(UMDA_ISA_AVX2)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+UMDA_INLINE uint32_t at_least(Vec a, Vec b) {
+#if defined(UMDA_ISA_AVX512)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+#elif defined(UMDA_ISA_AVX2)
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+#elif UMDA_X86
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)(a >= b)));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kWidth; ++i) {
+    mask |= static_cast<uint32_t>(a[i] >= b[i]) << i;
+  }
+  return mask;
+#endif
 }
 
 // Vectors of T in a cache line of 64 bytes.
