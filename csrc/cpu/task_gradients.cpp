@@ -1,0 +1,201 @@
+// Per-task gradient statistics and their combination.
+//
+//   ema[t] <- beta ema[t] + (1 - beta) g[t];   gram[s,t] = (c[s] ema[s]).(c[t] ema[t]);   out = sum_t w[t] ema[t]
+//
+// Traffic: statistics reads g and ema once and writes ema (3*T*P elements), the combination reads ema and writes out
+// (T*P + P). Work: T*(T+1)/2 multiply-adds per column: bound by memory up to T = 30 or so.
+//
+// Columns are cut into spans whose rows of ema stay in the level-2 cache: a span is smoothed task by task, then its
+// products are taken. Products are summed in float32 over at most kChain columns, kWidth sums side by side, and from
+// there on in float64. Spans form groups, whatever the number of threads; a group has its own sums, and those of all
+// groups are added in order.
+#include "task_gradients.h"
+
+#include "parallel.h"
+#include "scratch.h"
+#include "simd.h"
+
+namespace umda::UMDA_ISA {
+namespace {
+
+constexpr int64_t kSpanElements = 1 << 15;  // of ema, all tasks together: 128 KB
+constexpr int64_t kChain = 1024;
+constexpr int64_t kMinGroup = 1 << 14;
+constexpr int64_t kMaxGroups = 512;
+constexpr int kTile = 4;  // tasks x tasks of which products are held in registers
+
+int64_t span_columns(int64_t tasks) {
+  const int64_t fit = kSpanElements / tasks / kChain * kChain;
+  return fit < kChain ? kChain : fit;
+}
+
+int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+template <class G>
+void smooth(float* ema, const G* grad, int64_t count, Vec keep, Vec take) {
+  const auto step = [&](int64_t i) UMDA_LAMBDA_INLINE { store(ema + i, fma(keep, load(ema + i), take * load(grad + i))); };
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+    step(i);
+    step(i + kWidth);
+    step(i + 2 * kWidth);
+    step(i + 3 * kWidth);
+  }
+  for (; i < count; i += kWidth) {
+    const int n = static_cast<int>(smaller<int64_t>(kWidth, count - i));
+    store(ema + i, fma(keep, load(ema + i, n), take * load(grad + i, n)), n);
+  }
+}
+
+// products[s, t] += rows[first + s] . rows[second + t] over `count` <= kChain columns, for a tile of tasks. Tasks past
+// the end stand for the last one. On the diagonal, s <= t only.
+template <bool kDiagonal>
+void add_tile(const float* rows, int64_t stride, int64_t tasks, int64_t first, int64_t second, int64_t count,
+              double* products) {
+  const float *left[kTile], *right[kTile];
+  for (int i = 0; i < kTile; ++i) {
+    left[i] = rows + smaller(first + i, tasks - 1) * stride;
+    right[i] = rows + smaller(second + i, tasks - 1) * stride;
+  }
+  Vec sums[kTile][kTile];
+  for (int s = 0; s < kTile; ++s) {
+    for (int t = 0; t < kTile; ++t) {
+      sums[s][t] = zero();
+    }
+  }
+  const auto step = [&](auto&& read) UMDA_LAMBDA_INLINE {
+    Vec column[kTile];
+    for (int t = 0; t < kTile; ++t) {
+      column[t] = read(right[t]);
+    }
+    for (int s = 0; s < kTile; ++s) {
+      const Vec row = kDiagonal ? column[s] : read(left[s]);
+      for (int t = kDiagonal ? s : 0; t < kTile; ++t) {
+        sums[s][t] = fma(row, column[t], sums[s][t]);
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    step([i](const float* p) UMDA_LAMBDA_INLINE { return load(p + i); });
+  }
+  if (i < count) {
+    const int n = static_cast<int>(count - i);
+    step([i, n](const float* p) UMDA_LAMBDA_INLINE { return load(p + i, n); });
+  }
+  for (int s = 0; s < kTile; ++s) {
+    for (int t = kDiagonal ? s : 0; t < kTile; ++t) {
+      if (first + s < tasks && second + t < tasks) {
+        products[(first + s) * tasks + second + t] += static_cast<double>(sum(sums[s][t]));
+      }
+    }
+  }
+}
+
+void add_products(const float* rows, int64_t stride, int64_t tasks, int64_t count, double* products) {
+  for (int64_t begin = 0; begin < count; begin += kChain) {
+    const int64_t chain = smaller(kChain, count - begin);
+    for (int64_t first = 0; first < tasks; first += kTile) {
+      add_tile<true>(rows + begin, stride, tasks, first, first, chain, products);
+      for (int64_t second = first + kTile; second < tasks; second += kTile) {
+        add_tile<false>(rows + begin, stride, tasks, first, second, chain, products);
+      }
+    }
+  }
+}
+
+// The piece that holds a column.
+int64_t piece_of(const TaskGradientStatistics& a, int64_t column) {
+  int64_t low = 0, high = a.pieces;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (a.piece_begin[middle] <= column ? low : high) = middle;
+  }
+  return low;
+}
+
+void smooth_span(const TaskGradientStatistics& a, int64_t task, int64_t begin, int64_t end, int64_t piece) {
+  const Vec keep = splat(static_cast<float>(a.beta)), take = splat(static_cast<float>(1.0 - a.beta));
+  float* const ema = a.ema + task * a.ema_stride;
+  for (int64_t column = begin; column < end; ++piece) {
+    const int64_t stop = smaller(end, a.piece_begin[piece + 1]);
+    const int64_t tensor = task * a.pieces + piece, offset = column - a.piece_begin[piece];
+    if (stop > column) {
+      UMDA_DISPATCH_DTYPE(a.types[tensor], smooth(ema + column, static_cast<const scalar_t*>(a.grads[tensor]) + offset,
+                                                  stop - column, keep, take));
+      column = stop;
+    }
+  }
+}
+
+template <class T>
+void combine(const TaskGradientCombination& a, int64_t begin, int64_t end) {
+  T* const out = static_cast<T*>(a.out);
+  constexpr int kVecs = 4;
+  int64_t p = begin;
+  for (; p + kVecs * kWidth <= end; p += kVecs * kWidth) {
+    Vec total[kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      total[v] = zero();
+    }
+    const float* row = a.ema + p;
+    for (int64_t t = 0; t < a.tasks; ++t, row += a.ema_stride) {
+      const Vec weight = splat(a.weights[t]);
+      for (int v = 0; v < kVecs; ++v) {
+        total[v] = fma(weight, load(row + v * kWidth), total[v]);
+      }
+    }
+    for (int v = 0; v < kVecs; ++v) {
+      store(out + p + v * kWidth, total[v]);
+    }
+  }
+  for (; p < end; p += kWidth) {
+    const int n = static_cast<int>(smaller<int64_t>(kWidth, end - p));
+    Vec total = zero();
+    for (int64_t t = 0; t < a.tasks; ++t) {
+      total = fma(splat(a.weights[t]), load(a.ema + t * a.ema_stride + p, n), total);
+    }
+    store(out + p, total, n);
+  }
+}
+
+}  // namespace
+
+void task_gradient_statistics(const TaskGradientStatistics& a) {
+  const int64_t span = span_columns(a.tasks), pairs = a.tasks * a.tasks;
+  const int64_t group = round_up(larger(kMinGroup, (a.columns + kMaxGroups - 1) / kMaxGroups), span);
+  const int64_t groups = (a.columns + group - 1) / group;
+  const Scratch<double> products(groups * pairs);
+  parallel_items(groups, [&](int64_t g) {
+    double* const own = &products[g * pairs];
+    __builtin_memset(own, 0, static_cast<size_t>(pairs) * sizeof(double));
+    const int64_t stop = smaller(a.columns, (g + 1) * group);
+    for (int64_t begin = g * group; begin < stop; begin += span) {
+      const int64_t end = smaller(begin + span, stop), piece = piece_of(a, begin);
+      for (int64_t t = 0; t < a.tasks; ++t) {
+        if (a.active == nullptr || a.active[t]) {
+          smooth_span(a, t, begin, end, piece);
+        }
+      }
+      add_products(a.ema + begin, a.ema_stride, a.tasks, end - begin, own);
+    }
+  });
+  for (int64_t s = 0; s < a.tasks; ++s) {
+    for (int64_t t = s; t < a.tasks; ++t) {
+      double total = 0.0;
+      for (int64_t g = 0; g < groups; ++g) {
+        total += products[g * pairs + s * a.tasks + t];
+      }
+      total *= static_cast<double>(a.correction[s]) * static_cast<double>(a.correction[t]);
+      a.gram[s * a.tasks + t] = a.gram[t * a.tasks + s] = static_cast<float>(total);
+    }
+  }
+}
+
+void combine_task_gradients(const TaskGradientCombination& a) {
+  parallel_ranges(a.columns, 1 << 14, [&](int64_t begin, int64_t end) {
+    UMDA_DISPATCH_DTYPE(a.out_type, combine<scalar_t>(a, begin, end));
+  });
+}
+
+}  // namespace umda::UMDA_ISA
