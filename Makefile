@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # The version everything is tested with; any torch >= 2.11 works.
 TORCH ?= torch==2.13.0
+# Byte-compiling all of torch takes longer than compiling what is imported.
+PIP_INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check
 BUILD_TOOLS = "setuptools>=77" wheel ninja
 
 DEMO_VENV = .venv-demo
@@ -19,14 +21,14 @@ help:
 
 demo:
 	$(PYTHON) -m venv --clear $(DEMO_VENV)
-	$(DEMO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(BUILD_TOOLS)
-	$(DEMO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[train]"
+	$(DEMO_VENV)/bin/python $(PIP_INSTALL) $(TORCH) $(BUILD_TOOLS)
+	$(DEMO_VENV)/bin/python $(PIP_INSTALL) --no-build-isolation -e ".[train]"
 	$(DEMO_VENV)/bin/python examples/demo.py --out $(DEMO_OUT)
 
 test:
 	$(PYTHON) -m venv --clear $(TEST_VENV)
-	$(TEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(BUILD_TOOLS)
-	$(TEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[train,io,graph,balancers,dev]"
+	$(TEST_VENV)/bin/python $(PIP_INSTALL) $(TORCH) $(BUILD_TOOLS)
+	$(TEST_VENV)/bin/python $(PIP_INSTALL) --no-build-isolation -e ".[train,io,graph,balancers,dev]"
 	$(MAKE) lint
 	$(TEST_VENV)/bin/python -m pytest -q
 

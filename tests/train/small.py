@@ -11,7 +11,8 @@ DATA = {"train_bags": 40, "val_bags": 16, "test_bags": 16}
 
 
 def small_config(**sections: Any) -> RunConfig:
-    """A configuration of seconds; `sections` are laid over it, one level deep."""
+    """A configuration of seconds; `sections` are laid over it, a model of another architecture replaces its
+    model."""
     values: dict[str, Any] = {
         "device": "cpu",
         "data": {"options": dict(DATA), "budget": 96},
@@ -19,7 +20,7 @@ def small_config(**sections: Any) -> RunConfig:
         "train": {"epochs": 2, "log_steps": 2, "checkpoint_steps": 3},
     }
     for name, section in sections.items():
-        if isinstance(section, dict):
+        if isinstance(section, dict) and "architecture" not in section:
             values[name] = {**values.get(name, {}), **section}
         else:
             values[name] = section

@@ -6,8 +6,11 @@ Source of the pooling: Ilse, Tomczak and Welling, "Attention-based deep multiple
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +101,35 @@ class GatedAttention(nn.Module):
         self.attention_gate = nn.Linear(config.width, config.hidden)
         self.attention_score = nn.Linear(config.hidden, len(config.tasks))
         self.heads = nn.ModuleList(nn.Linear(config.width, task.outputs) for task in config.tasks)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write model.safetensors and config.json into `directory`."""
+        from safetensors.torch import save_file
+
+        place = Path(directory)
+        place.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, place / "model.safetensors")
+        text = json.dumps({"architecture": "gated_attention", **self.config.to_dict()}, indent=2)
+        (place / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> GatedAttention:
+        """The model that `save_pretrained` wrote, on the CPU.
+
+        Raises:
+            OSError: a file is missing. ValueError: config.json is of another architecture.
+        """
+        from safetensors.torch import load_file
+
+        place = Path(directory)
+        values = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        architecture = values.pop("architecture", None)
+        if architecture != "gated_attention":
+            raise ValueError(f"config.json: architecture: expected gated_attention, got {architecture!r}")
+        model = cls(GatedAttentionConfig(**values))
+        model.load_state_dict(load_file(place / "model.safetensors"))
+        return model
 
     def forward(
         self,

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["32-true", "bf16-mixed", "64-true"]
+Precision = Literal["32-true", "bf16-mixed"]
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -121,8 +121,6 @@ class TrainConfig(_Section):
     """Steps between two checkpoints inside an epoch; one is written at the end of every epoch in any case."""
     log_steps: Positive = 20
     """Steps between two lines of kind `step` in metrics.jsonl."""
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Probability from which a label of a multilabel task (or class 1 of a binary one) is predicted."""
     deterministic: bool | None = None
     """Bit-identical repetition; None means yes on the CPU, no on a GPU."""
 

@@ -20,7 +20,7 @@ from umda_fast.train.progress import ProgressReport
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["SplitResult", "batches_in_order", "evaluate_dataset"]
+__all__ = ["SplitResult", "batches_in_order", "evaluate_dataset", "to_device"]
 
 
 @dataclass
@@ -66,6 +66,13 @@ def batches_in_order(dataset: BagDataset, data: DataConfig) -> Iterable[BagBatch
     return make_loader(dataset, sampler, workers=data.workers)
 
 
+def to_device(host: BagBatch, fabric: Fabric) -> BagBatch:
+    """`host` on `fabric`'s device, features in float32, however compactly they are stored."""
+    batch = host.to(fabric.device, non_blocking=fabric.device.type == "cuda")
+    batch.views = {name: features.float() for name, features in batch.views.items()}
+    return batch
+
+
 @torch.no_grad()
 def evaluate_dataset(
     model: nn.Module,
@@ -93,7 +100,7 @@ def evaluate_dataset(
     with ProgressReport(title, device=fabric.device, enabled=progress) as report:
         for host in batches_in_order(dataset, data):
             check_batch(host)
-            batch: BagBatch = fabric.to_device(host)
+            batch = to_device(host, fabric)
             with fabric.autocast():
                 out: Any = model(**batch.inputs())
                 batch_losses = task_losses(tasks, out.logits, batch.labels, batch.label_mask)

@@ -21,15 +21,18 @@ from torchmetrics.classification import (
 
 from umda_fast.model import TaskSpec, decode
 
-__all__ = ["PRIMARY", "TaskMetrics", "mean_score"]
+__all__ = ["PRIMARY", "THRESHOLD", "TaskMetrics", "mean_score"]
 
 # The metric of each kind of task that enters `mean_score`.
 PRIMARY = {"binary": "auroc", "multiclass": "accuracy", "multilabel": "f1_macro", "regression": "r2"}
 
+# Probability from which a label of a multilabel task, or class 1 of a binary one, is predicted.
+THRESHOLD = 0.5
+
 
 def _metrics(task: TaskSpec) -> dict[str, Metric]:
     if task.kind == "binary":
-        return {"auroc": BinaryAUROC(), "accuracy": BinaryAccuracy()}
+        return {"auroc": BinaryAUROC(), "accuracy": BinaryAccuracy(threshold=THRESHOLD)}
     if task.kind == "multiclass":
         # Per class, because a class without a single positive (or negative) has no AUROC; torchmetrics would
         # count it as 0.
@@ -39,8 +42,8 @@ def _metrics(task: TaskSpec) -> dict[str, Metric]:
         }
     if task.kind == "multilabel":
         return {
-            "f1_macro": MultilabelF1Score(task.classes, average="macro"),
-            "f1_micro": MultilabelF1Score(task.classes, average="micro"),
+            "f1_macro": MultilabelF1Score(task.classes, average="macro", threshold=THRESHOLD),
+            "f1_micro": MultilabelF1Score(task.classes, average="micro", threshold=THRESHOLD),
             "map": MultilabelAveragePrecision(task.classes, average=None),
         }
     return {"mae": MeanAbsoluteError(), "r2": R2Score()}

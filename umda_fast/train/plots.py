@@ -149,7 +149,7 @@ def plot_metrics(epochs: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec])
         title="mean_score (mean of each task's blue line)", xlabel="epoch", ylabel="score (1 is perfect)"
     )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axis, lines + 1)
+    _legend(axis, lines and lines + 1)
     figure.suptitle("Validation metrics by epoch")
     return figure
 

@@ -19,9 +19,10 @@ from umda_fast import ops
 from umda_fast.data import BagBatch, BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec, decode
-from umda_fast.train.evaluation import batches_in_order
+from umda_fast.train.evaluation import batches_in_order, to_device
 from umda_fast.train.files import atomic_file
 from umda_fast.train.guard import check_batch
+from umda_fast.train.metrics import THRESHOLD
 from umda_fast.train.progress import ProgressReport
 from umda_fast.train.run import Run, model_data
 
@@ -52,9 +53,7 @@ def columns(tasks: Sequence[TaskSpec]) -> list[str]:
     return header
 
 
-def rows(
-    names: Sequence[str], tasks: Sequence[TaskSpec], logits: Mapping[str, Tensor], threshold: float
-) -> list[list[str]]:
+def rows(names: Sequence[str], tasks: Sequence[TaskSpec], logits: Mapping[str, Tensor]) -> list[list[str]]:
     """Lines of predictions.csv for the bags of a batch, under the header of `columns`."""
     lines = [[name] for name in names]
     for task in tasks:
@@ -63,12 +62,12 @@ def rows(
         for line, values in zip(lines, decoded.reshape(len(lines), -1).tolist(), strict=True):
             line.extend(f"{value:.6g}" for value in values)
             if task.kind == "binary":
-                line.append(labels[int(values[0] >= threshold)])
+                line.append(labels[int(values[0] >= THRESHOLD)])
             elif task.kind == "multiclass":
                 line.append(labels[max(range(len(values)), key=values.__getitem__)])
             elif task.kind == "multilabel":
                 line.append(
-                    ";".join(label for label, value in zip(labels, values, strict=True) if value >= threshold)
+                    ";".join(label for label, value in zip(labels, values, strict=True) if value >= THRESHOLD)
                 )
     return lines
 
@@ -85,7 +84,7 @@ def predict_batches(
     with ProgressReport(title, device=fabric.device, enabled=progress) as report:
         for host in batches_in_order(dataset, run.config.data):
             check_batch(host)
-            batch: BagBatch = fabric.to_device(host)
+            batch = to_device(host, fabric)
             with fabric.autocast():
                 out = model(**batch.inputs())
             yield batch, out
@@ -125,7 +124,6 @@ def predict(
         run, source=source, datasets=datasets, split=split, format=format, device=device
     )
     tasks: Sequence[TaskSpec] = run.model.config.tasks
-    threshold = run.config.train.threshold
     with ExitStack() as stack:
         stack.enter_context(ops.use_backend(backend))
         table = stack.enter_context(atomic_file(out))
@@ -135,7 +133,7 @@ def predict(
         writer.writerow(columns(tasks))
         store = stack.enter_context(_attention_file(attention, run)) if attention is not None else None
         for batch, result in predict_batches(run, dataset, fabric, progress=progress):
-            writer.writerows(rows(batch.names, tasks, result.logits, threshold))
+            writer.writerows(rows(batch.names, tasks, result.logits))
             if store is not None:
                 _write_attention(store, batch, result)
     return len(dataset)

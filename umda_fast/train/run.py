@@ -161,12 +161,12 @@ def train(
     with _deterministic(deterministic), ops.use_backend(config.backend):
         Fabric.seed_everything(config.seed, verbose=False)
         model = build_model(config, datasets["train"], encoders)
-        with _events(run) as events:
-            trainer = Trainer(config, model, datasets, run, fabric, events=events, progress=progress)
-            if resume:
-                trainer.load()
-            if fabric.is_global_zero:
-                dump_config(config, run.config)
+        trainer = Trainer(config, model, datasets, run, fabric, progress=progress)
+        if resume:
+            trainer.load()
+        if fabric.is_global_zero:
+            dump_config(config, run.config)
+        with _events(run, trainer.step) as trainer.events:
             trainer.fit()
         best = trainer.best_model()
         split = next((name for name in ("test", "val") if name in datasets and len(datasets[name])), "train")
@@ -199,10 +199,11 @@ def _deterministic(on: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _events(run: RunDirectory) -> Iterator[Any]:
+def _events(run: RunDirectory, step: int) -> Iterator[Any]:
+    """TensorBoard's writer; what an earlier, killed process wrote from `step` on is no longer shown."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(run.events))
+    writer = SummaryWriter(str(run.events), purge_step=step or None)
     try:
         yield writer
     finally:
@@ -356,6 +357,8 @@ def evaluate(
     dataset, fabric = model_data(
         run, source=source, datasets=datasets, split=split, format=format, device=device
     )
+    if len(dataset) == 0:
+        raise DataError(f"{source or run.config.data.source}: split {split!r} holds no bags to evaluate on")
     model = fabric.to_device(run.model)
     with ops.use_backend(backend):
         return evaluate_dataset(model, dataset, fabric, run.config.data, progress=progress)

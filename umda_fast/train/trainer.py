@@ -24,7 +24,7 @@ from umda_fast.errors import DataError
 from umda_fast.model import penalty_loss, task_losses
 from umda_fast.sgl import SelfGuided
 from umda_fast.train.config import ConfigError, RunConfig, as_dict, make_balancer
-from umda_fast.train.evaluation import SplitResult, evaluate_dataset
+from umda_fast.train.evaluation import SplitResult, evaluate_dataset, to_device
 from umda_fast.train.files import save_torch
 from umda_fast.train.guard import check_batch, explain_non_finite
 from umda_fast.train.optim import learning_rate_factor, parameter_groups, random_state, set_random_state
@@ -54,8 +54,10 @@ class Trainer:
             early.
         run: the directory for checkpoints and metrics.
         fabric: device and precision.
-        events: a TensorBoard SummaryWriter, or None.
         progress: show progress on standard error.
+
+    Attributes:
+        events: a TensorBoard SummaryWriter, or None.
     """
 
     def __init__(
@@ -66,13 +68,12 @@ class Trainer:
         run: RunDirectory,
         fabric: Fabric,
         *,
-        events: Events | None = None,
         progress: bool = True,
     ) -> None:
         self.config = config
         self.fabric = fabric
         self.run = run
-        self.events = events
+        self.events: Events | None = None
         self.progress = progress
         self.train_set = datasets["train"]
         self.val_set = datasets.get("val")
@@ -80,8 +81,6 @@ class Trainer:
         if len(self.train_set) == 0:
             raise DataError("split 'train' holds no bags")
         self.model: Any = fabric.to_device(model)
-        if config.precision == "64-true":
-            self.model = self.model.double()
         options = config.train
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, options.weight_decay), lr=options.lr)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -187,7 +186,7 @@ class Trainer:
         lr = options.lr * learning_rate_factor(progress, options.warmup, options.final_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batch: BagBatch = self.fabric.to_device(host)
+        batch = to_device(host, self.fabric)
         with self.fabric.autocast():
             out = self._forward(batch)
             losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
