@@ -96,6 +96,7 @@ def test_one_view_passes_through() -> None:
     assert torch.equal(out, v)
     assert torch.equal(mass, torch.ones(4, 1, 1, dtype=torch.float64))
     assert not entropy.any()
+    assert not entropy.signbit().any()
     (weight,) = torch.autograd.grad(out.sum() + mass.sum() + entropy.sum(), v)
     assert torch.equal(weight, torch.ones_like(v))
 
@@ -129,6 +130,14 @@ def test_nothing_leaks_from_absent_views() -> None:
     weight = torch.ones_like(out).masked_fill(~mask[:, :, None, None], math.nan)
     for gradient in torch.autograd.grad(out, leaves, weight):
         assert gradient.isfinite().all()
+
+
+def test_no_nan_on_the_way_back() -> None:
+    """Not even inside backward, where anomaly detection would report it."""
+    mask = some_mask(4, 3)
+    with torch.autograd.set_detect_anomaly(True):
+        with_gradients(lambda *x: cross_view(*x, mask=mask), inputs(4, 3, 2, 3))
+        with_gradients(cross_view, inputs(4, 1, 2, 3))
 
 
 def test_diagonal_of_the_bias_is_not_read() -> None:

@@ -112,6 +112,7 @@ def test_equals_the_formula(monkeypatch: pytest.MonkeyPatch, tile: int, heads: i
     expected = loops(RAGGED, *(x.numpy() for x in arguments))
     for got, want in zip(call(where)(*arguments), expected, strict=True):
         torch.testing.assert_close(got, torch.from_numpy(want))
+        assert not got[6:8].eq(0).logical_and(got[6:8].signbit()).any()  # the instance of one view: 0, not -0
     unbiased = loops(RAGGED, *(x.numpy() for x in arguments[:4]), np.zeros((heads, VIEWS, VIEWS)))
     for got, want in zip(call(where)(*arguments[:4]), unbiased, strict=True):
         torch.testing.assert_close(got, torch.from_numpy(want))

@@ -58,7 +58,7 @@ GRAPHS: dict[str, tuple[int, Graph]] = {
     "csr without edges": (3, (torch.empty(0, dtype=torch.int32), torch.zeros(4, dtype=torch.int64))),
 }
 graphs = pytest.mark.parametrize("name", list(GRAPHS))
-pieces = pytest.mark.parametrize("tile", [10, 1 << 25])
+pieces = pytest.mark.parametrize("tile", [60, 1 << 25])
 
 
 def edges(graph: Graph) -> list[tuple[int, int, int]]:
@@ -293,6 +293,17 @@ def test_nan_goes_no_further_than_its_edges() -> None:
         assert gradient[3:].isfinite().all()
     assert not gradients[3][neighbors < 0].any()
     assert gradients[3][clean].isfinite().all()
+
+
+def test_nan_without_edges_is_not_seen() -> None:
+    graph = torch.tensor([[1, -1], [0, -1], [-1, -1]], dtype=torch.int32), None
+    z, weight = leaf(3, 5).detach(), leaf(3, 2, seed=1).detach().exp()
+    z[2] = math.nan
+    outputs, gradients = with_gradients(
+        lambda a, w: (edge_cosine(a, *graph), *smoothness_energy(a, w, *graph)), [z, weight]
+    )
+    for x in (*outputs, gradients[0][:2], gradients[1]):
+        assert x.isfinite().all()
 
 
 def test_pieces_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,9 +64,9 @@ def masked_softmax(scores: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Ten
     return p, log_p.masked_fill(~allowed, 0.0), lse.masked_fill(~some, -math.inf).squeeze(-1)
 
 
-def p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
-    """``p * log p`` with 0 log 0 = 0, in value and in gradient."""
-    return p * log_p.masked_fill(p == 0, 0.0)
+def entropy_terms(p: Tensor, log_p: Tensor) -> Tensor:
+    """``-p log p`` with 0 log 0 = 0, in value and in gradient."""
+    return p * (0.0 - log_p.masked_fill(p == 0, 0.0))  # 0 - x: an entropy is 0, not -0
 
 
 def gate_terms(gate_logits: Tensor, open_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +79,7 @@ def gate_terms(gate_logits: Tensor, open_: Tensor) -> tuple[Tensor, Tensor, Tens
     log_rest = logsigmoid(-gate_logits)
     g = log_g.exp()
     rest = log_rest.exp().masked_fill(~open_, 0.0)
-    return g, rest, -(p_log_p(g, log_g) + p_log_p(rest, log_rest))
+    return g, rest, entropy_terms(g, log_g) + entropy_terms(rest, log_rest)
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:

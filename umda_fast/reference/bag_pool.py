@@ -5,7 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from umda_fast.reference._numerics import accumulation_dtype, gather, p_log_p, scatter_sum, segment_index
+from umda_fast.reference._numerics import (
+    accumulation_dtype,
+    entropy_terms,
+    gather,
+    scatter_sum,
+    segment_index,
+)
 
 #: Instances summed one after another; a longer bag is summed in chunks first, so that the error grows slowly.
 CHUNK = 256
@@ -50,7 +56,7 @@ def bag_pool(z: Tensor, scores: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor, Te
     stacked = torch.stack(pooled, 1) if pooled else zf.new_zeros(bags.count, 0, zf.shape[1])
     return (
         stacked.to(z.dtype),
-        bags.sum(-p_log_p(a, log_a)),
+        bags.sum(entropy_terms(a, log_a)),
         (peak + log_total).masked_fill(empty, -math.inf),
     )
 

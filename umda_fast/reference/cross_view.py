@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from umda_fast.reference._numerics import accumulation_dtype, gate_terms, masked_softmax, p_log_p
+from umda_fast.reference._numerics import accumulation_dtype, entropy_terms, gate_terms, masked_softmax
 
 
 def cross_view(
@@ -50,16 +50,16 @@ def cross_view(
 
     scores = torch.einsum("nuhd,nwhd->nuhw", qf, kf) / math.sqrt(width)
     if bias is not None:
-        scores = scores + bias.to(dtype).masked_fill(itself, 0.0).permute(1, 0, 2)  # [u,H,w]
+        scores = scores + bias.to(dtype).permute(1, 0, 2)  # [u,H,w]
     a, log_a, _ = masked_softmax(scores, other[:, :, None, :])  # [N,u,H,w]
     g, rest, gate_entropy = gate_terms(gate, listens)  # [N,u,H]
 
     out = g[..., None] * vf + rest[..., None] * torch.einsum("nuhw,nwhd->nuhd", a, vf)
     p = rest[..., None] * a + g[..., None] * itself[:, None, :]  # [N,u,H,w]
     # H(g, (1-g) a) = H(g, 1-g) + (1-g) H(a): no logarithm of a product that may underflow.
-    entropy = gate_entropy - rest * p_log_p(a, log_a).sum(-1)
+    entropy = gate_entropy + rest * entropy_terms(a, log_a).sum(-1)
     return (
         out.masked_fill(absent[..., None], 0.0).to(q.dtype),
         p.mean(2).masked_fill(absent, 0.0),
-        entropy.masked_fill(~listens, 0.0),
+        entropy,
     )

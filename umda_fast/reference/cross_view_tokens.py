@@ -10,10 +10,10 @@ from torch.nn.functional import one_hot
 
 from umda_fast.reference._numerics import (
     accumulation_dtype,
+    entropy_terms,
     gate_terms,
     gather,
     masked_softmax,
-    p_log_p,
     recomputed,
     segment_index,
     with_zero_row,
@@ -161,11 +161,10 @@ def _tile(
     out = out + rest[..., None] * torch.einsum("bhqk,bkhd->bhqd", cross, vt)
     a = torch.einsum("bhqk,bkw->bhqw", cross, of_key)  # the mass that each other view draws
     p = rest[..., None] * a + g[..., None] * of_query[:, None]
-    entropy = gate_entropy - rest * p_log_p(a, a.masked_fill(a == 0, 1.0).log()).sum(-1)
-    entropy = entropy.masked_fill(~listens, 0.0)
+    entropy = gate_entropy + rest * entropy_terms(a, a.masked_fill(a == 0, 1.0).log()).sum(-1)
     results = [out, p.mean(1, keepdim=True), entropy, lse_intra, lse_cross]
     if token_entropy:
-        results.append(-p_log_p(cross, log_cross).sum(-1))
+        results.append(entropy_terms(cross, log_cross).sum(-1))
     rows = [x.transpose(1, 2).flatten(0, 1) for x in results]  # [b,H,Q,...] -> [b*Q,H,...]
     rows[1] = rows[1].squeeze(1)
     return rows

@@ -93,7 +93,6 @@ def neighbor_attention(
     scores = scores / math.sqrt(width)  # [E,H]
     if log_weight is not None:
         scores = scores + log_weight.to(scores.dtype).reshape(-1).masked_fill(~valid, 0.0)[:, None]
-    scores = scores.masked_fill(~valid[:, None], -math.inf)
     peak = scores.new_full((n + 1, heads), -math.inf)
     peak = peak.scatter_reduce(0, row[:, None].expand(-1, heads), scores.detach(), "amax")
     own = (qf * kf).sum(-1) / math.sqrt(width)  # [N+1,H]
