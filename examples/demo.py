@@ -13,9 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
-from rich.console import Console
-
-from umda_fast.cli.render import metrics_table
+from umda_fast.cli.render import make_console, metrics_table
 from umda_fast.train import RunResult, load_config, train
 
 
@@ -34,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     common = [] if options.epochs is None else [f"train.epochs={options.epochs}"]
 
-    console = Console(highlight=False)
+    console = make_console()
     began = time.monotonic()
     console.print("Training UMDA on bags of handwritten digits (three views, four tasks) ...")
     umda = run(options.out, "umda", common)

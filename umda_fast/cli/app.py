@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 __all__ = ["app"]
 
@@ -60,14 +56,6 @@ def _common(
     pass
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    # Where there is no terminal nothing may be cut to 80 columns: the output goes to a file or another
-    # program.
-    return Console() if sys.stdout.isatty() else Console(width=160, highlight=False)
-
-
 def _values(
     data: str | None,
     format: str | None,
@@ -112,7 +100,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a model, measure it on the test split, and leave a run directory."""
-    from umda_fast.cli.render import metrics_table
+    from umda_fast.cli.render import make_console, metrics_table
     from umda_fast.train import ConfigError, load_config, run_config
     from umda_fast.train import train as train_run
 
@@ -133,7 +121,7 @@ def train(
     result = train_run(
         settings, out or _default_out("train", settings.data.source), resume=resume, progress=not quiet
     )
-    console = _console()
+    console = make_console()
     console.print(metrics_table({"": result.metrics["tasks"]}, title=f"Split {result.split}"))
     score, seconds = result.metrics["mean_score"], result.metrics["seconds"]
     console.print(f"mean_score {_number(score)} after {seconds:.0f} s of training")
@@ -156,7 +144,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure a trained model on a split of its own data or of other data."""
-    from umda_fast.cli.render import metrics_table
+    from umda_fast.cli.render import make_console, metrics_table
     from umda_fast.train import evaluate as evaluate_run
     from umda_fast.train import load_run, write_json
 
@@ -170,7 +158,7 @@ def evaluate(
         backend=backend or "auto",
         progress=not quiet,
     )
-    console = _console()
+    console = make_console()
     console.print(metrics_table({"": result.tasks}, title=f"{run}, split {split}, {result.bags} bags"))
     console.print(f"mean_score {_number(result.mean_score)}")
     if json is not None:
@@ -204,6 +192,7 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Write a trained model's predictions for every bag."""
+    from umda_fast.cli.render import make_console
     from umda_fast.train import load_run
     from umda_fast.train import predict as predict_run
 
@@ -219,7 +208,7 @@ def predict(
         progress=not quiet,
     )
     also = f" and {attention}" if attention is not None else ""
-    _console().print(f"predictions for {bags} bags in {out}{also}", soft_wrap=True)
+    make_console().print(f"predictions for {bags} bags in {out}{also}", soft_wrap=True)
 
 
 @app.command(epilog="Example: umda-fast crossval --data musk1.npz --folds 10 --repeats 5 --out runs/musk1")
@@ -242,13 +231,13 @@ def crossval(
     """Cross-validate. Started again with the same --out, it continues: finished folds are kept, a stopped one
     is resumed.
     """
-    from umda_fast.cli.render import crossval_table
+    from umda_fast.cli.render import crossval_table, make_console
     from umda_fast.train import cross_validate, load_config
 
     settings = load_config(config, set_ or (), _values(data, format, device, backend, seed, epochs))
     directory = out or _default_out("crossval", settings.data.source)
     result = cross_validate(settings, directory, folds=folds, repeats=repeats, progress=not quiet)
-    console = _console()
+    console = make_console()
     console.print(crossval_table(result))
     console.print(f"every fold's result: {directory / 'crossval.json'}", soft_wrap=True)
 
@@ -264,11 +253,11 @@ def inspect(
     """Say what the data holds: bags, instances, views, tasks, what is missing, and the first problem by
     name.
     """
-    from umda_fast.cli.render import print_inspection
+    from umda_fast.cli.render import make_console, print_inspection
     from umda_fast.data import inspect_source
 
     report = inspect_source(source, format=format)
-    print_inspection(_console(), report)
+    print_inspection(make_console(), report)
     if json is not None:
         from umda_fast.train.files import write_json
 
@@ -281,12 +270,12 @@ def parity(
     json: JsonFile = None,
 ) -> None:
     """Hold every operation, on every backend, to the float64 reference; exit code 1 if one fails."""
-    from umda_fast.cli.render import parity_table
+    from umda_fast.cli.render import make_console, parity_table
     from umda_fast.parity import run_parity
 
     report = run_parity(device)
     table, passed = parity_table(report)
-    _console().print(table)
+    make_console().print(table)
     if json is not None:
         from umda_fast.train.files import write_json
 
@@ -298,10 +287,10 @@ def parity(
 @app.command(epilog="Example: umda-fast info")
 def info(json: JsonFile = None) -> None:
     """Show versions, devices, and each backend: available, or why not."""
-    from umda_fast.cli.render import collect_info, print_info
+    from umda_fast.cli.render import collect_info, make_console, print_info
 
     report = collect_info()
-    print_info(_console(), report)
+    print_info(make_console(), report)
     if json is not None:
         from umda_fast.train.files import write_json
 

@@ -5,13 +5,28 @@ from __future__ import annotations
 import math
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["collect_info", "crossval_table", "metrics_table", "print_info", "print_inspection"]
+__all__ = [
+    "collect_info",
+    "crossval_table",
+    "make_console",
+    "metrics_table",
+    "print_info",
+    "print_inspection",
+]
+
+
+def make_console() -> Console:
+    """For results, on standard output. Where that is no terminal nothing is cut or wrapped at 80 columns: the
+    output goes to a file or to another program."""
+    return Console() if sys.stdout.isatty() else Console(width=160, highlight=False)
+
 
 _NAMES = {
     "auroc": "AUROC",
