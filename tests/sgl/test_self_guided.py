@@ -442,8 +442,8 @@ def test_wrong_arguments_are_named() -> None:
             SelfGuided(*arguments, **options)
     with pytest.raises(TypeError, match=r"^shared_parameters: .*Tensor"):
         SelfGuided([torch.zeros(2)], tasks)
-    with pytest.raises(TypeError, match=r"^balancer: .*str"):
-        SelfGuided(shared, tasks, balancer="sgl")
+    with pytest.raises(TypeError, match=r"^balancer: .*int"):
+        SelfGuided(shared, tasks, balancer=3)
 
     (x,) = batches(1)
     losses, _, hidden = model.losses(x)

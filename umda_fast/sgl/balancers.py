@@ -240,18 +240,3 @@ class FunctionBalancer(Balancer):
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         """`function(gram)`, detached."""
         return self.function(gram).detach()
-
-
-def as_balancer(balancer: Balancer | Callable[[Tensor], Tensor]) -> Balancer:
-    """The balancer itself, or a function made into one.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    if isinstance(balancer, Balancer):
-        return balancer
-    if callable(balancer):
-        return FunctionBalancer(balancer)
-    raise TypeError(
-        f"balancer: expected a Balancer or a function of the Gram matrix, got {type(balancer).__name__}"
-    )

@@ -61,9 +61,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from umda_fast.sgl import _gradients
-from umda_fast.sgl.balancers import Balancer, SGLBalancer, StatefulBalancer, as_balancer
+from umda_fast.sgl.balancers import Balancer, StatefulBalancer
 from umda_fast.sgl.buffers import FlatLayout, accumulate, write_row
 from umda_fast.sgl.graph import reached_leaves
+from umda_fast.sgl.registry import as_balancer
 from umda_fast.sgl.telemetry import DirectionVariance, cosine_matrix, gram_metrics
 
 Scope = Literal["shared_parameters", "last_shared_layer", "representation"]
@@ -107,8 +108,8 @@ class SelfGuided:
             exact scope only. Empty: they are found by a walk through the autograd graph at every statistics
             step, which takes some microseconds per node. Given, they are checked against the graph the first
             time a task appears.
-        balancer: a `Balancer`, a weighting of torchjd, or any function gram [T, T] -> weights [T]. Default
-            `SGLBalancer()`.
+        balancer: a `Balancer`, the name of one (`registry.BALANCERS`), a weighting, aggregator or scalariser
+            of torchjd, or any function gram [T, T] -> weights [T].
         scope: where task gradients are taken.
         last_shared_layer: its parameters; for that scope only.
         every: statistics and new weights on one step of this many.
@@ -133,7 +134,7 @@ class SelfGuided:
         tasks: Sequence[str],
         *,
         task_parameters: Iterable[Parameter] = (),
-        balancer: Balancer | Callable[[Tensor], Tensor] | None = None,
+        balancer: Balancer | str | Callable[[Tensor], Tensor] = "sgl",
         scope: Scope = "shared_parameters",
         last_shared_layer: Iterable[Parameter] = (),
         every: int = 1,
@@ -155,7 +156,7 @@ class SelfGuided:
             raise ValueError(f"beta: expected 0 <= beta < 1, got {beta}")
         if variance_window < 0 or variance_window == 1:
             raise ValueError(f"variance_window: expected 0 or at least 2, got {variance_window}")
-        self.balancer = SGLBalancer() if balancer is None else as_balancer(balancer)
+        self.balancer = as_balancer(balancer)
         self.scope: Scope = scope
         self.every = every
         self.beta = beta
