@@ -16,6 +16,7 @@
 // A shared array of fixed size, and the block's dynamic shared memory. Macros, because emulated blocks take both from
 // memory with guard zones.
 #define UMDA_SHARED_ARRAY(type, name, count) __shared__ type name[count]
+#define UMDA_CHECK_ALIGNED(p, bytes)
 #define UMDA_DYNAMIC_SHARED(type, name)                             \
   extern __shared__ __align__(16) unsigned char umda_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(umda_dynamic_shared)
@@ -77,6 +78,18 @@ __device__ __forceinline__ void store_any(void* to, int64_t i, DType type, float
       assign(static_cast<float16*>(to)[i], x);
       break;
   }
+}
+
+// Vector accesses. load_vector reads any memory, __ldg (below) only what no thread writes while the kernel runs.
+template <class V>
+__device__ __forceinline__ V load_vector(const void* from) {
+  UMDA_CHECK_ALIGNED(from, sizeof(V));
+  return *static_cast<const V*>(from);
+}
+template <class V>
+__device__ __forceinline__ void store_vector(void* to, const V& x) {
+  UMDA_CHECK_ALIGNED(to, sizeof(V));
+  *static_cast<V*>(to) = x;
 }
 
 // ---- rows ------------------------------------------------------------------------------------------------
@@ -174,7 +187,7 @@ __device__ __forceinline__ void store8(const float (&x)[kPerLane], T* row, int w
     const int c = run_column<T>(tile, j, lane, lanes);
     const float* const from = x + j * kRun<T>;
     if (aligned && c + kRun<T> <= width) {
-      *reinterpret_cast<uint4*>(row + c) = pack(from, static_cast<const T*>(row));
+      store_vector(row + c, pack(from, static_cast<const T*>(row)));
     } else {
 #pragma unroll
       for (int i = 0; i < kRun<T>; ++i) {
@@ -216,7 +229,7 @@ __device__ __forceinline__ void store8_float(const float (&x)[kPerLane], float* 
   for (int j = 0; j < 2; ++j) {
     const int c = quarter_column<T>(tile, j, lane, lanes);
     if (aligned && c + 4 <= width) {
-      *reinterpret_cast<uint4*>(row + c) = pack(x + 4 * j, static_cast<const float*>(row));
+      store_vector(row + c, pack(x + 4 * j, static_cast<const float*>(row)));
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

@@ -240,6 +240,15 @@ void run_block(unsigned block, unsigned blocks, unsigned threads, size_t shared_
 
 int lane() { return static_cast<int>(thread_number() % kWarp); }
 
+bool is_shared(const void* p) {
+  for (SharedArray& array : machine.shared) {
+    if (p >= array.data() && p < array.data() + array.bytes) {
+      return true;
+    }
+  }
+  return false;
+}
+
 void fail(const char* what, const char* file, int line) { stop(describe({what, file, line})); }
 
 void* dynamic_shared() { return machine.shared.front().data(); }

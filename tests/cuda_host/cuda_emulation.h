@@ -4,7 +4,7 @@
 // What it checks and a GPU would not say:
 //   - a barrier or warp operation that some threads reach and others do not (or at another line) is an error;
 //   - shared memory, static and dynamic, starts as 0xff bytes (NaN) in every block and lies between guard zones;
-//   - vector accesses through __ldg are aligned;
+//   - vector accesses are aligned, and __ldg reads global memory;
 //   - threads, warps and blocks run in an order of choice (set_order): a result that changes with it is a race.
 #pragma once
 
@@ -27,6 +27,8 @@
   static const char name##_key = 0;                                                         \
   type* const name = static_cast<type*>(::emulation::static_shared(&name##_key, sizeof(type) * (count)))
 #define UMDA_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::emulation::dynamic_shared())
+
+#define UMDA_CHECK_ALIGNED(p, bytes) ::emulation::check_aligned(p, bytes, __FILE__, __LINE__)
 
 struct uint3 {
   unsigned x, y, z;
@@ -78,7 +80,14 @@ void meet_block(const Site& site);
 // Lane `lane` of the caller's warp hands in `value`; every lane gets all 32, once all have come.
 const uint64_t* meet_warp(const Site& site, unsigned mask, uint64_t value);
 int lane();
+bool is_shared(const void* p);
 void fail(const char* what, const char* file, int line);
+
+inline void check_aligned(const void* p, size_t bytes, const char* file, int line) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    fail("misaligned access", file, line);
+  }
+}
 
 template <class F>
 void launch(unsigned blocks, unsigned threads, size_t shared, const F& kernel) {
@@ -158,8 +167,9 @@ inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(emulatio
 
 template <class T>
 T __ldg(const T* from, EMULATION_HERE) {
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) {
-    emulation::fail("misaligned __ldg", file, line);
+  emulation::check_aligned(from, sizeof(T), file, line);
+  if (emulation::is_shared(from)) {
+    emulation::fail("__ldg of shared memory", file, line);
   }
   return *from;
 }

@@ -65,6 +65,12 @@ __global__ void outside_dynamic(float* to) {
   to[0] = 1.0f;
 }
 
+__global__ void shared_as_global(float* to) {
+  UMDA_SHARED_ARRAY(float, values, 64);
+  values[threadIdx.x] = 1.0f;
+  to[threadIdx.x] = __ldg(values + threadIdx.x);
+}
+
 // Neighbours exchange a value without waiting for each other: the result depends on the order of the threads.
 __global__ void race(float* to) {
   UMDA_SHARED_ARRAY(float, values, 64);
@@ -112,6 +118,7 @@ extern "C" void probe_convert(const float* from, uint16_t* to, float* back, int 
 }
 extern "C" void probe_wrong(int which, float* to) {
   void (*const kernels[])(float*) = {half_a_barrier,  two_barriers, half_a_warp, outside_shared,
-                                     outside_dynamic, misaligned,   race,        uninitialised};
+                                     outside_dynamic, misaligned,   shared_as_global,
+                                     race,            uninitialised};
   run({nullptr, 2}, kernels[which], 2, 1, 64, 32, to);
 }

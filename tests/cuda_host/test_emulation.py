@@ -14,9 +14,10 @@ WRONG = {
     "half a warp": (2, "not all threads reached __shfl_sync"),
     "outside static shared memory": (3, "written outside shared memory"),
     "outside dynamic shared memory": (4, "written outside shared memory"),
-    "misaligned": (5, "misaligned __ldg"),
+    "misaligned": (5, "misaligned access"),
+    "shared memory read as global": (6, "__ldg of shared memory"),
 }
-RACE, UNINITIALISED = 6, 7
+RACE, UNINITIALISED = 7, 8
 
 
 def _wrong(which: int, arena: Arena, order: int = 0) -> torch.Tensor:
