@@ -45,11 +45,11 @@ def main() -> None:
     bags = umda.metrics["data"]["bags"][umda.split]
     console.print(metrics_table(columns, title=f"Test split, {bags} bags (bold: better)", mark_best=True))
     for name, result in (("UMDA", umda), ("baseline", baseline)):
-        metrics = result.metrics
-        console.print(
-            f"{name}: mean_score {metrics['mean_score']:.4f}, {metrics['seconds']:.0f} s of training, "
-            f"{metrics['instances_per_second']:,.0f} instances/s, peak memory {metrics['peak_memory_mb']:,.0f} MiB"
+        score, seconds, rate, memory = (
+            result.metrics[key] for key in ("mean_score", "seconds", "instances_per_second", "peak_memory_mb")
         )
+        speed = f"{seconds:.0f} s of training, {rate:,.0f} instances/s, peak memory {memory:,.0f} MiB"
+        console.print(f"{name}: mean_score {score:.4f}, {speed}")
     console.print(f"view consistency of UMDA: {umda.metrics['view_consistency']:.3f}")
     seconds = time.monotonic() - began
     console.print(f"both runs took {seconds:.0f} s, plots: {umda.directory / 'plots'}", soft_wrap=True)

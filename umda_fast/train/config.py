@@ -18,10 +18,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from umda_fast import sgl as balancing
 from umda_fast.errors import DataError
 from umda_fast.model import UMDAConfig
 from umda_fast.model.baselines import GatedAttentionConfig
+from umda_fast.sgl import BALANCERS, Balancer
 from umda_fast.train.files import write_text
 
 __all__ = [
@@ -74,14 +74,23 @@ class DataConfig(_Section):
 
 @dataclass(frozen=True)
 class SGLConfig(_Section):
-    """Self-guided learning; `balancer: none` trains on the plain sum of the losses."""
+    """Self-guided learning; `balancer: none` trains on the plain sum of the losses, without statistics."""
 
     balancer: str = "sgl"
+    """A name in `umda_fast.sgl.BALANCERS`, or none."""
     scope: Literal["shared_parameters", "last_shared_layer", "representation"] = "representation"
     every: Positive = 1
     """Steps between two gradient statistics."""
     beta: Decay = 0.9
-    """Decay of the running mean of each task's gradient."""
+    """Decay of the running means of gradients, Gram matrix and cosines."""
+    weight_beta: Decay | None = None
+    """Decay of the running mean of the weights; None leaves it to the balancer."""
+    statistics: bool | None = None
+    """Take task gradients even where the balancer does not need them; None leaves it to the balancer."""
+    variance_window: Annotated[int, Field(ge=0)] = 100
+    """Updates in a window of the gradient variance; 0 leaves it out."""
+    control: bool = False
+    """Also report the gradient variance of equal weights on the same gradients (scope shared_parameters)."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of the balancer, for example `alpha` of `sgl`."""
 
@@ -212,24 +221,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def balancers() -> dict[str, type[balancing.Balancer]]:
-    """Balancers by the name that a configuration calls them: the class's, in small letters, without
-    `Balancer`.
-    """
-    found: dict[str, type[balancing.Balancer]] = {}
-    for name in balancing.__all__:
-        kind = getattr(balancing, name)
-        concrete = (
-            inspect.isclass(kind) and issubclass(kind, balancing.Balancer) and not inspect.isabstract(kind)
-        )
-        if (
-            concrete and kind is not balancing.FunctionBalancer
-        ):  # that one wraps a function, which YAML cannot hold
-            found[name.removesuffix("Balancer").lower()] = kind
-    return found
-
-
-def make_balancer(config: SGLConfig) -> balancing.Balancer | None:
+def make_balancer(config: SGLConfig) -> Balancer | None:
     """The configured balancer, None for `none`.
 
     Raises:
@@ -237,16 +229,15 @@ def make_balancer(config: SGLConfig) -> balancing.Balancer | None:
     """
     if config.balancer == "none":
         return None
-    known = balancers()
-    if config.balancer not in known:
-        near = _nearest(config.balancer, list(known))
-        raise ConfigError(
-            f"sgl.balancer: expected one of none, {', '.join(known)}, got {config.balancer!r}{near}"
-        )
+    if config.balancer not in BALANCERS:
+        near = _nearest(config.balancer, list(BALANCERS))
+        known = ", ".join(BALANCERS)
+        raise ConfigError(f"sgl.balancer: expected one of none, {known}, got {config.balancer!r}{near}")
+    kind = BALANCERS[config.balancer]
     try:
-        return known[config.balancer](**config.options)
+        return kind(**config.options)
     except (TypeError, ValueError) as error:
-        understood = ", ".join(inspect.signature(known[config.balancer]).parameters) or "none"
+        understood = ", ".join(inspect.signature(kind).parameters) or "none"
         raise ConfigError(f"sgl.options: {error} (options of {config.balancer}: {understood})") from None
 
 

@@ -122,17 +122,23 @@ class Trainer:
             raise ConfigError(
                 f"sgl.balancer: expected none for the architecture {architecture}, got {sgl.balancer!r}"
             )
-        names = [task.name for task in self.tasks]
-        return SelfGuided(
-            self.model.shared_parameters(),
-            tasks=names,
-            task_parameters=self.model.task_parameters(),
-            balancer=balancer,
-            scope=sgl.scope,
-            last_shared_layer=self.model.last_shared_layer() if sgl.scope == "last_shared_layer" else (),
-            every=sgl.every,
-            beta=sgl.beta,
-        )
+        try:
+            return SelfGuided(
+                self.model.shared_parameters(),
+                tasks=[task.name for task in self.tasks],
+                task_parameters=self.model.task_parameters(),
+                balancer=balancer,
+                scope=sgl.scope,
+                last_shared_layer=self.model.last_shared_layer() if sgl.scope == "last_shared_layer" else (),
+                every=sgl.every,
+                beta=sgl.beta,
+                weight_beta=sgl.weight_beta,
+                statistics=sgl.statistics,
+                variance_window=sgl.variance_window,
+                control=sgl.control,
+            )
+        except ValueError as error:
+            raise ConfigError(f"sgl: {error}") from None
 
     # ---- the loop ----
 
