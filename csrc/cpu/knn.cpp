@@ -367,20 +367,22 @@ void write_row(const KnnArguments& a, const Candidates& c, const Bag& bag, int64
     count = bag.degree;
   }
   sort_descending(keys, count);
-  for (int64_t i = 0; i < count; ++i) {
-    neighbors[i] = static_cast<int32_t>(bag.begin + key_index(keys[i]));
-    similarity[i] = key_similarity(keys[i]);
+  int64_t filled = 0;
+  for (; filled < count && key_similarity(keys[filled]) > -__builtin_inff(); ++filled) {
+    neighbors[filled] = static_cast<int32_t>(bag.begin + key_index(keys[filled]));
+    similarity[filled] = key_similarity(keys[filled]);
   }
-  // Fewer candidates than there should be: the similarities with all others are NaN. They come last, in order.
-  int64_t filled = count;
+  // Too few numbers: the similarities with all others are -inf, those that are left among the keys, or NaN. They come
+  // last, and share the last place, so by index. (Any -inf that was cut off had a higher index than those kept.)
+  const int64_t numbers = filled;
   for (int64_t other = 0; filled < bag.degree; ++other) {
-    bool taken = other == row;
-    for (int64_t i = 0; i < count && !taken; ++i) {
-      taken = key_index(keys[i]) == other;
+    int64_t i = 0;
+    while (i < count && key_index(keys[i]) != other) {
+      ++i;
     }
-    if (!taken) {
+    if (i >= numbers && other != row) {
       neighbors[filled] = static_cast<int32_t>(bag.begin + other);
-      similarity[filled++] = __builtin_nanf("");
+      similarity[filled++] = i < count ? -__builtin_inff() : __builtin_nanf("");
     }
   }
   for (; filled < a.k; ++filled) {
