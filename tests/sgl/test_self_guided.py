@@ -328,6 +328,29 @@ def test_all_gradients_zero() -> None:
     assert shared.grad.tolist() == [0, 0, 0]
 
 
+def test_the_direction_can_be_this_step_s_gradients() -> None:
+    model = TwoHeads()
+    sgl = make(model, "shared_parameters", direction="gradient", control=True)
+    averaged = make(model, "shared_parameters")
+    plain = make(model, "shared_parameters", balancer=Equal(), direction="gradient", statistics=True)
+    for number, x in enumerate(batches(4)):
+        rows = [0, 2] if number == 2 else [0, 1, 2]
+        model.zero_grad()
+        expected_weights = run(model, averaged, x, rows).weights
+        model.zero_grad()
+        run(model, plain, x, rows)
+        model.zero_grad()
+        step = run(model, sgl, x, rows)
+        assert torch.equal(step.weights, expected_weights)
+        found = gradients(list(model.parameters()))
+        model.zero_grad()
+        losses, penalty, _ = model.losses(x)
+        (sum(step.weights[row] * losses[f"t{row}"] for row in rows) + penalty).backward()
+        np.testing.assert_allclose(found, gradients(list(model.parameters())), rtol=1e-11, atol=1e-13)
+    control, equal = sgl.metrics()["control_gradient_variance"], plain.metrics()["gradient_variance"]
+    assert control == pytest.approx(equal, rel=1e-9)
+
+
 def test_cosine_ema_is_the_corrected_running_mean() -> None:
     model = TwoHeads()
     sgl = make(model, "shared_parameters")
@@ -405,9 +428,10 @@ def test_five_lines_on_any_model() -> None:
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU())
     heads = nn.ModuleDict({"sum": nn.Linear(16, 1), "product": nn.Linear(16, 1)})
-    optimizer = torch.optim.Adam([*trunk.parameters(), *heads.parameters()], lr=1e-2)
+    groups = [{"params": trunk.parameters(), "betas": (0.0, 0.999)}, {"params": heads.parameters()}]
+    optimizer = torch.optim.Adam(groups, lr=1e-2)
     x = torch.randn(128, 4)
-    targets = {"sum": x.sum(1, keepdim=True), "product": 100 * x[:, :1] * x[:, 1:2]}
+    targets = {"sum": x.sum(1, keepdim=True), "product": 10 * x[:, :1] * x[:, 1:2]}
     history = []
     sgl = SelfGuided(trunk.parameters(), tasks=["sum", "product"])
     for _ in range(150):
@@ -418,7 +442,7 @@ def test_five_lines_on_any_model() -> None:
         optimizer.step()
         history.append([loss.item() for loss in losses.values()])
     assert history[-1][0] < 0.1 * history[0][0]
-    assert history[-1][1] < 0.5 * history[0][1]
+    assert history[-1][1] < 0.1 * history[0][1]
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -431,6 +455,7 @@ def test_wrong_arguments_are_named() -> None:
         ("scope: ", (shared, tasks), {"scope": "trunk"}),
         ("every: ", (shared, tasks), {"every": 0}),
         ("beta: ", (shared, tasks), {"beta": 1.0}),
+        ("direction: ", (shared, tasks), {"direction": "mean"}),
         ("weight_beta: ", (shared, tasks), {"weight_beta": -0.1}),
         ("variance_window: ", (shared, tasks), {"variance_window": 1}),
         ("last_shared_layer: ", (shared, tasks), {"scope": "last_shared_layer"}),

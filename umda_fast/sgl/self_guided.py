@@ -2,7 +2,7 @@
 
     sgl = SelfGuided(model.shared_parameters(), tasks=["a", "b"])
     sgl.backward({"a": loss_a, "b": loss_b})
-    optimizer.step()
+    optimizer.step()  # without momentum of its own for the shared parameters, see below
 
 The total loss is `sum_t w_t L_t + penalty`; penalties are never re-weighted. With `g_t` the gradient of `L_t`
 on the scope, a statistics step does
@@ -14,10 +14,18 @@ on the scope, a statistics step does
     w    <- weight_beta w + (1 - weight_beta) v                                      starts at 1
 
 **Scope `shared_parameters`** (exact). T backward passes give all g_t on the shared parameters, written into a
-preallocated [T, P] buffer. `.grad` of the shared parameters is increased by `sum_t w_t mhat_t`, that of every
-other parameter by `sum_t w_t dL_t` with this step's weights, and a last backward pass adds the penalty's
-gradient to all of them. Memory beyond the model: the gradients and their averages, 2 T P numbers, and P for
-the result.
+preallocated [T, P] buffer. `.grad` of the shared parameters is increased by `sum_t w_t mhat_t` (with
+`direction="gradient"` by `sum_t w_t g_t`), that of every other parameter by `sum_t w_t dL_t` with this step's
+weights, and a last backward pass adds the penalty's gradient to all of them. Memory beyond the model: the
+gradients and their averages, 2 T P numbers, and P for the result.
+
+The average takes the place of an optimiser's momentum: give it none for the shared parameters, as in
+`AdamW([{"params": shared, "betas": (0.0, 0.999)}, {"params": rest}])`. Averaged twice, updates lag behind and
+swing. Measured on five tasks of scikit-learn's digits (a two-layer trunk, three seeds, 25 epochs, AdamW at
+3e-3), mean test loss: a first beta of 0.9 for all 0.357, of 0.0 for the shared parameters 0.084, the plain
+sum 0.122. (The average being shorter than the gradients, Adam's steps are longer: the plain sum reaches 0.070
+at 1e-2.) With `direction="gradient"`, in the other scopes and without statistics `.grad` is an ordinary
+gradient, and the usual momentum is right.
 
 **Scope `last_shared_layer`**. g_t is taken on the parameters of that layer alone (T short backward passes,
 from the losses down to it); then ONE backward pass of `sum_t w_t L_t + penalty` gives every parameter its
@@ -68,6 +76,7 @@ from umda_fast.sgl.registry import as_balancer
 from umda_fast.sgl.telemetry import DirectionVariance, cosine_matrix, gram_metrics
 
 Scope = Literal["shared_parameters", "last_shared_layer", "representation"]
+Direction = Literal["average", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,7 @@ class SelfGuided:
         last_shared_layer: its parameters; for that scope only.
         every: statistics and new weights on one step of this many.
         beta: decay of the averages of gradients, Gram matrix and cosines; 0 for none.
+        direction: what the exact scope adds up, the running `average` mhat_t or this step's `gradient` g_t.
         weight_beta: decay of the weights; None leaves it to the balancer.
         statistics: whether to compute task gradients; None leaves it to the balancer.
         variance_window: updates per window of the gradient variance; 0 leaves it out. It costs two buffers
@@ -139,6 +149,7 @@ class SelfGuided:
         last_shared_layer: Iterable[Parameter] = (),
         every: int = 1,
         beta: float = 0.9,
+        direction: Direction = "average",
         weight_beta: float | None = None,
         statistics: bool | None = None,
         variance_window: int = 100,
@@ -150,6 +161,10 @@ class SelfGuided:
             raise ValueError(f"tasks: expected one or more different names, got {list(self.tasks)}")
         if scope not in get_args(Scope):
             raise ValueError(f"scope: expected one of {', '.join(get_args(Scope))}, got {scope!r}")
+        if direction not in get_args(Direction):
+            raise ValueError(
+                f"direction: expected one of {', '.join(get_args(Direction))}, got {direction!r}"
+            )
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
         if not 0 <= beta < 1:
@@ -158,6 +173,7 @@ class SelfGuided:
             raise ValueError(f"variance_window: expected 0 or at least 2, got {variance_window}")
         self.balancer = as_balancer(balancer)
         self.scope: Scope = scope
+        self.direction: Direction = direction
         self.every = every
         self.beta = beta
         self.weight_beta = self.balancer.weight_beta if weight_beta is None else weight_beta
@@ -514,16 +530,17 @@ class SelfGuided:
         penalty: Tensor | None,
     ) -> None:
         """Exact scope: combines the running gradients and adds everything to `.grad`."""
-        corrected = _gradients.bias_correction(self._counts, self.beta, weights.dtype)
+        if self.direction == "average":
+            rows, factor = self._ema, _gradients.bias_correction(self._counts, self.beta, weights.dtype)
+        else:
+            rows, factor = self._gradients, torch.ones_like(self._weights)
         self._release_direction()
-        _gradients.combine(
-            self._ema, self._everyone(weights, present) * corrected, self._direction, self.backend
-        )
+        _gradients.combine(rows, self._everyone(weights, present) * factor, self._direction, self.backend)
         if self.control:
             # Only the difference is kept here; `_observe` adds the update, and with it the penalty's
             # gradient.
             ones = present.mask.to(weights.dtype)
-            _gradients.combine(self._ema, ones * corrected, self._control_direction, self.backend)
+            _gradients.combine(rows, ones * factor, self._control_direction, self.backend)
             self._control_direction.sub_(self._direction)
         parameters = [p for p, seen in zip(self._shared, self._reached, strict=True) if seen]
         views = [view for view, seen in zip(self._direction_views, self._reached, strict=True) if seen]
