@@ -1,5 +1,6 @@
 // What ctypes calls: the launchers, by C names, and the sizes of their arguments.
 #include "cuda/bag_pool.h"
+#include "cuda/neighbors.h"
 #include "cuda/task_gradients.h"
 
 using namespace umda::cuda;
@@ -15,14 +16,23 @@ EXPORT int call_bag_pool_backward(const BagPoolBackward* a, const Launch* launch
   return bag_pool_backward(*a, *launch);
 }
 
-EXPORT int64_t size_TaskGradientStatistics() { return sizeof(TaskGradientStatistics); }
 EXPORT int64_t size_TaskGradientCombination() { return sizeof(TaskGradientCombination); }
-EXPORT int64_t call_task_gradient_statistics_workspace(const TaskGradientStatistics* a) {
-  return task_gradient_statistics_workspace(*a);
-}
-EXPORT int call_task_gradient_statistics(const TaskGradientStatistics* a, const Launch* launch) {
-  return task_gradient_statistics(*a, *launch);
-}
 EXPORT int call_combine_task_gradients(const TaskGradientCombination* a, const Launch* launch) {
   return combine_task_gradients(*a, *launch);
 }
+
+#define EXPORT_OPERATION(name, Arguments)                                                              \
+  EXPORT int64_t size_##Arguments() { return sizeof(Arguments); }                                      \
+  EXPORT int64_t call_##name##_workspace(const Arguments* a) { return name##_workspace(*a); }          \
+  EXPORT int call_##name(const Arguments* a, const Launch* launch) { return name(*a, *launch); }
+
+EXPORT_OPERATION(task_gradient_statistics, TaskGradientStatistics)
+EXPORT_OPERATION(graph_transpose, GraphTranspose)
+EXPORT_OPERATION(edge_cosine_forward, EdgeCosineForward)
+EXPORT_OPERATION(edge_cosine_backward, EdgeCosineBackward)
+EXPORT_OPERATION(neighbor_sum_forward, NeighborSumForward)
+EXPORT_OPERATION(neighbor_sum_backward, NeighborSumBackward)
+EXPORT_OPERATION(smoothness_forward, SmoothnessForward)
+EXPORT_OPERATION(smoothness_backward, SmoothnessBackward)
+EXPORT_OPERATION(neighbor_attention_forward, NeighborAttentionForward)
+EXPORT_OPERATION(neighbor_attention_backward, NeighborAttentionBackward)
