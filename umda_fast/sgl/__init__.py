@@ -18,6 +18,7 @@ from umda_fast.sgl.gram_balancers import (
 from umda_fast.sgl.loss_balancers import DWA, FAMO, RLW, STCH, GradNorm, Uncertainty
 from umda_fast.sgl.registry import BALANCERS, make_balancer
 from umda_fast.sgl.self_guided import Scope, SelfGuided, SGLStep
+from umda_fast.sgl.sharpness import ascended
 from umda_fast.sgl.torchjd_adapter import TorchJDBalancer
 
 __all__ = [
@@ -49,5 +50,6 @@ __all__ = [
     "TorchJDBalancer",
     "UPGrad",
     "Uncertainty",
+    "ascended",
     "make_balancer",
 ]
