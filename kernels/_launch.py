@@ -37,6 +37,8 @@ class Launch:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    # Left alone, ptxas may spill a few registers to fit one more program on a multiprocessor.
+    max_registers: int | None = None
 
     def run(self) -> None:
         """Launches the kernel on the current stream; never waits for it."""
@@ -48,6 +50,7 @@ class Launch:
             **self.constexprs,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
+            maxnreg=self.max_registers,
             enable_fp_fusion=True,
         )
 
