@@ -10,6 +10,7 @@ pooling and one head per task, the plain sum of the losses. Same trainer, same o
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from umda_fast.train import RunResult, load_config, train
 
 def run(out: Path, name: str, overrides: list[str]) -> RunResult:
     directory = out / name
-    resume = (directory / "config.yaml").exists()  # a demo stopped half-way goes on where it was
+    if (directory / "metrics.json").exists():
+        shutil.rmtree(directory)  # an earlier demo, finished
+    resume = (directory / "config.yaml").exists()  # one that was stopped goes on where it was
     return train(load_config(overrides=overrides), directory, resume=resume)
 
 

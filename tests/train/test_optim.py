@@ -22,9 +22,19 @@ def test_only_matrices_decay() -> None:
 
     model = Model()
     decayed, kept = parameter_groups(model, 0.1)
+    assert decayed["betas"] == kept["betas"] == (0.9, 0.999)
     assert [id(p) for p in decayed["params"]] == [id(model.linear.weight)]
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert len(kept["params"]) == 6
+
+
+def test_gradients_that_are_running_means_get_no_second_one() -> None:
+    model = nn.ModuleDict({"shared": nn.Linear(3, 4), "head": nn.Linear(4, 1)})
+    groups = parameter_groups(model, 0.1, model["shared"].parameters())
+    betas = {id(p): group["betas"][0] for group in groups for p in group["params"]}
+    assert {betas[id(p)] for p in model["shared"].parameters()} == {0.0}
+    assert {betas[id(p)] for p in model["head"].parameters()} == {0.9}
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0, 0.0]
 
 
 def test_the_learning_rate_rises_then_falls_along_a_cosine() -> None:

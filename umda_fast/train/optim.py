@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,27 +16,37 @@ from torch import nn
 __all__ = ["learning_rate_factor", "parameter_groups", "random_state", "set_random_state"]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW: matrices with `weight_decay`, and everything else (biases, norms, embeddings,
-    gates) without.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, averaged: Iterable[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """Groups for AdamW: matrices with `weight_decay`, all else (biases, norms, embeddings, gates) without.
 
     A parameter decays if it has at least two dimensions and belongs neither to a norm nor to an embedding; a
-    bare parameter counts as an embedding when its name says so.
+    bare parameter counts as an embedding when its name says so. The parameters in `averaged` get gradients
+    that are running means already, so the optimiser's own (the first of `betas`) is switched off for them.
     """
     plain: set[int] = set()
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) or "norm" in type(module).__name__.lower():
             plain.update(id(p) for p in module.parameters(recurse=False))
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    averages = {id(parameter) for parameter in averaged}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         leaf = name.rsplit(".", 1)[-1]
-        is_plain = parameter.ndim < 2 or id(parameter) in plain or "bias" in leaf or "embed" in leaf
-        (kept if is_plain else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        decays = (
+            parameter.ndim >= 2 and id(parameter) not in plain and "bias" not in leaf and "embed" not in leaf
+        )
+        groups.setdefault((decays, id(parameter) in averages), []).append(parameter)
+    return [
+        {
+            "params": groups[key],
+            "weight_decay": weight_decay if key[0] else 0.0,
+            "betas": (0.0 if key[1] else 0.9, 0.999),
+        }
+        for key in sorted(groups, reverse=True)
+    ]
 
 
 def learning_rate_factor(progress: float, warmup: float, final: float) -> float:

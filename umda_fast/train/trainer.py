@@ -82,12 +82,16 @@ class Trainer:
             raise DataError("split 'train' holds no bags")
         self.model: Any = fabric.to_device(model)
         options = config.train
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, options.weight_decay), lr=options.lr)
+        self.guided: SelfGuided | None = self._self_guided()
+        averaged: list[nn.Parameter] = []
+        if self.guided is not None and adds_averages(self.guided):
+            averaged = list(self.model.shared_parameters())
+        groups = parameter_groups(self.model, options.weight_decay, averaged)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average: AveragedModel | None = None
         if options.ema > 0:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
-        self.guided: SelfGuided | None = self._self_guided()
         self.penalty_weights: dict[str, float] = dict(as_dict(config)["penalties"])
         # The sampler and the loader's own generator, not the global one, decide on the order of the bags, so
         # the position below is all that a resumed run needs to see the same batches.
@@ -132,6 +136,7 @@ class Trainer:
                 last_shared_layer=self.model.last_shared_layer() if sgl.scope == "last_shared_layer" else (),
                 every=sgl.every,
                 beta=sgl.beta,
+                direction=sgl.direction,
                 weight_beta=sgl.weight_beta,
                 statistics=sgl.statistics,
                 variance_window=sgl.variance_window,
@@ -394,6 +399,11 @@ class Trainer:
         self.finished = state["finished"] and self.config.train.epochs <= state["config"]["train"]["epochs"]
         self.log = MetricsLog(self.run.log, offset=state["log_offset"])
         set_random_state(state["random"])
+
+
+def adds_averages(guided: SelfGuided) -> bool:
+    """Whether `.grad` of the shared parameters is a running mean after `backward`, not a gradient."""
+    return guided.scope == "shared_parameters" and guided.statistics and guided.direction == "average"
 
 
 # What may change when a run is resumed; everything else decides what the weights become.
