@@ -424,11 +424,16 @@ void forward_tile(const CrossViewForward& a, const Shape& shape, int64_t begin, 
       const Lane s = softmax<false>(shape, u, row, bias + u * views * lanes + lane, there, load(gate + u * lanes + lane),
                                     row, nullptr);
       const auto is_open = s.open > zero();
-      const Vec inverse = is_open ? s.rest / s.sum : zero();
+      const Vec inverse = s.rest / s.sum;
       for (int64_t w = 0; w < views; ++w) {
-        if (w != u) {
-          store(row + w * lanes, load(row + w * lanes) * inverse);
+        if (w == u) {
+          continue;
         }
+        auto counts = is_open;
+        if (there != nullptr) {
+          counts = counts & (load(there + w * lanes) > zero());
+        }
+        store(row + w * lanes, counts ? load(row + w * lanes) * inverse : zero());
       }
       const Vec alone = there == nullptr ? splat(1.0f) : load(there + u * lanes);
       store(row + u * lanes, is_open ? s.gate : alone);
