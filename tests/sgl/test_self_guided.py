@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.sgl.oracle import SlowSGL, TwoHeads, flat_gradient
-from umda_fast.sgl import Equal, SelfGuided, SGLBalancer
+from umda_fast.sgl import Equal, SelfGuided, SGLBalancer, _gradients
 
 SCOPES = ["shared_parameters", "last_shared_layer", "representation"]
 
@@ -349,6 +349,19 @@ def test_the_direction_can_be_this_step_s_gradients() -> None:
         np.testing.assert_allclose(found, gradients(list(model.parameters())), rtol=1e-11, atol=1e-13)
     control, equal = sgl.metrics()["control_gradient_variance"], plain.metrics()["gradient_variance"]
     assert control == pytest.approx(equal, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_gram_matrix_of_any_shape_is_summed_in_pieces(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [torch.randn(7, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(count)]
+    rows[0] = rows[0].T.contiguous().T  # not contiguous
+    flat = torch.stack([row.reshape(-1).double() for row in rows])
+    for chunk in (8, 35, 1000):
+        monkeypatch.setattr(_gradients, "CHUNK", chunk)
+        found = _gradients.gram(rows, torch.float32, None)
+        torch.testing.assert_close(found.double(), flat @ flat.T, rtol=3e-7, atol=0)
 
 
 def test_cosine_ema_is_the_corrected_running_mean() -> None:

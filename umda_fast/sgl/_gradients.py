@@ -7,6 +7,9 @@ from torch import Tensor
 
 from umda_fast.reference import task_gradients as reference
 
+#: Columns in one call of `gram`: the scratch memory is T times this.
+CHUNK = 1 << 20
+
 
 def bias_correction(counts: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     """`1 / (1 - beta^k)` for k updates of each entry; 1 for an entry never updated, which is zero."""
@@ -29,14 +32,20 @@ def smooth(
 
 
 def gram(gradients: Sequence[Tensor], dtype: torch.dtype, backend: str | None) -> Tensor:
-    """Gram matrix [T, T] of T gradients of any one shape."""
-    count = len(gradients)
-    # A zero average and beta 0: the operation sums the products in float64, which a matmul in float32 (or, on
-    # CUDA, TF32) would not.
-    ema = torch.zeros(count, gradients[0].numel(), device=gradients[0].device, dtype=dtype)
-    once = torch.ones(count, dtype=torch.int64, device=ema.device)
-    flat = [gradients[0].reshape(1, -1)] if count == 1 else list(gradients)
-    return smooth(flat, ema, once, None, 0.0, backend)
+    """Gram matrix [T, T] of T gradients of any one shape, a million columns at a time."""
+    count, columns = len(gradients), gradients[0].numel()
+    device = gradients[0].device
+    # With beta 0 the average is the gradient, and the operation sums the products in float64, which a matmul
+    # in float32 (or, on CUDA, TF32) would not.
+    scratch = torch.zeros(count * min(columns, CHUNK), device=device, dtype=dtype)
+    once = torch.ones(count, dtype=torch.int64, device=device)
+    total = torch.zeros(count, count, dtype=torch.float64, device=device)
+    flat = [gradient.reshape(-1) for gradient in gradients]
+    for start in range(0, columns, CHUNK):
+        pieces = [row[start : start + CHUNK] for row in flat]
+        ema = scratch[: count * pieces[0].numel()].view(count, -1)
+        total += smooth([pieces[0][None]] if count == 1 else pieces, ema, once, None, 0.0, backend)
+    return total.to(dtype)
 
 
 def combine(ema: Tensor, weights: Tensor, out: Tensor, backend: str | None) -> None:

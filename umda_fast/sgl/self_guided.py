@@ -42,7 +42,9 @@ In the two cheap scopes the update is made of this step's gradients, not of aver
 smoothed.
 
 **Every m steps** (`every=m`): the first call and every m-th after it is a statistics step. On the others the
-weights are held and one backward pass of `sum_t w_t L_t + penalty` is made, at the cost of a plain step.
+weights are held and one backward pass of `sum_t w_t L_t + penalty` is made, at the cost of a plain step: of
+this step's gradients, in every scope. With m > 1 the exact scope therefore goes best with
+`direction="gradient"`, which makes all steps alike.
 
 **A balancer that does not read the Gram matrix** (`Equal` and those made of losses only) makes every step
 such a plain one, with new weights each m steps, unless `statistics=True`.

@@ -118,7 +118,7 @@ class DirectionVariance:
         self._square.add_(norm.double().square())
         self._units.add_(norm > 0)
         self._count += 1
-        if self._count == self._window:
+        if self._count >= self._window:
             self._last = self._figures()
             self._sum.zero_()
             self._unit_sum.zero_()
