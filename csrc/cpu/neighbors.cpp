@@ -79,22 +79,36 @@ UMDA_INLINE const X* row_of(Rows rows, int64_t i) {
   return static_cast<const X*>(rows.data) + i * rows.stride;
 }
 
-template <class X>
-UMDA_INLINE const X* row_of(Heads heads, int64_t i, int64_t h) {
-  return static_cast<const X*>(heads.data) + i * heads.stride + h * heads.head_stride;
+// How many edges ahead to ask for rows of this many bytes.
+UMDA_INLINE int64_t edges_ahead(int64_t row_bytes) {
+  const int64_t edges = kAheadBytes / (row_bytes < 1 ? 1 : row_bytes);
+  return edges < 4 ? 4 : edges > 32 ? 32 : edges;
 }
 
-template <class X>
-UMDA_INLINE void prefetch_row(const X* p, int64_t width) {
-  for (int64_t d = 0; d < width; d += 64 / static_cast<int64_t>(sizeof(X))) {
-    prefetch(p + d);
+// The node that the edge `ahead` places after e points at; where there is none, `here`, which is at hand.
+UMDA_INLINE int64_t target_ahead(const NeighborTable& g, int64_t e, int64_t ahead, int64_t here) {
+  if (e + ahead >= g.edges) {
+    return here;
+  }
+  const int32_t j = g.neighbors[e + ahead];
+  return present(g, j) ? j : here;
+}
+
+// Between so many random rows the machine does not notice what is read in order, a little per row of the graph. These ask
+// for it: the values of edges a few rows on, and the features of row i.
+template <class T>
+UMDA_INLINE void prefetch_values(const T* values, int64_t e) {
+  if (values != nullptr) {
+    prefetch(reinterpret_cast<const char*>(values + e) + 256);
   }
 }
 
-// How many edges ahead to prefetch rows of this many bytes.
-UMDA_INLINE int64_t edges_ahead(int64_t row_bytes) {
-  const int64_t edges = kAheadBytes / (row_bytes < 1 ? 1 : row_bytes);
-  return edges < 2 ? 2 : edges > 32 ? 32 : edges;
+template <class X>
+UMDA_INLINE void prefetch_row(const NeighborTable& g, Rows rows, int64_t i, int64_t width) {
+  const X* const p = row_of<X>(rows, i < g.nodes ? i : g.nodes - 1);
+  for (int64_t d = 0; d < width; d += 64 / static_cast<int64_t>(sizeof(X))) {
+    prefetch(p + d);
+  }
 }
 
 // Loads and stores of a block of kVecs full vectors, or of the last `count` lanes of a row.
@@ -108,6 +122,13 @@ struct Block {
       return load(p, count);
     } else {
       return load(p);
+    }
+  }
+  // Asks for the lines of the block that starts at p.
+  template <class X>
+  UMDA_INLINE void ahead(const X* p) const {
+    for (int v = 0; v < kVecs; v += kVecsPerLine<X>) {
+      prefetch(p + v * kWidth);
     }
   }
   template <class X>
@@ -140,16 +161,17 @@ UMDA_INLINE void for_blocks(int64_t width, F&& f) {
   }
 }
 
-// a.b, in four chains.
+// a.b, in four chains; asks for the row `next` on the way.
 template <class X, class Y>
-UMDA_INLINE float dot(const X* a, const Y* b, int64_t width) {
-  Vec sums[4] = {zero(), zero(), zero(), zero()};
-  for_blocks<4>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
+UMDA_INLINE float dot(const X* a, const Y* b, const Y* next, int64_t width) {
+  Vec chains[4] = {zero(), zero(), zero(), zero()};
+  for_blocks<kMaxVecs>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
+    block.ahead(next + d);
     for (int v = 0; v < block.vecs; ++v) {
-      sums[v] = fma(block.read(a + d + v * kWidth), block.read(b + d + v * kWidth), sums[v]);
+      chains[v % 4] = fma(block.read(a + d + v * kWidth), block.read(b + d + v * kWidth), chains[v % 4]);
     }
   });
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return sum((chains[0] + chains[1]) + (chains[2] + chains[3]));
 }
 
 // The transpose as the backward kernels walk it: position p in t_edge -> the row its edge starts from.
@@ -180,6 +202,9 @@ struct Sources {
     });
     valid = bad == 0;
   }
+
+  // The position `distance` after p, or the last one.
+  UMDA_INLINE int64_t ahead(int64_t p, int64_t distance) const { return p + distance < count ? p + distance : count - 1; }
 
   Scratch<int32_t> row;
   int64_t count;
@@ -252,15 +277,15 @@ void sum_forward(const NeighborSumForward& a) {
   Chunks(g.nodes, g.indptr, g.degree).for_rows([&](int64_t i) {
     const int64_t begin = row_begin(g, i), end = row_begin(g, i + 1);
     X* const out = static_cast<X*>(a.out) + i * a.width;
+    prefetch_values(g.neighbors, end + ahead);
+    prefetch_values(a.weight, end);
     for_blocks<kMaxVecs>(a.width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
       Vec sums[block.vecs];
       for (int v = 0; v < block.vecs; ++v) {
         sums[v] = zero();
       }
       for (int64_t e = begin; e < end; ++e) {
-        if (d == 0 && e + ahead < g.edges && present(g, g.neighbors[e + ahead])) {
-          prefetch_row(row_of<X>(a.x, g.neighbors[e + ahead]), a.width);
-        }
+        block.ahead(row_of<X>(a.x, target_ahead(g, e, ahead, i)) + d);
         const int32_t j = g.neighbors[e];
         if (!present(g, j)) {
           continue;
@@ -294,18 +319,19 @@ bool sum_backward(const NeighborSumBackward& a) {
   Chunks(g.nodes, g.t_ptr, 0).for_rows([&](int64_t j) {
     const X* const x = row_of<X>(a.x, j);
     X* const dx = static_cast<X*>(a.dx) + j * a.width;
+    prefetch_row<X>(g, a.x, j + 1, a.width);
+    prefetch_values(g.t_edge, g.t_ptr[j + 1] + ahead);
+    prefetch_values(sources.row.data(), g.t_ptr[j + 1] + ahead);
     for_blocks<kMaxVecs>(a.width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
       Vec sums[block.vecs];
       for (int v = 0; v < block.vecs; ++v) {
         sums[v] = zero();
       }
       for (int64_t p = g.t_ptr[j]; p < g.t_ptr[j + 1]; ++p) {
-        if (d == 0 && p + ahead < sources.count) {
-          prefetch_row(row_of<X>(a.d_out, sources.row[p + ahead]), a.width);
-          prefetch(a.weight + g.t_edge[p + ahead]);
-          prefetch(a.d_weight + g.t_edge[p + ahead]);
-        }
-        const int64_t e = g.t_edge[p];
+        const int64_t e = g.t_edge[p], later = sources.ahead(p, ahead);
+        block.ahead(row_of<X>(a.d_out, sources.row[later]) + d);
+        prefetch(a.weight + g.t_edge[later]);
+        prefetch(a.d_weight + g.t_edge[later]);
         const X* const from = row_of<X>(a.d_out, sources.row[p]) + d;
         const Vec weight = splat(a.weight[e]);
         Vec dots[4] = {zero(), zero(), zero(), zero()};
@@ -332,7 +358,7 @@ void inverse_norms(const NeighborTable& g, Rows r, int64_t width, float* inverse
   parallel_ranges(g.nodes, 256, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const X* const row = row_of<X>(r, i);
-      const float norm = __builtin_sqrtf(dot(row, row, width));
+      const float norm = __builtin_sqrtf(dot(row, row, row, width));
       inverse[i] = 1.0f / (norm < kNormEpsilon ? kNormEpsilon : norm);
     }
   });
@@ -346,13 +372,12 @@ void cosine_forward(const EdgeCosineForward& a) {
   const int64_t ahead = edges_ahead(a.width * static_cast<int64_t>(sizeof(X)));
   Chunks(g.nodes, g.indptr, g.degree).for_rows([&](int64_t i) {
     const X* const own = row_of<X>(a.r, i);
+    prefetch_row<X>(g, a.r, i + 1, a.width);
+    prefetch_values(g.neighbors, row_begin(g, i + 1) + ahead);
     for (int64_t e = row_begin(g, i); e < row_begin(g, i + 1); ++e) {
-      if (e + ahead < g.edges && present(g, g.neighbors[e + ahead])) {
-        prefetch_row(row_of<X>(a.r, g.neighbors[e + ahead]), a.width);
-      }
       const int32_t j = g.neighbors[e];
-      a.cosine[e] =
-          present(g, j) ? dot(own, row_of<X>(a.r, j), a.width) * inverse[i] * inverse[j] : 0.0f;
+      const X* const next = row_of<X>(a.r, target_ahead(g, e, ahead, i));
+      a.cosine[e] = present(g, j) ? dot(own, row_of<X>(a.r, j), next, a.width) * inverse[i] * inverse[j] : 0.0f;
     }
   });
 }
@@ -374,6 +399,11 @@ bool cosine_backward(const EdgeCosineBackward& a) {
     const Scratch<float> total(a.width);
     for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); ++i) {
       const X* const own = row_of<X>(a.r, i);
+      prefetch_row<X>(g, a.r, i + 1, a.width);
+      prefetch_values(g.neighbors, row_begin(g, i + 1) + ahead);
+      prefetch_values(a.d_cosine, row_begin(g, i + 1));
+      prefetch_values(g.t_edge, g.t_ptr[i + 1] + ahead);
+      prefetch_values(sources.row.data(), g.t_ptr[i + 1] + ahead);
       for_blocks<kMaxVecs>(a.width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
         Vec sums[block.vecs];
         for (int v = 0; v < block.vecs; ++v) {
@@ -386,19 +416,16 @@ bool cosine_backward(const EdgeCosineBackward& a) {
           }
         };
         for (int64_t e = row_begin(g, i); e < row_begin(g, i + 1); ++e) {
-          if (d == 0 && e + ahead < g.edges && present(g, g.neighbors[e + ahead])) {
-            prefetch_row(row_of<X>(a.r, g.neighbors[e + ahead]), a.width);
-          }
+          block.ahead(row_of<X>(a.r, target_ahead(g, e, ahead, i)) + d);
           const int32_t j = g.neighbors[e];
           if (present(g, j)) {
             add(j, a.d_cosine[e] * inverse[j]);
           }
         }
         for (int64_t p = g.t_ptr[i]; p < g.t_ptr[i + 1]; ++p) {
-          if (d == 0 && p + ahead < sources.count) {
-            prefetch_row(row_of<X>(a.r, sources.row[p + ahead]), a.width);
-            prefetch(a.d_cosine + g.t_edge[p + ahead]);
-          }
+          const int64_t later = sources.ahead(p, ahead);
+          block.ahead(row_of<X>(a.r, sources.row[later]) + d);
+          prefetch(a.d_cosine + g.t_edge[later]);
           const int32_t source = sources.row[p];
           add(source, a.d_cosine[g.t_edge[p]] * inverse[source]);
         }
@@ -407,7 +434,7 @@ bool cosine_backward(const EdgeCosineBackward& a) {
         }
       });
       const bool clamped = inverse[i] >= 1.0f / kNormEpsilon;
-      const float along = clamped ? 0.0f : dot(total.data(), own, a.width) * inverse[i] * inverse[i];
+      const float along = clamped ? 0.0f : dot(total.data(), own, own, a.width) * inverse[i] * inverse[i];
       X* const dr = static_cast<X*>(a.dr) + i * a.width;
       for_blocks<1>(a.width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
         const Vec across = fma(splat(-along), block.read(own + d), block.read(&total[d]));
@@ -433,11 +460,12 @@ void smooth_forward(const SmoothnessForward& a) {
     double energy = 0.0, weight_sum = 0.0;
     for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); ++i) {
       const X* const own = row_of<X>(a.z, i);
+      prefetch_row<X>(g, a.z, i + 1, a.width);
+      prefetch_values(g.neighbors, row_begin(g, i + 1) + ahead);
+      prefetch_values(a.weight, row_begin(g, i + 1));
       Vec sums[4] = {zero(), zero(), zero(), zero()};
       for (int64_t e = row_begin(g, i); e < row_begin(g, i + 1); ++e) {
-        if (e + ahead < g.edges && present(g, g.neighbors[e + ahead])) {
-          prefetch_row(row_of<X>(a.z, g.neighbors[e + ahead]), a.width);
-        }
+        const X* const next = row_of<X>(a.z, target_ahead(g, e, ahead, i));
         const int32_t j = g.neighbors[e];
         if (!present(g, j)) {
           continue;
@@ -445,10 +473,11 @@ void smooth_forward(const SmoothnessForward& a) {
         weight_sum += static_cast<double>(a.weight[e]);
         const Vec weight = splat(a.weight[e]);
         const X* const other = row_of<X>(a.z, j);
-        for_blocks<4>(a.width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
+        for_blocks<kMaxVecs>(a.width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
+          block.ahead(next + d);
           for (int v = 0; v < block.vecs; ++v) {
             const Vec difference = block.read(own + d + v * kWidth) - block.read(other + d + v * kWidth);
-            sums[v] = fma(weight * difference, difference, sums[v]);
+            sums[v % 4] = fma(weight * difference, difference, sums[v % 4]);
           }
         });
       }
@@ -486,15 +515,19 @@ bool smooth_backward(const SmoothnessBackward& a) {
   Chunks(g.nodes, g.t_ptr, 0).for_rows([&](int64_t i) {
     const X* const own = row_of<X>(a.z, i);
     X* const dz = static_cast<X*>(a.dz) + i * a.width;
+    prefetch_row<X>(g, a.z, i + 1, a.width);
+    prefetch_values(g.neighbors, row_begin(g, i + 1) + ahead);
+    prefetch_values(a.weight, row_begin(g, i + 1));
+    prefetch_values(a.d_weight, row_begin(g, i + 1));
+    prefetch_values(g.t_edge, g.t_ptr[i + 1] + ahead);
+    prefetch_values(sources.row.data(), g.t_ptr[i + 1] + ahead);
     for_blocks<kMaxVecs>(a.width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
       Vec sums[block.vecs];
       for (int v = 0; v < block.vecs; ++v) {
         sums[v] = zero();
       }
       for (int64_t e = row_begin(g, i); e < row_begin(g, i + 1); ++e) {
-        if (d == 0 && e + ahead < g.edges && present(g, g.neighbors[e + ahead])) {
-          prefetch_row(row_of<X>(a.z, g.neighbors[e + ahead]), a.width);
-        }
+        block.ahead(row_of<X>(a.z, target_ahead(g, e, ahead, i)) + d);
         const int32_t j = g.neighbors[e];
         if (!present(g, j)) {
           continue;
@@ -510,10 +543,9 @@ bool smooth_backward(const SmoothnessBackward& a) {
         a.d_weight[e] += per_square * sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
       }
       for (int64_t p = g.t_ptr[i]; p < g.t_ptr[i + 1]; ++p) {
-        if (d == 0 && p + ahead < sources.count) {
-          prefetch_row(row_of<X>(a.z, sources.row[p + ahead]), a.width);
-          prefetch(a.weight + g.t_edge[p + ahead]);
-        }
+        const int64_t later = sources.ahead(p, ahead);
+        block.ahead(row_of<X>(a.z, sources.row[later]) + d);
+        prefetch(a.weight + g.t_edge[later]);
         const X* const other = row_of<X>(a.z, sources.row[p]) + d;
         const Vec weight = splat(a.weight[g.t_edge[p]]);
         for (int v = 0; v < block.vecs; ++v) {
@@ -531,103 +563,245 @@ bool smooth_backward(const SmoothnessBackward& a) {
 
 // ---- neighbor_attention ----------------------------------------------------------------------------------
 
-constexpr int kEdgeTile = 64;  // edges whose scores are held at once: all of a usual row
+// Edges handled at once: their rows of k (and of v) are in cache for the second use.
+constexpr int kTile = 32;
+static_assert(kTile % kWidth == 0);
 
-// out += sum over a tile of p[e] v[column[e]], one head. first: out is not read.
-template <class X>
-UMDA_INLINE void add_values(float* out, const float* p, Heads v, const int32_t* column, int edges, int64_t h,
-                            int64_t width, float rescale, bool first) {
-  for_blocks<(kMaxVecs > 8 ? 8 : kMaxVecs)>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
-    Vec sums[block.vecs];
-    for (int i = 0; i < block.vecs; ++i) {
-      sums[i] = first ? zero() : block.read(out + d + i * kWidth) * splat(rescale);
+// Some edges of one row or column of the graph.
+struct EdgeList {
+  int32_t node[kTile];
+  int32_t next[kTile];            // a node needed some edges later
+  alignas(64) float bias[kTile];  // -inf behind the last edge
+  int count = 0;
+
+  UMDA_INLINE void add(int64_t at, int64_t later, float log_weight) {
+    node[count] = static_cast<int32_t>(at);
+    next[count] = static_cast<int32_t>(later);
+    bias[count++] = log_weight;
+  }
+  UMDA_INLINE void close() {
+    for (int n = count; n % kWidth != 0; ++n) {
+      bias[n] = -__builtin_inff();
     }
-    for (int e = 0; e < edges; ++e) {
-      const X* const from = row_of<X>(v, column[e], h) + d;
-      const Vec weight = splat(p[e]);
-      for (int i = 0; i < block.vecs; ++i) {
-        sums[i] = fma(weight, block.read(from + i * kWidth), sums[i]);
+  }
+};
+
+// How a block of kVecs vectors falls into heads of kHeadVecs whole vectors (0: the block lies within one head).
+template <int kHeadVecs, int kVecs>
+struct HeadsOf {
+  static constexpr int vecs = kHeadVecs == 0 || kHeadVecs > kVecs ? kVecs : kHeadVecs;  // of one head, in the block
+  static constexpr int heads = kVecs / vecs;
+};
+
+template <int kHeadVecs, class X>
+void list_dots_vectors(const X* own, Rows rows, const EdgeList& list, int64_t heads, int64_t width, float* to) {
+  for_blocks<kMaxVecs>(heads * width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
+    using Split = HeadsOf<kHeadVecs, block.vecs>;
+    const bool first = d % width == 0;
+    float* const at = to + d / width * kTile;
+    Vec query[block.vecs];
+    for (int v = 0; v < block.vecs; ++v) {
+      query[v] = block.read(own + d + v * kWidth);
+    }
+    for (int n = 0; n < list.count; ++n) {
+      const X* const from = row_of<X>(rows, list.node[n]) + d;
+      block.ahead(row_of<X>(rows, list.next[n]) + d);
+      if constexpr (Split::heads == 1) {
+        constexpr int kChains = block.vecs < 4 ? block.vecs : 4;
+        Vec chains[4] = {zero(), zero(), zero(), zero()};
+        for (int v = 0; v < block.vecs; ++v) {
+          chains[v % kChains] = fma(query[v], block.read(from + v * kWidth), chains[v % kChains]);
+        }
+        const float dot = sum((chains[0] + chains[1]) + (chains[2] + chains[3]));
+        at[n] = first ? dot : at[n] + dot;
+      } else {
+        Vec chains[Split::heads < 4 ? 4 : Split::heads];
+        UMDA_UNROLL
+        for (int v = 0; v < block.vecs; ++v) {
+          const Vec before = v % Split::vecs == 0 ? zero() : chains[v / Split::vecs];
+          chains[v / Split::vecs] = fma(query[v], block.read(from + v * kWidth), before);
+        }
+        for (int h = 0; h < Split::heads; h += 4) {
+          float four[4];
+          if constexpr (Split::heads < 4) {
+            chains[2] = chains[3] = zero();
+          }
+          sums(chains[h], chains[h + 1], chains[h + 2], chains[h + 3], four);
+          for (int i = 0; i < 4 && h + i < Split::heads; ++i) {
+            at[(h + i) * kTile + n] = four[i];
+          }
+        }
       }
     }
-    for (int i = 0; i < block.vecs; ++i) {
-      block.write(out + d + i * kWidth, sums[i]);
+  });
+}
+
+// f(Constant<vectors of a head>, first head, number of heads) for groups of heads that can be read in one go.
+template <class F>
+UMDA_INLINE void by_head_size(int64_t heads, int64_t width, F&& f) {
+  if (heads == 1 || width % (kMaxVecs * kWidth) == 0) {
+    f(Constant<0>{}, int64_t{0}, heads);
+  } else if (width == kWidth) {
+    f(Constant<1>{}, int64_t{0}, heads);
+  } else if (width == 2 * kWidth) {
+    f(Constant<2>{}, int64_t{0}, heads);
+  } else if (width == 4 * kWidth) {
+    f(Constant<4>{}, int64_t{0}, heads);
+  } else if (width == 8 * kWidth) {
+    f(Constant<8>{}, int64_t{0}, heads);
+  } else {
+    for (int64_t h = 0; h < heads; ++h) {
+      f(Constant<0>{}, h, int64_t{1});
+    }
+  }
+}
+
+template <class X>
+UMDA_INLINE Rows from_head(Rows rows, int64_t h, int64_t width) {
+  return {static_cast<const X*>(rows.data) + h * width, rows.stride};
+}
+
+// to[h * kTile + n] = own[h].rows[node[n], h] for the edges of the list.
+template <class X>
+void list_dots(const X* own, Rows rows, const EdgeList& list, int64_t heads, int64_t width, float* to) {
+  by_head_size(heads, width, [&](auto head_vecs, int64_t h, int64_t count) UMDA_LAMBDA_INLINE {
+    list_dots_vectors<head_vecs.value>(own + h * width, from_head<X>(rows, h, width), list, count, width, to + h * kTile);
+  });
+  // What lies behind the last edge takes part in vector arithmetic and must not be a NaN.
+  for (int n = list.count; n % kWidth != 0; ++n) {
+    for (int64_t h = 0; h < heads; ++h) {
+      to[h * kTile + n] = 0.0f;
+    }
+  }
+  if (width == 0) {
+    __builtin_memset(to, 0, static_cast<size_t>(heads * kTile) * sizeof(float));
+  }
+}
+
+template <bool kAhead, int kHeadVecs, class X>
+void list_add_vectors(float* acc, const float* weight, Rows rows, const EdgeList& list, int64_t heads, int64_t width) {
+  for_blocks<kMaxVecs>(heads * width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
+    using Split = HeadsOf<kHeadVecs, block.vecs>;
+    const float* const w = weight + d / width * kTile;
+    Vec total[block.vecs];
+    for (int v = 0; v < block.vecs; ++v) {
+      total[v] = block.read(acc + d + v * kWidth);
+    }
+    for (int n = 0; n < list.count; ++n) {
+      const X* const from = row_of<X>(rows, list.node[n]) + d;
+      if constexpr (kAhead) {
+        block.ahead(row_of<X>(rows, list.next[n]) + d);
+      }
+      for (int v = 0; v < block.vecs; ++v) {
+        total[v] = fma(splat(w[v / Split::vecs * kTile + n]), block.read(from + v * kWidth), total[v]);
+      }
+    }
+    for (int v = 0; v < block.vecs; ++v) {
+      block.write(acc + d + v * kWidth, total[v]);
     }
   });
+}
+
+// acc[h] += sum over the list of weight[h * kTile + n] rows[node[n], h]. kAhead: whether to ask for the rows needed later.
+template <bool kAhead, class X>
+void list_add(float* acc, const float* weight, Rows rows, const EdgeList& list, int64_t heads, int64_t width) {
+  by_head_size(heads, width, [&](auto head_vecs, int64_t h, int64_t count) UMDA_LAMBDA_INLINE {
+    list_add_vectors<kAhead, head_vecs.value, X>(acc + h * width, weight + h * kTile, from_head<X>(rows, h, width), list,
+                                                 count, width);
+  });
+}
+
+// to = from, in to's type.
+template <class X>
+UMDA_INLINE void convert_row(X* to, const float* from, int64_t width) {
+  for_blocks<4>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
+    for (int v = 0; v < block.vecs; ++v) {
+      block.write(to + d + v * kWidth, block.read(from + d + v * kWidth));
+    }
+  });
+}
+
+UMDA_INLINE void fill_zero(float* p, int64_t count) {
+  __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(float));
 }
 
 template <class X>
 void attention_forward(const NeighborAttentionForward& a) {
   const NeighborTable& g = a.graph;
-  const float scale = a.width == 0 ? 0.0f : 1.0f / __builtin_sqrtf(static_cast<float>(a.width));
-  const int64_t ahead = edges_ahead(2 * a.heads * a.width * static_cast<int64_t>(sizeof(X)));
+  const int64_t heads = a.heads, width = a.width;
+  const float scale = width == 0 ? 0.0f : 1.0f / __builtin_sqrtf(static_cast<float>(width));
+  const int64_t ahead = edges_ahead(heads * width * static_cast<int64_t>(sizeof(X)));
   const Chunks chunks(g.nodes, g.indptr, g.degree);
   parallel_items(chunks.count, [&](int64_t chunk) {
-    const Scratch<float> scores(a.heads * kEdgeTile);
-    const Scratch<float> acc(a.heads * a.width);
-    const Scratch<float> peak(a.heads), total(a.heads);
-    int32_t column[kEdgeTile];
-    float bias[kEdgeTile];
+    const Scratch<float> acc(heads * width), p(heads * kTile), peak(heads), total(heads);
+    EdgeList list;
     for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); ++i) {
       const int64_t end = row_begin(g, i + 1);
       int64_t e = row_begin(g, i);
-      bool own = a.self_loop, first = true;
-      for (int64_t h = 0; h < a.heads; ++h) {
+      fill_zero(acc.data(), heads * width);
+      fill_zero(total.data(), heads);
+      for (int64_t h = 0; h < heads; ++h) {
         peak[h] = -__builtin_inff();
-        total[h] = 0.0f;
       }
+      bool own = a.self_loop, first = true;
+      prefetch_row<X>(g, a.q, i + 1, heads * width);
+      prefetch_values(g.neighbors, end + ahead);
+      prefetch_values(a.log_weight, end);
       while (own || e < end) {
-        int edges = 0;
+        list.count = 0;
         if (own) {
-          column[edges] = static_cast<int32_t>(i);
-          bias[edges++] = 0.0f;
+          list.add(i, i, 0.0f);
           own = false;
         }
-        for (; e < end && edges < kEdgeTile; ++e) {
+        for (; e < end && list.count < kTile; ++e) {
           if (present(g, g.neighbors[e])) {
-            column[edges] = g.neighbors[e];
-            bias[edges++] = a.log_weight == nullptr ? 0.0f : a.log_weight[e];
-          }
-          if (e + ahead < g.edges && present(g, g.neighbors[e + ahead])) {
-            const int32_t next = g.neighbors[e + ahead];
-            for (int64_t h = 0; h < a.heads; ++h) {
-              prefetch_row(row_of<X>(a.k, next, h), a.width);
-              prefetch_row(row_of<X>(a.v, next, h), a.width);
-            }
+            list.add(g.neighbors[e], target_ahead(g, e, ahead, i), a.log_weight == nullptr ? 0.0f : a.log_weight[e]);
           }
         }
-        for (int64_t h = 0; h < a.heads; ++h) {
-          const X* const q = row_of<X>(a.q, i, h);
-          float* const s = &scores[h * kEdgeTile];
-          float top = peak[h];
-          for (int n = 0; n < edges; ++n) {
-            s[n] = dot(q, row_of<X>(a.k, column[n], h), a.width) * scale + bias[n];
-            top = s[n] > top ? s[n] : top;
+        list.close();
+        list_dots(row_of<X>(a.q, i), a.k, list, heads, width, p.data());
+        for (int64_t h = 0; h < heads; ++h) {
+          float* const s = &p[h * kTile];
+          Vec tops = splat(peak[h]);
+          for (int n = 0; n < list.count; n += kWidth) {
+            const Vec score = fma(load(s + n), splat(scale), load(list.bias + n));
+            store(s + n, score);
+            tops = max(score, tops);
           }
+          const float top = largest(tops);
           const float shift = top == -__builtin_inff() ? 0.0f : top;
-          const float rescale = exp(peak[h] - shift);
-          Vec sums = zero();
-          for (int n = 0; n < edges; n += kWidth) {
-            const int count = edges - n < kWidth ? edges - n : kWidth;
-            const Vec p = exp(load(s + n, count) - splat(shift));
-            store(s + n, p, count);
-            sums = sums + (count < kWidth ? load(s + n, count) : p);
+          Vec parts = zero();
+          for (int n = 0; n < list.count; n += kWidth) {
+            const Vec probability = exp(load(s + n) - splat(shift));
+            store(s + n, probability);
+            parts = parts + probability;
           }
-          total[h] = total[h] * rescale + sum(sums);
+          if (!first) {
+            const Vec rescale = splat(exp(peak[h] - shift));
+            total[h] *= exp(peak[h] - shift);
+            for_blocks<1>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
+              block.write(&acc[h * width + d], block.read(&acc[h * width + d]) * rescale);
+            });
+          }
+          total[h] += sum(parts);
           peak[h] = top;
-          add_values<X>(&acc[h * a.width], s, a.v, column, edges, h, a.width, rescale, first);
         }
+        list_add<true, X>(acc.data(), p.data(), a.v, list, heads, width);
         first = false;
       }
-      for (int64_t h = 0; h < a.heads; ++h) {
+      for (int64_t h = 0; h < heads; ++h) {
         // 0: nothing to attend to, or only weights of 0.
         const bool nothing = total[h] == 0.0f;
-        a.lse[i * a.heads + h] = nothing ? -__builtin_inff() : peak[h] + __builtin_logf(total[h]);
-        X* const out = static_cast<X*>(a.out) + (i * a.heads + h) * a.width;
-        const Vec factor = splat(1.0f / total[h]);
-        for_blocks<1>(a.width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
-          block.write(out + d, nothing ? zero() : block.read(&acc[h * a.width + d]) * factor);
+        a.lse[i * heads + h] = nothing ? -__builtin_inff() : peak[h] + __builtin_logf(total[h]);
+        const Vec factor = splat(nothing ? 0.0f : 1.0f / total[h]);
+        for_blocks<4>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
+          for (int v = 0; v < block.vecs; ++v) {
+            float* const at = &acc[h * width + d + v * kWidth];
+            block.write(at, nothing ? zero() : block.read(at) * factor);
+          }
         });
       }
+      convert_row(static_cast<X*>(a.out) + i * heads * width, acc.data(), heads * width);
     }
   });
 }
@@ -642,11 +816,9 @@ bool attention_backward(const NeighborAttentionBackward& a) {
   if (!sources.valid) {
     return false;
   }
-  constexpr int kTile = 16;  // edges whose rows stay in the level-1 cache between the two uses
-  constexpr int kVecs = 4;   // of dk and of dv: with those of k and v, what registers hold
-  const int64_t heads = a.heads, width = a.width;
+  const int64_t heads = a.heads, width = a.width, row_width = heads * width;
   const float scale = width == 0 ? 0.0f : 1.0f / __builtin_sqrtf(static_cast<float>(width));
-  const int64_t ahead = edges_ahead(2 * heads * width * static_cast<int64_t>(sizeof(X)));
+  const int64_t ahead = edges_ahead(row_width * static_cast<int64_t>(sizeof(X)));
   const Scratch<float> ds(g.edges * heads);
   const Scratch<float> own_ds(a.self_loop ? g.nodes * heads : 0);
   const Scratch<float> stats(g.nodes * heads * 2);  // lse, delta
@@ -655,136 +827,116 @@ bool attention_backward(const NeighborAttentionBackward& a) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t h = 0; h < heads; ++h) {
         const float lse = a.lse[i * heads + h];
+        const X* const d_out = row_of<X>(a.d_out, i) + h * width;
         // exp(s - inf) = 0: a row with nothing to attend to gives no gradient.
         stats[(i * heads + h) * 2] = lse == -__builtin_inff() ? __builtin_inff() : lse;
-        stats[(i * heads + h) * 2 + 1] = dot(row_of<X>(a.d_out, i, h), row_of<X>(a.out, i, h), width);
+        stats[(i * heads + h) * 2 + 1] = dot(d_out, row_of<X>(a.out, i) + h * width, d_out, width);
       }
     }
   });
 
   const Chunks targets(g.nodes, g.t_ptr, 0);
   parallel_items(targets.count, [&](int64_t chunk) {
-    const Scratch<float> dk(width), dv(width);
-    int32_t source[kTile];
+    const Scratch<float> dk(row_width), dv(row_width), alpha(heads * kTile), d_score(heads * kTile);
+    EdgeList list;
     int64_t edge[kTile];
-    float s[kTile], d_alpha[kTile], lse[kTile], delta[kTile], alpha[kTile], d_score[kTile];
+    alignas(64) float lse[kTile] = {}, delta[kTile] = {};
     for (int64_t j = targets.begin(chunk); j < targets.end(chunk); ++j) {
-      for (int64_t h = 0; h < heads; ++h) {
-        const X* const k = row_of<X>(a.k, j, h);
-        const X* const v = row_of<X>(a.v, j, h);
-        int64_t p = g.t_ptr[j];
-        const int64_t end = g.t_ptr[j + 1];
-        bool own = a.self_loop, first = true;
-        do {
-          int edges = 0;
-          if (own) {
-            source[0] = static_cast<int32_t>(j);
-            edge[0] = -1;
-            s[edges++] = 0.0f;
-            own = false;
+      int64_t p = g.t_ptr[j];
+      const int64_t end = g.t_ptr[j + 1];
+      fill_zero(dk.data(), row_width);
+      fill_zero(dv.data(), row_width);
+      prefetch_row<X>(g, a.k, j + 1, row_width);
+      prefetch_row<X>(g, a.v, j + 1, row_width);
+      prefetch_values(g.t_edge, end + ahead);
+      prefetch_values(sources.row.data(), end + ahead);
+      bool own = a.self_loop;
+      while (own || p < end) {
+        list.count = 0;
+        if (own) {
+          edge[0] = -1;
+          list.add(j, j, 0.0f);
+          own = false;
+        }
+        for (; p < end && list.count < kTile; ++p) {
+          const int64_t later = sources.ahead(p, ahead);
+          edge[list.count] = g.t_edge[p];
+          list.add(sources.row[p], sources.row[later], a.log_weight == nullptr ? 0.0f : a.log_weight[g.t_edge[p]]);
+          prefetch(&stats[sources.row[later] * heads * 2]);
+          prefetch(&ds[g.t_edge[later] * heads]);
+          if (a.log_weight != nullptr) {
+            prefetch(a.log_weight + g.t_edge[later]);
           }
-          for (; p < end && edges < kTile; ++p, ++edges) {
-            source[edges] = sources.row[p];
-            edge[edges] = g.t_edge[p];
-            s[edges] = a.log_weight == nullptr ? 0.0f : a.log_weight[edge[edges]];
-            if (p + ahead < sources.count) {
-              const int32_t next = sources.row[p + ahead];
-              prefetch_row(row_of<X>(a.q, next, h), width);
-              prefetch_row(row_of<X>(a.d_out, next, h), width);
-              if (h == 0) {
-                prefetch(&stats[next * heads * 2]);
-                prefetch(&ds[g.t_edge[p + ahead] * heads]);
-                if (a.log_weight != nullptr) {
-                  prefetch(a.log_weight + g.t_edge[p + ahead]);
-                }
-              }
-            }
+        }
+        list.close();
+        list_dots(row_of<X>(a.k, j), a.q, list, heads, width, alpha.data());
+        list_dots(row_of<X>(a.v, j), a.d_out, list, heads, width, d_score.data());
+        for (int64_t h = 0; h < heads; ++h) {
+          for (int n = 0; n < list.count; ++n) {
+            lse[n] = stats[(list.node[n] * heads + h) * 2];
+            delta[n] = stats[(list.node[n] * heads + h) * 2 + 1];
           }
-          for (int n = 0; n < edges; ++n) {
-            s[n] = dot(row_of<X>(a.q, source[n], h), k, width) * scale + s[n];
-            d_alpha[n] = dot(row_of<X>(a.d_out, source[n], h), v, width);
-            lse[n] = stats[(source[n] * heads + h) * 2];
-            delta[n] = stats[(source[n] * heads + h) * 2 + 1];
+          float* const probability = &alpha[h * kTile];
+          float* const slope = &d_score[h * kTile];
+          for (int n = 0; n < list.count; n += kWidth) {
+            const Vec score = fma(load(probability + n), splat(scale), load(list.bias + n));
+            const Vec weight = exp(score - load(lse + n));
+            store(probability + n, weight);
+            store(slope + n, weight * (load(slope + n) - load(delta + n)));
           }
-          for (int n = 0; n < edges; n += kWidth) {
-            const int count = edges - n < kWidth ? edges - n : kWidth;
-            const Vec probability = exp(load(s + n, count) - load(lse + n, count));
-            store(alpha + n, probability, count);
-            store(d_score + n, probability * (load(d_alpha + n, count) - load(delta + n, count)), count);
+          for (int n = 0; n < list.count; ++n) {
+            (edge[n] < 0 ? own_ds[j * heads + h] : ds[edge[n] * heads + h]) = slope[n];
           }
-          for (int n = 0; n < edges; ++n) {
-            (edge[n] < 0 ? own_ds[j * heads + h] : ds[edge[n] * heads + h]) = d_score[n];
-            d_score[n] *= scale;
-          }
-          for_blocks<kVecs>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
-            Vec k_sums[block.vecs], v_sums[block.vecs];
-            for (int i = 0; i < block.vecs; ++i) {
-              k_sums[i] = first ? zero() : block.read(&dk[d + i * kWidth]);
-              v_sums[i] = first ? zero() : block.read(&dv[d + i * kWidth]);
-            }
-            for (int n = 0; n < edges; ++n) {
-              const X* const q = row_of<X>(a.q, source[n], h) + d;
-              const X* const d_out = row_of<X>(a.d_out, source[n], h) + d;
-              for (int i = 0; i < block.vecs; ++i) {
-                k_sums[i] = fma(splat(d_score[n]), block.read(q + i * kWidth), k_sums[i]);
-                v_sums[i] = fma(splat(alpha[n]), block.read(d_out + i * kWidth), v_sums[i]);
-              }
-            }
-            for (int i = 0; i < block.vecs; ++i) {
-              block.write(&dk[d + i * kWidth], k_sums[i]);
-              block.write(&dv[d + i * kWidth], v_sums[i]);
-            }
-          });
-          first = false;
-        } while (p < end);
-        X* const dk_out = static_cast<X*>(a.dk) + (j * heads + h) * width;
-        X* const dv_out = static_cast<X*>(a.dv) + (j * heads + h) * width;
-        for_blocks<1>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
-          block.write(dk_out + d, block.read(&dk[d]));
-          block.write(dv_out + d, block.read(&dv[d]));
-        });
+        }
+        list_add<false, X>(dk.data(), d_score.data(), a.q, list, heads, width);
+        list_add<false, X>(dv.data(), alpha.data(), a.d_out, list, heads, width);
       }
+      for_blocks<1>(row_width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
+        block.write(&dk[d], block.read(&dk[d]) * splat(scale));
+      });
+      convert_row(static_cast<X*>(a.dk) + j * row_width, dk.data(), row_width);
+      convert_row(static_cast<X*>(a.dv) + j * row_width, dv.data(), row_width);
     }
   });
 
   const Chunks rows(g.nodes, g.indptr, g.degree);
-  const int64_t k_ahead = edges_ahead(heads * width * static_cast<int64_t>(sizeof(X)));
-  rows.for_rows([&](int64_t i) {
-    const int64_t begin = row_begin(g, i), end = row_begin(g, i + 1);
-    for (int64_t e = begin; e < end; ++e) {
-      float total = 0.0f;
-      for (int64_t h = 0; h < heads && present(g, g.neighbors[e]); ++h) {
-        total += ds[e * heads + h];
+  parallel_items(rows.count, [&](int64_t chunk) {
+    const Scratch<float> dq(row_width), weight(heads * kTile);
+    EdgeList list;
+    for (int64_t i = rows.begin(chunk); i < rows.end(chunk); ++i) {
+      const int64_t end = row_begin(g, i + 1);
+      int64_t e = row_begin(g, i);
+      fill_zero(dq.data(), row_width);
+      prefetch_values(g.neighbors, end + ahead);
+      for (int64_t h = 0; h < heads; h += 2) {
+        prefetch_values(ds.data(), end * heads + h * 16);
       }
-      a.d_log_weight[e] = total;
-    }
-    for (int64_t h = 0; h < heads; ++h) {
-      X* const dq = static_cast<X*>(a.dq) + (i * heads + h) * width;
-      for_blocks<(kMaxVecs > 8 ? 8 : kMaxVecs)>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
-        Vec sums[block.vecs];
-        const Vec own = splat(a.self_loop ? scale * own_ds[i * heads + h] : 0.0f);
-        const X* const k = row_of<X>(a.k, i, h) + d;
-        for (int n = 0; n < block.vecs; ++n) {
-          sums[n] = a.self_loop ? own * block.read(k + n * kWidth) : zero();
-        }
-        for (int64_t e = begin; e < end; ++e) {
-          if (d == 0 && e + k_ahead < g.edges && present(g, g.neighbors[e + k_ahead])) {
-            prefetch_row(row_of<X>(a.k, g.neighbors[e + k_ahead], h), width);
+      bool own = a.self_loop;
+      while (own || e < end) {
+        list.count = 0;
+        fill_zero(weight.data(), heads * kTile);
+        if (own) {
+          for (int64_t h = 0; h < heads; ++h) {
+            weight[h * kTile] = scale * own_ds[i * heads + h];
           }
-          const int32_t j = g.neighbors[e];
-          if (!present(g, j)) {
-            continue;
-          }
-          const Vec weight = splat(scale * ds[e * heads + h]);
-          const X* const from = row_of<X>(a.k, j, h) + d;
-          for (int n = 0; n < block.vecs; ++n) {
-            sums[n] = fma(weight, block.read(from + n * kWidth), sums[n]);
-          }
+          list.add(i, i, 0.0f);
+          own = false;
         }
-        for (int n = 0; n < block.vecs; ++n) {
-          block.write(dq + d + n * kWidth, sums[n]);
+        for (; e < end && list.count < kTile; ++e) {
+          float total = 0.0f;
+          if (present(g, g.neighbors[e])) {
+            for (int64_t h = 0; h < heads; ++h) {
+              total += ds[e * heads + h];
+              weight[h * kTile + list.count] = scale * ds[e * heads + h];
+            }
+            list.add(g.neighbors[e], target_ahead(g, e, ahead, i), 0.0f);
+          }
+          a.d_log_weight[e] = total;
         }
-      });
+        list.close();
+        list_add<true, X>(dq.data(), weight.data(), a.k, list, heads, width);
+      }
+      convert_row(static_cast<X*>(a.dq) + i * row_width, dq.data(), row_width);
     }
   });
   return true;

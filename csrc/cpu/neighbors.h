@@ -83,17 +83,12 @@ struct SmoothnessBackward {
   float* d_weight;
 };
 
-// q, k, v: [nodes, heads, width], each with a stride per node and per head.
-struct Heads {
-  const void* data;
-  int64_t stride, head_stride;
-};
-
+// Rows of q, k, v, out: [heads, width], contiguous.
 struct NeighborAttentionForward {
   NeighborTable graph;
   int64_t heads, width;
   DType type;
-  Heads q, k, v;
+  Rows q, k, v;
   const float* log_weight;  // or null
   bool self_loop;
   void* out;   // [nodes, heads, width]
@@ -104,7 +99,7 @@ struct NeighborAttentionBackward {
   NeighborTable graph;
   int64_t heads, width;
   DType type;
-  Heads d_out, q, k, v, out;
+  Rows d_out, q, k, v, out;
   const float* log_weight;  // or null
   const float* lse;
   bool self_loop;

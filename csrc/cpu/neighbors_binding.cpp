@@ -61,7 +61,12 @@ Tensor as_type_of(const Tensor& gradient, const Tensor& values) {
 
 Rows rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
 
-Heads heads(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+// [nodes, heads, width] as rows of heads * width: a copy unless the last two dimensions are contiguous.
+Tensor packed_heads(const Tensor& t) {
+  const bool inner = t.size(2) <= 1 || t.stride(2) == 1;
+  const bool outer = t.size(1) <= 1 || t.stride(1) == t.size(2);
+  return inner && outer ? t : torch::stable::contiguous(t);
+}
 
 // float32 scalar argument, whatever holds it.
 float scalar(const Tensor& t, const char* name) {
@@ -202,7 +207,7 @@ std::tuple<Tensor, Tensor> neighbor_attention(const Tensor& q_any, const Tensor&
   check_shape(q_any, {-1, -1, -1}, "q");
   check_heads(k_any, q_any, "k");
   check_heads(v_any, q_any, "v");
-  const Tensor q = inner_contiguous(q_any), k = inner_contiguous(k_any), v = inner_contiguous(v_any);
+  const Tensor q = packed_heads(q_any), k = packed_heads(k_any), v = packed_heads(v_any);
   const Tensor neighbors = torch::stable::contiguous(neighbors_any);
   OptionalTensor log_weight;
   if (log_weight_any.has_value()) {
@@ -214,9 +219,9 @@ std::tuple<Tensor, Tensor> neighbor_attention(const Tensor& q_any, const Tensor&
                                            q.size(1),
                                            q.size(2),
                                            storage_type(q, "q"),
-                                           heads(q),
-                                           heads(k),
-                                           heads(v),
+                                           rows(q),
+                                           rows(k),
+                                           rows(v),
                                            log_weight ? log_weight->const_data_ptr<float>() : nullptr,
                                            self_loop,
                                            out.mutable_data_ptr(),
@@ -236,8 +241,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neighbor_attention_backward(
   check_heads(out_any, q_any, "out");
   check_shape(lse_any, {q_any.size(0), q_any.size(1)}, "lse");
   check_type(lse_any, ScalarType::Float, "lse");
-  const Tensor q = inner_contiguous(q_any), k = inner_contiguous(k_any), v = inner_contiguous(v_any);
-  const Tensor d_out = inner_contiguous(d_out_any), out = inner_contiguous(out_any);
+  const Tensor q = packed_heads(q_any), k = packed_heads(k_any), v = packed_heads(v_any);
+  const Tensor d_out = packed_heads(d_out_any), out = packed_heads(out_any);
   const Tensor lse = torch::stable::contiguous(lse_any), neighbors = torch::stable::contiguous(neighbors_any);
   OptionalTensor log_weight;
   if (log_weight_any.has_value()) {
@@ -249,11 +254,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neighbor_attention_backward(
                                             q.size(1),
                                             q.size(2),
                                             storage_type(q, "q"),
-                                            heads(d_out),
-                                            heads(q),
-                                            heads(k),
-                                            heads(v),
-                                            heads(out),
+                                            rows(d_out),
+                                            rows(q),
+                                            rows(k),
+                                            rows(v),
+                                            rows(out),
                                             log_weight ? log_weight->const_data_ptr<float>() : nullptr,
                                             lse.const_data_ptr<float>(),
                                             self_loop,

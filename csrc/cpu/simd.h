@@ -2,6 +2,7 @@
 //
 //   load(p) load(p, n) store(p, v) store(p, v, n)   p to float, bfloat16 or float16; n lanes only (the others
 //                                                   read as 0 and are not written), 0 <= n <= kWidth
+//   load_or(p, n, fill)                             the others read as fill
 //   splat(x) zero() fma(a, b, c) = a*b+c  max(a, b) sum(v) largest(v) exp(v)
 //   a + b, a - b, a * b, a / b                      the compiler's own vector operators
 //   sums(a, b, c, d, to)                            to[0..3] = sum(a), sum(b), sum(c), sum(d), cheaper than four
@@ -26,6 +27,12 @@
 #endif
 
 #define UMDA_INLINE inline __attribute__((always_inline))
+// Before a loop whose arrays must end up in registers.
+#if defined(__clang__)
+#define UMDA_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UMDA_UNROLL _Pragma("GCC unroll 16")
+#endif
 // After the parameter list of a lambda.
 #define UMDA_LAMBDA_INLINE __attribute__((always_inline))
 
@@ -335,7 +342,25 @@ UMDA_INLINE Vec scale_by_power(Vec x, Vec n) {
 
 #endif
 
+// load(p, n), the other lanes being `fill`.
+UMDA_INLINE Vec load_or(const float* p, int n, float fill) {
+#if defined(UMDA_ISA_AVX512)
+  return _mm512_mask_loadu_ps(splat(fill), lanes(n), p);
+#elif defined(UMDA_ISA_AVX2)
+  return _mm256_blendv_ps(splat(fill), _mm256_maskload_ps(p, lanes(n)), _mm256_castsi256_ps(lanes(n)));
+#else
+  Vec v = splat(fill);
+  for (int i = 0; i < n; ++i) {
+    v[i] = p[i];
+  }
+  return v;
+#endif
+}
+
 UMDA_INLINE float largest(Vec v) {
+#if defined(UMDA_ISA_AVX512)
+  return _mm512_reduce_max_ps(v);
+#else
   float lane[kWidth];
   store(lane, v);
   float result = lane[0];
@@ -343,6 +368,7 @@ UMDA_INLINE float largest(Vec v) {
     result = lane[i] > result ? lane[i] : result;
   }
   return result;
+#endif
 }
 
 // exp, to 1 ulp; denormal results, 0, inf and NaN as they should be. exp(x) = 2^n exp(r), |r| <= log(2)/2,
