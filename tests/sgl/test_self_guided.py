@@ -500,5 +500,6 @@ def test_wrong_arguments_are_named() -> None:
     for wrong in (None, hidden.detach()):
         with pytest.raises(ValueError, match=r"^representation: "):
             other.backward(losses, representation=wrong)
+    assert not other.backward({}, representation=None).weights.any()  # a batch without labels needs none
     with pytest.raises(ValueError, match=r"^state_dict: expected scope"):
         other.load_state_dict(sgl.state_dict())

@@ -389,7 +389,8 @@ class SelfGuided:
         for name, value in losses.items():
             if not value.requires_grad:
                 raise ValueError(f"losses[{name!r}]: expected a loss that requires grad, got a constant")
-        if self.scope == "representation" and (representation is None or not representation.requires_grad):
+        wanted = self.scope == "representation" and bool(losses)
+        if wanted and (representation is None or not representation.requires_grad):
             got = "None" if representation is None else "a constant"
             raise ValueError(f"representation: expected a Tensor that requires grad, got {got}")
 
