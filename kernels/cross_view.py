@@ -543,23 +543,24 @@ def _register_tile(
 
 def _config(
     dtype: torch.dtype, views: int, head_dim: int, heads: int, backward: bool
-) -> tuple[dict[str, int], int]:
-    """The pinned configuration: tile sizes and warps. Never a function of N."""
+) -> tuple[dict[str, int], int, int | None]:
+    """The pinned configuration: tile sizes, warps, most registers. Never a function of N."""
     if views <= REGISTER_VIEWS:
         # 16 bytes per thread and tile: the widest load there is. Four views' gradients in 16-bit types
-        # would take over 200 registers that way, so there 8 bytes.
+        # would take too many registers that way, so there 8 bytes.
         elements = 16 // dtype.itemsize
         if backward and views == REGISTER_VIEWS:
             elements = min(elements, 4)
-        num_warps = 4
-        return _register_tile(dtype, head_dim, heads, elements, num_warps), num_warps
+        # Three programs per multiprocessor where they fit without a spill.
+        most = 168 if views < (3 if backward else REGISTER_VIEWS) else None
+        return _register_tile(dtype, head_dim, heads, elements, num_warps=4), 4, most
     if dtype == torch.float32:
-        # The product of float32 tiles runs on the ordinary arithmetic units from registers; larger tiles
-        # spill.
+        # The product of float32 tiles runs on the ordinary units from registers; larger tiles spill.
         instances, features, num_warps = (1, 16, 2) if backward else (2, 16, 4)
     else:
-        instances, features, num_warps = (2, 32, 4) if backward else (4, 32, 4)
-    return {"BN": instances, "VP": 16, "BD": min(features, max(16, next_power_of_2(head_dim)))}, num_warps
+        instances, features, num_warps = (1, 64, 4) if backward else (4, 32, 4)
+    tile = {"BN": instances, "VP": 16, "BD": min(features, max(16, next_power_of_2(head_dim)))}
+    return tile, num_warps, None
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate_logits: torch.Tensor) -> None:
@@ -601,7 +602,7 @@ def plan_forward(
     entropy = torch.empty((n, views, heads), dtype=torch.float32, device=q.device)
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    tile, num_warps = _config(q.dtype, views, head_dim, heads, backward=False)
+    tile, num_warps, max_registers = _config(q.dtype, views, head_dim, heads, backward=False)
     launch = Launch(
         kernel=cross_view_forward_registers if views <= REGISTER_VIEWS else cross_view_forward_matrix,
         grid=(ceil_div(n, tile["BN"]),),
@@ -614,6 +615,7 @@ def plan_forward(
             "HAS_BIAS": bias is not None, "HAS_MASK": mask is not None,
         },
         num_warps=num_warps,
+        max_registers=max_registers,
     )  # fmt: skip
     return [launch], (out, mass, entropy)
 
@@ -640,7 +642,7 @@ def plan_backward(
     d_bias = torch.empty((heads, views, views), dtype=torch.float32, device=q.device)
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    tile, num_warps = _config(q.dtype, views, head_dim, heads, backward=True)
+    tile, num_warps, max_registers = _config(q.dtype, views, head_dim, heads, backward=True)
     all_blocks = ceil_div(n, tile["BN"])
     blocks = max(1, ceil_div(all_blocks, MAX_CHUNKS))
     chunks = ceil_div(all_blocks, blocks)
@@ -660,6 +662,7 @@ def plan_backward(
             "HAS_BIAS": bias is not None, "HAS_MASK": mask is not None,
         },
         num_warps=num_warps,
+        max_registers=max_registers,
     )  # fmt: skip
     columns = heads * views * views
     reduce = Launch(
