@@ -173,12 +173,12 @@ def cuda_plan(output: Path, objects: Path, torch: Path) -> Plan:
     nvcc, cxx = find_nvcc(), find_cxx()
     if nvcc is None or cxx is None:
         raise CompileError("the CUDA library needs nvcc (package nvidia-cuda-nvcc) and a C++ compiler")
-    toolkit = nvcc.resolve().parent.parent
     host = ["-fPIC", "-fvisibility=hidden"]
     kernel_compiler = [str(nvcc), "-std=c++20", "-O3", *CUDA_ARCHITECTURES, "-Werror=all-warnings"]
     kernel_compiler += [f"-I{CSRC}", f"-Xcompiler={','.join(host)}", "-ccbin", shlex.split(cxx)[0]]
     binding_compiler = [*shlex.split(cxx), *COMMON_FLAGS, "-O2", "-DUSE_CUDA", f"-I{CSRC}"]
-    binding_compiler += ["-isystem", str(torch / "include"), "-isystem", str(toolkit / "include")]
+    # No CUDA header in bindings: only nvcc knows where those are.
+    binding_compiler += ["-isystem", str(torch / "include")]
     kernels, bindings = cuda_sources()
     plan = Plan()
     for compiler, sources in ((kernel_compiler, kernels), (binding_compiler, bindings)):
@@ -213,7 +213,7 @@ def run_with_ninja(ninja: str, plan: Plan, directory: Path) -> None:
     def path(p: Path) -> str:
         return escape(str(p)).replace(" ", "$ ").replace(":", "$:")
 
-    lines = ["rule compile", "  command = $call", "  depfile = $dep", "  deps = gcc"]
+    lines = [f"builddir = {path(directory)}", "rule compile", "  command = $call", "  depfile = $dep", "  deps = gcc"]
     lines += ["rule link", "  command = $call"]
     assert plan.link is not None
     for rule, steps in (("compile", plan.compile), ("link", [plan.link])):

@@ -149,9 +149,9 @@ __device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f 
 
 // One warp per unit. For the weights a lane takes every (32 / kTasks)th row of one task; they go through shared memory, 32
 // rows at a time. For the sums it takes 8 columns of every task.
-template <class Z, int kTasks>
-__global__ void __launch_bounds__(kThreads, kTasks > 4 ? 3 : 4)
-    pool_units(const BagPoolForward a, int64_t length, int lanes, bool aligned, State* states, float* parts) {
+template <class Z, int kTasks, bool kVector>
+__global__ void __launch_bounds__(kThreads, kTasks > 4 ? 2 : kTasks > 1 ? 3 : 4)
+    pool_units(const BagPoolForward a, int64_t length, int lanes, State* states, float* parts) {
   UMDA_SHARED_ARRAY(float, all_weights, kWarps * kWarp * kTasks);
   const BagPoolInput& in = a.in;
   const int lane = lane_id(), column_lane = lane % lanes, group = lane / lanes, groups = kWarp / lanes;
@@ -190,17 +190,23 @@ __global__ void __launch_bounds__(kThreads, kTasks > 4 ? 3 : 4)
               weights[item] = p;
             }
             __syncwarp();
-#pragma unroll kTasks > 4 ? 2 : 4
-            for (int r = group; r < rows; r += groups) {
-              const Z* const row = static_cast<const Z*>(in.z) + (first + r) * in.z_stride;
-              float x[kPerLane];
-              load8(x, row, width, tile, column_lane, lanes, aligned);
+            for (int next = group; next - group < rows; next += kBatch<kVector> * groups) {
+              float x[kBatch<kVector>][kPerLane];
 #pragma unroll
-              for (int t = 0; t < kTasks; ++t) {
-                const float p = weights[r * kTasks + t];
+              for (int i = 0; i < kBatch<kVector>; ++i) {
+                const int r = next + i * groups;
+                const Z* const row = static_cast<const Z*>(in.z) + (first + r) * in.z_stride;
+                load8<kVector>(x[i], row, width, tile, column_lane, lanes, r < rows);
+              }
 #pragma unroll
-                for (int c = 0; c < kPerLane; ++c) {
-                  sums[t][c] = fmaf(p, x[c], sums[t][c]);
+              for (int i = 0; i < kBatch<kVector>; ++i) {
+#pragma unroll
+                for (int t = 0; t < kTasks; ++t) {
+                  const float p = weights[(next + i * groups) * kTasks + t];  // 0 from the last row on
+#pragma unroll
+                  for (int c = 0; c < kPerLane; ++c) {
+                    sums[t][c] = fmaf(p, x[i][c], sums[t][c]);
+                  }
                 }
               }
             }
@@ -221,10 +227,10 @@ __global__ void __launch_bounds__(kThreads, kTasks > 4 ? 3 : 4)
             if (group == 0 && t0 + t < in.tasks) {
               if (segment.whole) {
                 Z* const to = static_cast<Z*>(a.pooled) + (segment.bag * in.tasks + t0 + t) * in.width;
-                store8(sums[t], to, width, tile, column_lane, lanes, in.width % kRun<Z> == 0);
+                store8<kVector>(sums[t], to, width, tile, column_lane, lanes);
               } else {
                 float* const to = parts + (segment.slot * in.tasks + t0 + t) * in.width;
-                store8_float<Z>(sums[t], to, width, tile, column_lane, lanes, in.width % kRun<float> == 0);
+                store8_float<Z, kVector>(sums[t], to, width, tile, column_lane, lanes);
               }
             }
           }
@@ -242,14 +248,13 @@ __global__ void __launch_bounds__(kThreads, kTasks > 4 ? 3 : 4)
 }
 
 // One block per unit and task: the bag of several units that ends there. Each warp adds a run of the parts.
-template <class Z>
+template <class Z, bool kVector>
 __global__ void __launch_bounds__(kThreads, 4)
     merge_units(const BagPoolForward a, int64_t length, const State* states, const float* parts_sums) {
   constexpr int kTile = kWarp * kPerLane;
   UMDA_SHARED_ARRAY(float, shared, kWarps * kTile);
   const BagPoolInput& in = a.in;
   const int lane = lane_id(), warp = warp_id(), width = static_cast<int>(in.width);
-  const bool aligned = in.width % kRun<float> == 0, out_aligned = in.width % kRun<Z> == 0;
   const int64_t units = divide_up(in.instances, length);
   for (int64_t item = blockIdx.x; item < units * in.tasks; item += gridDim.x) {
     const int64_t unit = item / in.tasks, t = item % in.tasks;
@@ -270,15 +275,21 @@ __global__ void __launch_bounds__(kThreads, 4)
         if (lane < count) {
           scale = expf(part_shift(states[parts.slot(first + lane) * in.tasks + t], total.max));
         }
-#pragma unroll 4
-        for (int part = 0; part < count; ++part) {
-          const float s = __shfl_sync(kFullWarp, scale, part);
-          const float* const from = parts_sums + (parts.slot(first + part) * in.tasks + t) * in.width;
-          float x[kPerLane];
-          load8_float<Z>(x, from, width, tile, lane, kWarp, aligned);
+        for (int part = 0; part < count; part += kBatch<kVector>) {
+          float x[kBatch<kVector>][kPerLane], s[kBatch<kVector>];
 #pragma unroll
-          for (int c = 0; c < kPerLane; ++c) {
-            sums[c] = fmaf(s, x[c], sums[c]);
+          for (int i = 0; i < kBatch<kVector>; ++i) {
+            // Past the last part, that one again, times 0.
+            const int64_t slot = parts.slot(first + smaller(part + i, count - 1));
+            s[i] = __shfl_sync(kFullWarp, scale, part + i);
+            load8_float<Z, kVector>(x[i], parts_sums + (slot * in.tasks + t) * in.width, width, tile, lane, kWarp);
+          }
+#pragma unroll
+          for (int i = 0; i < kBatch<kVector>; ++i) {
+#pragma unroll
+            for (int c = 0; c < kPerLane; ++c) {
+              sums[c] = fmaf(s[i], x[i][c], sums[c]);
+            }
           }
         }
       }
@@ -297,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 4)
           sums[c] = sum * factor;
         }
         Z* const to = static_cast<Z*>(a.pooled) + (bag * in.tasks + t) * in.width;
-        store8(sums, to, width, tile, lane, kWarp, out_aligned);
+        store8<kVector>(sums, to, width, tile, lane, kWarp);
       }
       __syncthreads();
     }
@@ -346,18 +357,21 @@ void forward(const BagPoolForward& a, const Launch& launch) {
   const int64_t length = unit_length(in.instances), units = divide_up(in.instances, length);
   const ForwardSpace space(in, a.workspace);
   const int lanes = lanes_for(in.width);
-  const bool aligned = aligned_rows<Z>(in.z, in.z_stride);
+  const bool vector = aligned_rows<Z>(in.z, in.z_stride, in.width);
   const auto pool = [&](auto kernel) {
-    run(launch, kernel, units, kWarps, kThreads, 0, a, length, lanes, aligned, space.states, space.parts);
+    run(launch, kernel, units, kWarps, kThreads, 0, a, length, lanes, space.states, space.parts);
   };
-  if (in.tasks == 1) {
-    pool(pool_units<Z, 1>);
+  if (!vector) {
+    pool(pool_units<Z, 4, false>);
+  } else if (in.tasks == 1) {
+    pool(pool_units<Z, 1, true>);
   } else if (in.tasks <= 4) {
-    pool(pool_units<Z, 4>);
+    pool(pool_units<Z, 4, true>);
   } else {
-    pool(pool_units<Z, 8>);
+    pool(pool_units<Z, 8, true>);
   }
-  run(launch, merge_units<Z>, units * in.tasks, 1, kThreads, 0, a, length, space.states, space.parts);
+  run(launch, in.width % kRun<Z> == 0 ? merge_units<Z, true> : merge_units<Z, false>, units * in.tasks, 1, kThreads, 0, a,
+      length, space.states, space.parts);
   run(launch, clear_empty<Z>, in.bags, kThreads, kThreads, 0, a);
 }
 
@@ -422,9 +436,9 @@ __device__ __forceinline__ float sum_rows(const float (&v)[kRows], int lanes, in
 }
 
 // One warp per unit.
-template <class Z>
-__global__ void __launch_bounds__(kThreads, 3)
-    unpool_units(const BagPoolBackward a, int64_t length, int lanes, bool aligned, bool d_aligned, const State* bags) {
+template <class Z, bool kVector>
+__global__ void __launch_bounds__(kThreads, 2)
+    unpool_units(const BagPoolBackward a, int64_t length, int lanes, const State* bags) {
   UMDA_DYNAMIC_SHARED(float, shared);
   const BagPoolInput& in = a.in;
   const int lane = lane_id(), column_lane = lane % lanes, group = lane / lanes, groups = kWarp / lanes;
@@ -436,7 +450,6 @@ __global__ void __launch_bounds__(kThreads, 3)
   float* const inverses = tops + tasks;
   float* const mean_logs = inverses + tasks;
   float* const offsets = mean_logs + tasks;
-  const bool out_aligned = in.width % kRun<Z> == 0;
   const int64_t units = divide_up(in.instances, length);
   for (int64_t unit = first_warp(); unit < units; unit += num_warps()) {
     UnitSegments segments(in, unit, length);
@@ -451,8 +464,8 @@ __global__ void __launch_bounds__(kThreads, 3)
           const Z* const pooled = static_cast<const Z*>(a.pooled) + (stats + t) * in.width;
           for (int tile = 0; tile < width; tile += kWarp * kPerLane) {
             float x[kPerLane], y[kPerLane];
-            load8(x, pooled, width, tile, lane, kWarp, out_aligned);
-            load8(y, d_pooled + t * a.d_pooled_task_stride, width, tile, lane, kWarp, d_aligned);
+            load8<kVector>(x, pooled, width, tile, lane, kWarp);
+            load8<kVector>(y, d_pooled + t * a.d_pooled_task_stride, width, tile, lane, kWarp);
 #pragma unroll
             for (int c = 0; c < kPerLane; ++c) {
               offset = fmaf(x[c], y[c], offset);
@@ -483,7 +496,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
             const Z* const row = static_cast<const Z*>(in.z) + (first + smaller(own + r, rows - 1)) * in.z_stride;
-            load8(z[r], row, width, tile, column_lane, lanes, aligned);
+            load8<kVector>(z[r], row, width, tile, column_lane, lanes);
 #pragma unroll
             for (int c = 0; c < kPerLane; ++c) {
               dz[r][c] = 0.0f;
@@ -492,7 +505,7 @@ __global__ void __launch_bounds__(kThreads, 3)
           if (a.d_pooled != nullptr) {
             for (int t = 0; t < tasks; ++t) {
               float y[kPerLane], dot[kRows];
-              load8(y, d_pooled + t * a.d_pooled_task_stride, width, tile, column_lane, lanes, d_aligned);
+              load8<kVector>(y, d_pooled + t * a.d_pooled_task_stride, width, tile, column_lane, lanes);
 #pragma unroll
               for (int r = 0; r < kRows; ++r) {
                 const float p = weights[(own + r) * tasks + t];
@@ -514,7 +527,7 @@ __global__ void __launch_bounds__(kThreads, 3)
           for (int r = 0; r < kRows; ++r) {
             if (own + r < rows) {
               Z* const to = static_cast<Z*>(a.dz) + (first + own + r) * in.width;
-              store8(dz[r], to, width, tile, column_lane, lanes, out_aligned);
+              store8<kVector>(dz[r], to, width, tile, column_lane, lanes);
             }
           }
         }
@@ -555,9 +568,11 @@ void backward(const BagPoolBackward& a, const Launch& launch) {
   run(launch, merge_states_of_bags, units * in.tasks, kWarps, kThreads, 0, in, length, space.states, space.bags);
   const int64_t per_warp = backward_shared(in.tasks, kWarp / lanes) * static_cast<int64_t>(sizeof(float));
   const int64_t warps = smaller<int64_t>(kWarps, kMaxShared / larger<int64_t>(per_warp, 1));
-  const bool d_aligned = aligned_rows<Z>(a.d_pooled, a.d_pooled_bag_stride) && a.d_pooled_task_stride % kRun<Z> == 0;
-  run(launch, unpool_units<Z>, units, warps, static_cast<int>(warps) * kWarp, warps * per_warp, a, length, lanes,
-      aligned_rows<Z>(in.z, in.z_stride), d_aligned, space.bags);
+  const bool vector = aligned_rows<Z>(in.z, in.z_stride, in.width) &&
+                      aligned_rows<Z>(a.d_pooled, a.d_pooled_bag_stride, in.width) &&
+                      a.d_pooled_task_stride % kRun<Z> == 0;
+  run(launch, vector ? unpool_units<Z, true> : unpool_units<Z, false>, units, warps, static_cast<int>(warps) * kWarp,
+      warps * per_warp, a, length, lanes, space.bags);
 }
 
 }  // namespace

@@ -1,15 +1,28 @@
 // Helpers of the CUDA binding files: the caller's device and stream, checks that need not read device memory.
 #pragma once
 
-#include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <stdexcept>
+#include <string>
 
 #include "cpu/binding.h"
 #include "cuda/launch.h"
 
 namespace umda::cuda {
+
+// Throws what torch says about a cudaError_t. Bindings include no CUDA header: only nvcc knows where those are.
+inline void check_launch(int error, const char* function = __builtin_FUNCTION(), int line = __builtin_LINE()) {
+  char* message = nullptr;
+  torch_c10_cuda_check_msg(error, __FILE__, function, static_cast<uint32_t>(line), true, &message);
+  if (message != nullptr) {
+    const std::string text = message;
+    torch_c10_cuda_free_error_msg(message);
+    throw std::runtime_error(text);
+  }
+}
 
 // For the life of a binding: the tensor's device is the current one, and kernels go to its current stream. Nothing here
 // waits for the device, so that calls can be captured in a CUDA graph.
@@ -18,8 +31,7 @@ class OnDevice {
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &launch_.stream));
     int multiprocessors = 0;
-    STD_CUDA_CHECK(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, t.get_device_index()));
+    check_launch(count_multiprocessors(t.get_device_index(), &multiprocessors));
     launch_.max_blocks = kBlocksPerMultiprocessor * multiprocessors;
   }
   const Launch& launch() const { return launch_; }
@@ -30,8 +42,6 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
   Launch launch_{};
 };
-
-inline void check_launch(int error) { STD_CUDA_CHECK(static_cast<cudaError_t>(error)); }
 
 inline void same_device(const Tensor& t, const Tensor& as, const char* name) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == as.get_device_index(), name,

@@ -39,6 +39,11 @@ template <class T>
 __host__ __device__ constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
+// Rows that a loop loads before it uses the first, so that several loads are on their way at once. At most four, as 32
+// lanes make at most eight groups: then 32 rows are a whole number of iterations.
+template <bool kVector>
+constexpr int kBatch = kVector ? 4 : 1;
+
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
@@ -101,10 +106,10 @@ __device__ __forceinline__ void store_vector(void* to, const V& x) {
 template <class T>
 constexpr int kRun = 16 / static_cast<int>(sizeof(T));
 
-// Whether all rows can be read 16 bytes at a time, the last columns of a row excepted.
+// Whether all rows can be accessed 16 bytes at a time from end to end.
 template <class T>
-inline bool aligned_rows(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kRun<T> == 0;
+inline bool aligned_rows(const void* data, int64_t stride, int64_t width) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kRun<T> == 0 && width % kRun<T> == 0;
 }
 
 inline int lanes_for(int64_t width) {
@@ -160,34 +165,40 @@ __device__ __forceinline__ int run_column(int tile, int j, int lane, int lanes) 
   return tile + (j * lanes + lane) * kRun<T>;
 }
 
-// The 8 columns of lane `lane` of `lanes`; 0 past the end of the row.
-template <class T>
+// The 8 columns of lane `lane` of `lanes`; 0 past the end of the row, and everywhere when the row is not wanted. kVector,
+// for aligned rows, is a choice of the caller: with a branch between them, loads would not overlap.
+template <bool kVector, class T>
 __device__ __forceinline__ void load8(float (&x)[kPerLane], const T* row, int width, int tile, int lane, int lanes,
-                                      bool aligned) {
+                                      bool wanted = true) {
 #pragma unroll
   for (int j = 0; j < kPerLane / kRun<T>; ++j) {
     const int c = run_column<T>(tile, j, lane, lanes);
     float* const to = x + j * kRun<T>;
-    if (aligned && c + kRun<T> <= width) {
-      unpack(__ldg(reinterpret_cast<const uint4*>(row + c)), to, row);
+    if constexpr (kVector) {
+      uint4 raw = make_uint4(0, 0, 0, 0);
+      if (wanted && c < width) {
+        raw = __ldg(reinterpret_cast<const uint4*>(row + c));
+      }
+      unpack(raw, to, row);
     } else {
 #pragma unroll
       for (int i = 0; i < kRun<T>; ++i) {
-        to[i] = c + i < width ? to_float(row[c + i]) : 0.0f;
+        to[i] = wanted && c + i < width ? to_float(row[c + i]) : 0.0f;
       }
     }
   }
 }
 
-template <class T>
-__device__ __forceinline__ void store8(const float (&x)[kPerLane], T* row, int width, int tile, int lane, int lanes,
-                                       bool aligned) {
+template <bool kVector, class T>
+__device__ __forceinline__ void store8(const float (&x)[kPerLane], T* row, int width, int tile, int lane, int lanes) {
 #pragma unroll
   for (int j = 0; j < kPerLane / kRun<T>; ++j) {
     const int c = run_column<T>(tile, j, lane, lanes);
     const float* const from = x + j * kRun<T>;
-    if (aligned && c + kRun<T> <= width) {
-      store_vector(row + c, pack(from, static_cast<const T*>(row)));
+    if constexpr (kVector) {
+      if (c < width) {
+        store_vector(row + c, pack(from, static_cast<const T*>(row)));
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < kRun<T>; ++i) {
@@ -199,20 +210,24 @@ __device__ __forceinline__ void store8(const float (&x)[kPerLane], T* row, int w
   }
 }
 
-// The same columns of a row of floats as a lane holds of a row of T.
+// The same columns of a row of floats as a lane holds of a row of T. Aligned when the row of T is.
 template <class T>
 __device__ __forceinline__ int quarter_column(int tile, int j, int lane, int lanes) {
   return run_column<T>(tile, 4 * j / kRun<T>, lane, lanes) + 4 * j % kRun<T>;
 }
 
-template <class T>
+template <class T, bool kVector>
 __device__ __forceinline__ void load8_float(float (&x)[kPerLane], const float* row, int width, int tile, int lane,
-                                            int lanes, bool aligned) {
+                                            int lanes) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int c = quarter_column<T>(tile, j, lane, lanes);
-    if (aligned && c + 4 <= width) {
-      unpack(__ldg(reinterpret_cast<const uint4*>(row + c)), x + 4 * j, row);
+    if constexpr (kVector) {
+      uint4 raw = make_uint4(0, 0, 0, 0);
+      if (c < width) {
+        raw = __ldg(reinterpret_cast<const uint4*>(row + c));
+      }
+      unpack(raw, x + 4 * j, row);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -222,14 +237,16 @@ __device__ __forceinline__ void load8_float(float (&x)[kPerLane], const float* r
   }
 }
 
-template <class T>
+template <class T, bool kVector>
 __device__ __forceinline__ void store8_float(const float (&x)[kPerLane], float* row, int width, int tile, int lane,
-                                             int lanes, bool aligned) {
+                                             int lanes) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int c = quarter_column<T>(tile, j, lane, lanes);
-    if (aligned && c + 4 <= width) {
-      store_vector(row + c, pack(x + 4 * j, static_cast<const float*>(row)));
+    if constexpr (kVector) {
+      if (c < width) {
+        store_vector(row + c, pack(x + 4 * j, static_cast<const float*>(row)));
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

@@ -10,4 +10,7 @@ struct Launch {
   int max_blocks;   // the largest grid; kernels loop over whatever work is left, so any number >= 1 is right
 };
 
+// Of a device; returns a cudaError_t.
+int count_multiprocessors(int device, int* count);
+
 }  // namespace umda::cuda

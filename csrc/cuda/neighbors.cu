@@ -71,8 +71,8 @@ __device__ __forceinline__ const T* row_of(const Heads& x, int64_t node, int64_t
 }
 
 template <class T>
-bool aligned_heads(const Heads& x, int64_t heads) {
-  return aligned_rows<T>(x.data, x.stride) && (heads == 1 || x.head_stride % kRun<T> == 0);
+bool aligned_heads(const Heads& x, int64_t heads, int64_t width) {
+  return aligned_rows<T>(x.data, x.stride, width) && (heads == 1 || x.head_stride % kRun<T> == 0);
 }
 
 // ---- pair_edges --------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ struct Pairs {
   Graph graph;
   Heads x, y;  // at the row and at the neighbour
   int64_t heads, width;
-  bool self, x_aligned, y_aligned;
+  bool self;
   int lanes;
   float scale;
   const float* node_scale;  // [nodes], multiplied at both ends, or null
@@ -92,8 +92,9 @@ struct Pairs {
 };
 
 // One warp per 32 edges and head: `lanes` lanes to an edge, 32 / lanes edges at a time.
-template <class T, bool kDistance>
+template <class T, bool kDistance, bool kVector>
 __global__ void __launch_bounds__(kThreads, 6) pair_edges(const Pairs a) {
+  constexpr int kPairs = kVector ? 2 : 1;  // edges that a group of lanes has at hand
   const int lane = lane_id(), column_lane = lane % a.lanes, group = lane / a.lanes, groups = kWarp / a.lanes;
   const int width = static_cast<int>(a.width), tile_width = a.lanes * kPerLane;
   const int64_t edges = a.graph.table.edges, count = edges + (a.self ? a.graph.table.nodes : 0);
@@ -109,31 +110,35 @@ __global__ void __launch_bounds__(kThreads, 6) pair_edges(const Pairs a) {
     }
     float result = 0.0f;
     const int steps = static_cast<int>(smaller<int64_t>(kWarp, count - first));
-#pragma unroll 2
-    for (int step = 0; step < steps; step += groups) {
-      const int i = __shfl_sync(kFullWarp, row, step + group), j = __shfl_sync(kFullWarp, column, step + group);
-      float sum = 0.0f;
-      if (i >= 0) {
-        const T* const x_row = row_of<T>(a.x, i, head);
-        const T* const y_row = row_of<T>(a.y, j, head);
-        for (int tile = 0; tile < width; tile += tile_width) {
-          float x[kPerLane], y[kPerLane];
-          load8(x, x_row, width, tile, column_lane, a.lanes, a.x_aligned);
-          load8(y, y_row, width, tile, column_lane, a.lanes, a.y_aligned);
+    for (int step = 0; step < steps; step += kPairs * groups) {
+      int i[kPairs], j[kPairs];
+      float sum[kPairs] = {};
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) {
+        i[p] = __shfl_sync(kFullWarp, row, step + p * groups + group);
+        j[p] = __shfl_sync(kFullWarp, column, step + p * groups + group);
+      }
+      for (int tile = 0; tile < width; tile += tile_width) {
+        float x[kPairs][kPerLane], y[kPairs][kPerLane];
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+          load8<kVector>(x[p], row_of<T>(a.x, i[p], head), width, tile, column_lane, a.lanes, i[p] >= 0);
+          load8<kVector>(y[p], row_of<T>(a.y, j[p], head), width, tile, column_lane, a.lanes, i[p] >= 0);
+        }
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
 #pragma unroll
           for (int c = 0; c < kPerLane; ++c) {
-            if constexpr (kDistance) {
-              const float difference = x[c] - y[c];
-              sum = fmaf(difference, difference, sum);
-            } else {
-              sum = fmaf(x[c], y[c], sum);
-            }
+            const float left = kDistance ? x[p][c] - y[p][c] : x[p][c];
+            sum[p] = fmaf(left, kDistance ? left : y[p][c], sum[p]);
           }
         }
       }
-      sum = sum_lanes(sum, 1, a.lanes);
-      const float total = __shfl_sync(kFullWarp, sum, lane % groups * a.lanes);
-      result = lane - lane % groups == step ? total : result;
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) {
+        const float total = __shfl_sync(kFullWarp, sum_lanes(sum[p], 1, a.lanes), lane % groups * a.lanes);
+        result = lane - lane % groups == step + p * groups ? total : result;
+      }
     }
     if (own < count) {
       if (row < 0) {
@@ -154,12 +159,12 @@ __global__ void __launch_bounds__(kThreads, 6) pair_edges(const Pairs a) {
 
 template <class T>
 void pair(const Launch& launch, Pairs a, bool distance = false) {
-  a.x_aligned = aligned_heads<T>(a.x, a.heads);
-  a.y_aligned = aligned_heads<T>(a.y, a.heads);
+  const bool vector = aligned_heads<T>(a.x, a.heads, a.width) && aligned_heads<T>(a.y, a.heads, a.width);
   a.lanes = lanes_for(a.width);
   const int64_t count = a.graph.table.edges + (a.self ? a.graph.table.nodes : 0);
-  run(launch, distance ? pair_edges<T, true> : pair_edges<T, false>, divide_up(count, kWarp) * a.heads, kWarps, kThreads, 0,
-      a);
+  const auto kernel = vector ? (distance ? pair_edges<T, true, true> : pair_edges<T, false, true>)
+                             : (distance ? pair_edges<T, true, false> : pair_edges<T, false, false>);
+  run(launch, kernel, divide_up(count, kWarp) * a.heads, kWarps, kThreads, 0, a);
 }
 
 // ---- gather_rows -------------------------------------------------------------------------------------------
@@ -173,7 +178,6 @@ struct Gather {
   bool used[2];       // the node's own edges; the edges that point at it
   bool has_parts[2];  // whether the list can have long rows
   bool difference;    // gathers row - own row
-  bool aligned;
   int lanes;
   const float* coefficient;  // [edges, heads]
   const float* node_scale;   // [nodes], of the rows gathered, or null
@@ -201,7 +205,7 @@ __device__ __forceinline__ void positions_of(const Gather& a, int list, int64_t 
 
 // Adds coefficient * row over positions [begin, end) of a list: the tile's 8 columns of every lane, each group of lanes its
 // own share of the edges.
-template <class T>
+template <class T, bool kVector>
 __device__ __forceinline__ void add_edges(const Gather& a, int list, int64_t head, int64_t begin, int64_t end, int tile,
                                           const float (&own)[kPerLane], float (&sum)[kPerLane]) {
   const int lane = lane_id(), column_lane = lane % a.lanes, group = lane / a.lanes, groups = kWarp / a.lanes;
@@ -214,29 +218,37 @@ __device__ __forceinline__ void add_edges(const Gather& a, int list, int64_t hea
       const int64_t edge = list == 0 ? first + lane : a.graph.table.t_edge[first + lane];
       if (edge >= 0 && edge < a.graph.table.edges) {
         other = list == 0 ? a.graph.column(edge) : a.graph.row(edge);
-        coefficient = a.coefficient[edge * a.heads + head];
+        coefficient = other >= 0 ? a.coefficient[edge * a.heads + head] : 0.0f;
       }
       if (other >= 0 && a.node_scale != nullptr) {
         coefficient *= a.node_scale[other];
       }
     }
-#pragma unroll 4
-    for (int step = 0; step < count; step += groups) {
-      const int j = __shfl_sync(kFullWarp, other, step + group);
-      const float c = __shfl_sync(kFullWarp, coefficient, step + group);
-      if (j >= 0) {
-        float x[kPerLane];
-        load8(x, row_of<T>(a.rows, j, head), width, tile, column_lane, a.lanes, a.aligned);
+    for (int step = group; step - group < count; step += kBatch<kVector> * groups) {
+      int j[kBatch<kVector>];
+      float x[kBatch<kVector>][kPerLane], c[kBatch<kVector>];
+#pragma unroll
+      for (int i = 0; i < kBatch<kVector>; ++i) {
+        j[i] = __shfl_sync(kFullWarp, other, step + i * groups);
+        c[i] = __shfl_sync(kFullWarp, coefficient, step + i * groups);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch<kVector>; ++i) {
+        load8<kVector>(x[i], row_of<T>(a.rows, j[i], head), width, tile, column_lane, a.lanes, j[i] >= 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch<kVector>; ++i) {
 #pragma unroll
         for (int k = 0; k < kPerLane; ++k) {
-          sum[k] = fmaf(c, x[k] - own[k], sum[k]);
+          // Where nothing was gathered the node's own row, which may hold a NaN, does not count either.
+          sum[k] = fmaf(c[i], j[i] >= 0 ? x[i][k] - own[k] : 0.0f, sum[k]);
         }
       }
     }
   }
 }
 
-template <class T>
+template <class T, bool kVector>
 __device__ __forceinline__ void load_own(const Gather& a, bool wanted, int64_t node, int64_t head, int tile,
                                          float (&own)[kPerLane]) {
 #pragma unroll
@@ -244,7 +256,7 @@ __device__ __forceinline__ void load_own(const Gather& a, bool wanted, int64_t n
     own[k] = 0.0f;
   }
   if (wanted) {
-    load8(own, row_of<T>(a.rows, node, head), static_cast<int>(a.width), tile, lane_id() % a.lanes, a.lanes, a.aligned);
+    load8<kVector>(own, row_of<T>(a.rows, node, head), static_cast<int>(a.width), tile, lane_id() % a.lanes, a.lanes);
   }
 }
 
@@ -254,7 +266,7 @@ __device__ __forceinline__ float* part_of(const Gather& a, int list, int64_t slo
 
 // One warp per kLong positions of a list, side and head: what the long row at their beginning has among them, in slot 2u,
 // and the one that begins among them and reaches beyond, in slot 2u+1. There are no other long rows.
-template <class T>
+template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads, 6) gather_parts(const Gather a, int list) {
   const int lane = lane_id(), column_lane = lane % a.lanes, group = lane / a.lanes;
   const int width = static_cast<int>(a.width), tile_width = a.lanes * kPerLane;
@@ -272,22 +284,22 @@ __global__ void __launch_bounds__(kThreads, 6) gather_parts(const Gather a, int 
     }
     for (int tile = 0; tile < width; tile += tile_width) {
       float own[kPerLane], sum[kPerLane] = {};
-      load_own<T>(a, a.difference, node, head, tile, own);
-      add_edges<T>(a, list, head, larger(begin, first), smaller(end, last), tile, own, sum);
+      load_own<T, kVector>(a, a.difference, node, head, tile, own);
+      add_edges<T, kVector>(a, list, head, larger(begin, first), smaller(end, last), tile, own, sum);
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) {
         sum[k] = sum_lanes(sum[k], a.lanes, kWarp);
       }
       if (group == 0) {
-        store8_float<T>(sum, part_of(a, list, slot, head), width, tile, column_lane, a.lanes, a.width % 4 == 0);
+        store8_float<T, kVector>(sum, part_of(a, list, slot, head), width, tile, column_lane, a.lanes);
       }
     }
   }
 }
 
 // One warp per node and head.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 6) gather_rows(const Gather a) {
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreads, 5) gather_rows(const Gather a) {
   const int lane = lane_id(), column_lane = lane % a.lanes, group = lane / a.lanes, groups = kWarp / a.lanes;
   const int width = static_cast<int>(a.width), tile_width = a.lanes * kPerLane;
   const bool cosine = a.finish == Finish::cosine;
@@ -304,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, 6) gather_rows(const Gather a) {
     for (int pass = cosine && width > tile_width ? 0 : 1; pass < 2; ++pass) {
       for (int tile = 0; tile < width; tile += tile_width) {
         float own[kPerLane], sum[kPerLane] = {};
-        load_own<T>(a, a.difference, node, head, tile, own);
+        load_own<T, kVector>(a, a.difference, node, head, tile, own);
         for (int list = 0; list < 2; ++list) {
           if (!a.used[list]) {
             continue;
@@ -316,14 +328,14 @@ __global__ void __launch_bounds__(kThreads, 6) gather_rows(const Gather a) {
             for (int64_t u = group; u < units; u += groups) {
               const int64_t slot = 2 * (unit + u) + (u == 0 && begin > unit * kLong ? 1 : 0);
               float x[kPerLane];
-              load8_float<T>(x, part_of(a, list, slot, head), width, tile, column_lane, a.lanes, a.width % 4 == 0);
+              load8_float<T, kVector>(x, part_of(a, list, slot, head), width, tile, column_lane, a.lanes);
 #pragma unroll
               for (int k = 0; k < kPerLane; ++k) {
                 sum[k] += x[k];
               }
             }
           } else {
-            add_edges<T>(a, list, head, begin, end, tile, own, sum);
+            add_edges<T, kVector>(a, list, head, begin, end, tile, own, sum);
           }
         }
 #pragma unroll
@@ -334,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, 6) gather_rows(const Gather a) {
           // With u = r / |r|: dr = (sum - u (u.sum)) / |r|; where |r| is clamped it is a constant, and dr = sum / |r|.
           const float inverse = a.node_scale[node];
           const bool clamped = inverse >= 1.0f / kNormEpsilon;
-          load_own<T>(a, true, node, head, tile, own);
+          load_own<T, kVector>(a, true, node, head, tile, own);
           if (pass == 0 || width <= tile_width) {
             float dot = 0.0f;
 #pragma unroll
@@ -348,7 +360,7 @@ __global__ void __launch_bounds__(kThreads, 6) gather_rows(const Gather a) {
             sum[k] = (sum[k] - own[k] * inverse * along) * inverse;
           }
         } else if (a.self != nullptr) {
-          load_own<T>(a, true, node, head, tile, own);
+          load_own<T, kVector>(a, true, node, head, tile, own);
           const float c = a.self[item];
 #pragma unroll
           for (int k = 0; k < kPerLane; ++k) {
@@ -360,8 +372,7 @@ __global__ void __launch_bounds__(kThreads, 6) gather_rows(const Gather a) {
           sum[k] *= scale;
         }
         if (pass == 1 && group == 0) {
-          store8(sum, static_cast<T*>(a.out) + item * a.width, width, tile, column_lane, a.lanes,
-                 a.width % kRun<T> == 0);
+          store8<kVector>(sum, static_cast<T*>(a.out) + item * a.width, width, tile, column_lane, a.lanes);
         }
       }
     }
@@ -381,26 +392,32 @@ void plan_parts(Gather& a, Workspace& space) {
 
 template <class T>
 void gather(const Launch& launch, Gather a) {
-  a.aligned = aligned_heads<T>(a.rows, a.heads);
+  const bool vector = aligned_heads<T>(a.rows, a.heads, a.width);
   a.lanes = lanes_for(a.width);
   for (int list = 0; list < 2; ++list) {
     if (a.has_parts[list]) {
-      run(launch, gather_parts<T>, divide_up(a.graph.table.edges, kLong) * 2 * a.heads, kWarps, kThreads, 0, a, list);
+      run(launch, vector ? gather_parts<T, true> : gather_parts<T, false>,
+          divide_up(a.graph.table.edges, kLong) * 2 * a.heads, kWarps, kThreads, 0, a, list);
     }
   }
-  run(launch, gather_rows<T>, a.graph.table.nodes * a.heads, kWarps, kThreads, 0, a);
+  run(launch, vector ? gather_rows<T, true> : gather_rows<T, false>, a.graph.table.nodes * a.heads, kWarps, kThreads, 0, a);
 }
 
 // ---- small kernels -----------------------------------------------------------------------------------------
 
 // 1 / max(|row|, epsilon). One warp per row.
 template <class T>
-__global__ void __launch_bounds__(kThreads) invert_norms(const Heads x, int64_t nodes, int width, bool aligned, float* inverse) {
+__global__ void __launch_bounds__(kThreads)
+    invert_norms(const Heads x, int64_t nodes, int width, bool aligned, float* inverse) {
   for (int64_t node = first_warp(); node < nodes; node += num_warps()) {
     float sum = 0.0f;
     for (int tile = 0; tile < width; tile += kWarp * kPerLane) {
       float v[kPerLane];
-      load8(v, row_of<T>(x, node, 0), width, tile, lane_id(), kWarp, aligned);
+      if (aligned) {
+        load8<true>(v, row_of<T>(x, node, 0), width, tile, lane_id(), kWarp);
+      } else {
+        load8<false>(v, row_of<T>(x, node, 0), width, tile, lane_id(), kWarp);
+      }
 #pragma unroll
       for (int c = 0; c < kPerLane; ++c) {
         sum = fmaf(v[c], v[c], sum);
@@ -759,8 +776,8 @@ struct AttentionBackward {
 
 template <class T>
 void invert(const Launch& launch, const Heads& r, int64_t nodes, int64_t width, float* inverse) {
-  run(launch, invert_norms<T>, nodes, kWarps, kThreads, 0, r, nodes, static_cast<int>(width), aligned_heads<T>(r, 1),
-      inverse);
+  run(launch, invert_norms<T>, nodes, kWarps, kThreads, 0, r, nodes, static_cast<int>(width),
+      aligned_heads<T>(r, 1, width), inverse);
 }
 
 }  // namespace

@@ -120,6 +120,11 @@ T from_bits(uint64_t bits) {
 #define EMULATION_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline cudaError_t cudaGetLastError() { return 0; }
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;
+  return 0;
+}
 
 inline void __syncthreads(EMULATION_HERE) { emulation::meet_block({"__syncthreads", file, line}); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATION_HERE) {

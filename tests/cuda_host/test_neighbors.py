@@ -183,13 +183,12 @@ Schedule = tuple[int, int]
 def compare(
     names: Sequence[str],
     run: Callable[[Schedule], list[Tensor]],
-    exact: Sequence[Tensor],
-    baseline: Sequence[Tensor],
+    expected: Sequence[Sequence[Tensor]],
     factor: float,
 ) -> list[Tensor]:
-    """Parity of every output, and the same bits for every grid and order."""
+    """Parity of every output with the (exact, baseline) ones, and the same bits for every grid and order."""
     results = repeatable(lambda blocks, order: run((blocks, order)))
-    for name, got, want, base in zip(names, results, exact, baseline, strict=True):
+    for name, got, want, base in zip(names, results, *expected, strict=True):
         assert_parity(got, want, base, factor, name)
     return results
 
@@ -271,13 +270,13 @@ def check_cosine(graph: Graph, r: Tensor, shift: int = 0) -> None:
     compare(
         ["cosine"],
         lambda s: Call("edge_cosine_forward", graph, s, shift).rows(r=r).run(cosine=shape),
-        *results,
+        results,
         2,
     )
     compare(
         ["dr"],
         lambda s: Call("edge_cosine_backward", graph, s, shift).rows(r=r).values(d_cosine=d_cosine).run(dr=r),
-        *grads,
+        grads,
         3,
     )
 
@@ -314,7 +313,7 @@ def check_sum(graph: Graph, x: Tensor, shift: int = 0) -> None:
     compare(
         ["out"],
         lambda s: Call("neighbor_sum_forward", graph, s, shift).rows(x=x).values(weight=weight).run(out=x),
-        *results,
+        results,
         2,
     )
     compare(
@@ -325,7 +324,7 @@ def check_sum(graph: Graph, x: Tensor, shift: int = 0) -> None:
             .values(weight=weight)
             .run(dx=x, d_weight=weight)
         ),
-        *grads,
+        grads,
         3,
     )
 
@@ -384,7 +383,7 @@ def check_energy(graph: Graph, z: Tensor, weight: Tensor) -> None:
             .values(weight=weight)
             .run(energy=scalar, weight_sum=scalar)
         ),
-        *results,
+        results,
         2,
     )
     compare(
@@ -395,7 +394,7 @@ def check_energy(graph: Graph, z: Tensor, weight: Tensor) -> None:
             .values(weight=weight, d_energy=d_energy, energy=energy, weight_sum=weight_sum)
             .run(dz=z, d_weight=weight)
         ),
-        *grads,
+        grads,
         3,
     )
 
@@ -458,7 +457,7 @@ def check_attention(
             .with_flag(self_loop)
             .run(out=torch.empty(q.shape, dtype=dtype), lse=torch.empty(graph.nodes, heads))
         ),
-        *results,
+        results,
         2,
     )
 
@@ -473,7 +472,7 @@ def check_attention(
         )
         return found if weighted else found[:3]
 
-    compare(["dq", "dk", "dv", "d_log_weight"][: len(inputs)], backward, *grads, 3)
+    compare(["dq", "dk", "dv", "d_log_weight"][: len(inputs)], backward, grads, 3)
 
 
 @pytest.mark.parametrize("self_loop", [True, False])

@@ -1,0 +1,152 @@
+"""The CUDA library as nvcc makes it: built by setup.py's own plan, with what ptxas says about every kernel.
+
+``python -m tests.cuda_host._nvcc`` writes the budget file anew.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BUDGET = Path(__file__).resolve().parent / "nvcc_budget.json"
+
+#: What the package index calls the parts of nvcc that are needed.
+PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas reports about a kernel for one target."""
+
+    name: str
+    target: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+
+@dataclass(frozen=True)
+class Build:
+    """The library and its kernels."""
+
+    library: Path
+    kernels: tuple[Kernel, ...]
+    version: str
+
+
+def _setup() -> Any:
+    spec = importlib.util.spec_from_file_location("umda_fast_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def find_nvcc(setup: Any) -> Path:
+    """nvcc, from the package index when the machine has none."""
+    found = setup.find_nvcc()
+    if found is not None:
+        return Path(found)
+    directory = ROOT / "build" / "nvcc"
+    if not list(directory.glob("nvidia/*/bin/nvcc")):
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(directory), *PACKAGES]
+        subprocess.run(command, check=True)
+    return next(iter(directory.glob("nvidia/*/bin/nvcc")))
+
+
+@cache
+def build() -> Build:
+    """Build the library in ``build/``, once for every state of its sources."""
+    setup = _setup()
+    nvcc = find_nvcc(setup)
+    os.environ["NVCC"] = str(nvcc)
+    version_text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    version = version_text.split(" V")[-1].split()[0]
+    digest = hashlib.sha256((version + torch.__version__).encode())
+    csrc = ROOT / "csrc"
+    for path in sorted(
+        [*csrc.glob("*.h"), *csrc.glob("cpu/binding.h"), *csrc.glob("cuda/*"), ROOT / "setup.py"]
+    ):
+        digest.update(path.name.encode() + path.read_bytes())
+    directory = ROOT / "build" / "nvcc_gate" / digest.hexdigest()[:16]
+    library, log = directory / "_C_cuda.so", directory / "ptxas.txt"
+    if not log.is_file():
+        before = Path.cwd()
+        os.chdir(ROOT)  # the plan's paths are relative
+        try:
+            log_text = _run(setup, setup.cuda_plan(library, directory, Path(torch.__file__).parent))
+        finally:
+            os.chdir(before)
+        log.write_text(log_text)
+    return Build(library, tuple(_parse(log.read_text())), version)
+
+
+def _run(setup: Any, plan: Any) -> str:
+    """Compile and link; returns what ptxas wrote."""
+
+    def run(step: Any) -> str:
+        step.output.parent.mkdir(parents=True, exist_ok=True)
+        verbose = ["-Xptxas=-v"] if step.inputs[0].suffix == ".cu" else []
+        result = subprocess.run([*step.command, *verbose], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{' '.join(step.command)}\n{result.stdout}{result.stderr}"
+        return result.stderr
+
+    # The longest first.
+    steps = sorted(plan.compile, key=lambda step: -step.inputs[0].stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        logs = list(pool.map(run, steps))
+    run(plan.link)
+    return "".join(logs)
+
+
+def _parse(log: str) -> list[Kernel]:
+    kernels = []
+    entry = re.compile(
+        r"Compiling entry function '(?P<name>\w+)' for '(?P<target>\w+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+        r"(?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers",
+        re.DOTALL,
+    )
+    found = list(entry.finditer(log))
+    names = "\n".join(match["name"] for match in found)
+    demangled = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
+    for match, name in zip(found, demangled.splitlines(), strict=True):
+        short = name.replace("(anonymous namespace)::", "").replace("umda::cuda::", "").replace("umda::", "")
+        short = short.split("(")[0].removeprefix("void ")
+        numbers = (int(match[key]) for key in ("registers", "stack", "stores", "loads"))
+        kernels.append(Kernel(short, match["target"], *numbers))
+    return kernels
+
+
+def most_registers(kernels: tuple[Kernel, ...]) -> dict[str, int]:
+    """Registers of every kernel on the target where it needs most."""
+    most: dict[str, int] = {}
+    for kernel in kernels:
+        most[kernel.name] = max(most.get(kernel.name, 0), kernel.registers)
+    return dict(sorted(most.items()))
+
+
+def main() -> None:
+    """Write the budget file."""
+    made = build()
+    budget = {"nvcc": made.version, "registers": most_registers(made.kernels)}
+    BUDGET.write_text(json.dumps(budget, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
