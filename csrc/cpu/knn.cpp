@@ -37,7 +37,7 @@ constexpr int kStrips = 3;
 constexpr int64_t kColumns = kStrips * kWidth;
 constexpr int64_t kBlock = 240;  // rows of a block at most; a multiple of kColumns for every instruction set
 // Bags are taken together up to so many rows (a larger bag alone), so that strips and candidates stay bounded.
-constexpr int64_t kWave = 1 << 16;
+constexpr int64_t kWave = 1 << 14;
 // Components added in one chain; chains are added up in turn. The rounding error of one long chain would be a multiple
 // of what a library's product makes.
 constexpr int64_t kChain = 128;
