@@ -17,6 +17,11 @@ from pathlib import Path
 from umda_fast.cli.render import make_console, metrics_table
 from umda_fast.train import RunResult, load_config, train
 
+# Small enough for two cores; what is not named here has its default.
+COMMON = ["data.budget=512", "train.lr=3e-3", "train.epochs=15"]
+UMDA = ["model.width=64"]
+BASELINE = ["model.architecture=gated_attention", "model.view=pixels", "sgl.balancer=none"]
+
 
 def run(out: Path, name: str, overrides: list[str]) -> RunResult:
     directory = out / name
@@ -33,15 +38,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory for the two runs")
     parser.add_argument("--epochs", type=int, help="passes over the training bags")
     options = parser.parse_args()
-    common = [] if options.epochs is None else [f"train.epochs={options.epochs}"]
+    common = COMMON if options.epochs is None else [*COMMON, f"train.epochs={options.epochs}"]
 
     console = make_console()
     began = time.monotonic()
     console.print("Training UMDA on bags of handwritten digits (three views, four tasks) ...")
-    umda = run(options.out, "umda", common)
+    umda = run(options.out, "umda", [*common, *UMDA])
     console.print("Training the baseline, gated-attention pooling of the pixels, on the same bags ...")
-    plain = ["model.architecture=gated_attention", "model.view=pixels", "sgl.balancer=none"]
-    baseline = run(options.out, "baseline", common + plain)
+    baseline = run(options.out, "baseline", [*common, *BASELINE])
 
     console.print()
     columns = {"UMDA": umda.metrics["tasks"], "baseline": baseline.metrics["tasks"]}

@@ -198,6 +198,7 @@ def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert report["versions"]["torch"]
 
 
+FEW = ("--epochs", "1", "--quiet", "--set", "data.options={train_bags: 9, val_bags: 9, test_bags: 9}")
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown key": (["train", "--set", "model.layer=3", "--out", "OUT"], "did you mean 'model.layers'"),
     "wrong value": (["train", "--set", "train.epochs=many", "--out", "OUT"], "train.epochs"),
@@ -219,7 +220,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown option": (["train", "--frobnicate"], "--frobnicate"),
     "unknown command": (["frobnicate"], "frobnicate"),
     "no predictions without --out": (["predict", "OUT", "--data", "digits"], "--out"),
-    "backend": (["train", "--backend", "cuda", "--device", "cpu", "--out", "OUT"], "cuda"),
+    "backend": (["train", "--backend", "cuda", "--device", "cpu", *FEW, "--out", "OUT"], "cuda"),
 }
 
 

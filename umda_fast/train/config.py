@@ -66,7 +66,7 @@ class DataConfig(_Section):
     """Seed of the splits and of generated bags; None takes the run's."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the source, for example `train_bags` of `digits`."""
-    budget: Positive = 1024
+    budget: Positive = 512
     """Instances in a batch; a batch holds whole bags."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read bags ahead."""
@@ -114,7 +114,7 @@ class PenaltyConfig(_Section):
 class TrainConfig(_Section):
     """The optimiser, the schedule, and when to stop, log and save."""
 
-    epochs: Positive = 30
+    epochs: Positive = 20
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
     final_lr: Share = 0.01
     """Learning rate at the end of the cosine, as a share of `lr`."""
