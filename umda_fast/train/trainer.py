@@ -12,7 +12,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -80,7 +80,7 @@ class Trainer:
         self.tasks = self.train_set.tasks
         if len(self.train_set) == 0:
             raise DataError("split 'train' holds no bags")
-        self.model: Any = fabric.to_device(model)
+        self.model = cast(Any, fabric.to_device(model))
         options = config.train
         self.guided: SelfGuided | None = self._self_guided()
         averaged: list[nn.Parameter] = []
