@@ -267,3 +267,18 @@ def test_a_missing_extra_is_named(
     assert call("predict", run, *own) == 1
     assert "pip install 'umda_fast[io]'" in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()
+
+
+@pytest.mark.parametrize("verdict", ["pass", "fail"])
+def test_parity_exits_with_1_if_one_fails(
+    verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"op": "bag_pool", "backend": "cpp", "error": 1e-7, "allowed": 2e-7, "verdict": "pass"}
+    other = {**row, "backend": "reference", "verdict": verdict}
+    report = {"rows": [row, other], "passed": verdict == "pass"}
+    monkeypatch.setattr("umda_fast.parity.run_parity", lambda device: report, raising=False)
+    assert call("parity", "--json", tmp_path / "parity.json") == (0 if verdict == "pass" else 1)
+    shown = capsys.readouterr().out
+    assert f"{2 if verdict == 'pass' else 1} of 2 passed" in shown
+    assert "2e-07" in shown
+    assert json.loads((tmp_path / "parity.json").read_text()) == report

@@ -93,6 +93,30 @@ def crossval_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def parity_table(report: Mapping[str, Any]) -> tuple[Table, bool]:
+    """The table of a parity report, failures in bold, and whether all passed.
+
+    Args:
+        report: `rows`, a list of mappings with the same keys, one of which, `verdict`, is `pass` for what
+            passed (or says why it was not run); `passed`, whether nothing failed.
+    """
+    rows = report["rows"]
+    verdicts = [str(row["verdict"]) for row in rows]
+    passed = bool(report["passed"])
+    count = sum(verdict == "pass" for verdict in verdicts)
+    table = Table(
+        title=f"Parity with the float64 reference: {count} of {len(rows)} passed", title_justify="left"
+    )
+    columns = list(rows[0]) if rows else []
+    for column in columns:
+        number = all(isinstance(row[column], float) for row in rows)
+        table.add_column(column.replace("_", " "), justify="right" if number else "left")
+    for row, verdict in zip(rows, verdicts, strict=True):
+        cells = [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+        table.add_row(*cells, style="bold red" if verdict == "fail" else None)
+    return table, passed
+
+
 def collect_info() -> dict[str, Any]:
     """Versions, devices and backends as plain values."""
     import torch
