@@ -138,10 +138,18 @@ UMDA_INLINE void all_dots(const T* const* left, const T* const* right, int64_t v
   }
 }
 
-// to[r] = sum_c weight[r * row_step + c * column_step] rows[c] for kOut results, to_stride apart.
+// x where `keep`, else 0, whatever x is.
+UMDA_INLINE Vec masked(Vec x, bool keep) {
+  using IVec = int __attribute__((vector_size(sizeof(Vec))));
+  return (Vec)((IVec)x & (IVec)splat(bits_float(keep ? 0xffffffffu : 0u)));
+}
+
+// to[r] = sum_c weight[r * row_step + c * column_step] rows[c] for kOut results, to_stride apart. Results that are not
+// present are 0: their weights are, but some present row may hold an infinity or a NaN.
 template <int kOut, class T>
 UMDA_INLINE void mix_rows(const float* weight, int64_t row_step, int64_t column_step, const T* const* rows,
-                          int64_t count, int64_t width, T* to, int64_t to_stride, bool past_cache) {
+                          int64_t count, int64_t width, T* to, int64_t to_stride, const bool* present,
+                          bool past_cache) {
   const auto block = [&](int64_t d, auto vecs, auto&& read, auto&& write) UMDA_LAMBDA_INLINE {
     constexpr int kVecs = decltype(vecs)::value;
     Vec acc[kOut][kVecs];
@@ -165,7 +173,8 @@ UMDA_INLINE void mix_rows(const float* weight, int64_t row_step, int64_t column_
     }
     for (int r = 0; r < kOut; ++r) {
       for (int v = 0; v < kVecs; ++v) {
-        write(to + r * to_stride + d + v * kWidth, acc[r][v]);
+        const Vec result = present == nullptr ? acc[r][v] : masked(acc[r][v], present[r]);
+        write(to + r * to_stride + d + v * kWidth, result);
       }
     }
   };
@@ -193,7 +202,7 @@ UMDA_INLINE void mix_rows(const float* weight, int64_t row_step, int64_t column_
   }
 }
 
-// to[u] = sum_w weight[u * row_step + w * column_step] rows[w], for all views; present: whose results are not 0.
+// to[u] = sum_w weight[u * row_step + w * column_step] rows[w], for all views.
 template <class T>
 UMDA_INLINE void mix(const float* weight, int64_t row_step, int64_t column_step, const T* const* rows, int64_t views,
                      int64_t width, T* to, int64_t to_stride, const bool* present, bool past_cache) {
@@ -201,7 +210,7 @@ UMDA_INLINE void mix(const float* weight, int64_t row_step, int64_t column_step,
   const auto some = [&](auto size) UMDA_LAMBDA_INLINE {
     constexpr int kOut = decltype(size)::value;
     mix_rows<kOut>(weight + u * row_step, row_step, column_step, rows, views, width, to + u * to_stride, to_stride,
-                   past_cache);
+                   present == nullptr ? nullptr : present + u, past_cache);
     u += kOut;
   };
   while (views - u >= 3) {
@@ -212,13 +221,6 @@ UMDA_INLINE void mix(const float* weight, int64_t row_step, int64_t column_step,
   }
   if (views - u == 1) {
     some(Constant<1>{});
-  }
-  if (present != nullptr) {
-    for (u = 0; u < views; ++u) {
-      if (!present[u]) {  // a weight of 0 is not enough where some present row holds an infinity or a NaN
-        __builtin_memset(static_cast<void*>(to + u * to_stride), 0, static_cast<size_t>(width) * sizeof(T));
-      }
-    }
   }
 }
 
