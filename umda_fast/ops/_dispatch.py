@@ -1,0 +1,144 @@
+"""Which implementation serves a call: ``auto | reference | cpp | triton | cuda``.
+
+``auto`` takes the native kernel of the tensor's device where there is one for the dtype, and the reference
+otherwise. A backend named explicitly serves the call or raises; it never falls back in silence.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from umda_fast.errors import BackendUnavailableError
+from umda_fast.ops import _library
+
+BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+_ENVIRONMENT = "UMDA_FAST_BACKEND"
+
+#: Native backends by device, in the order in which ``auto`` tries them.
+_NATIVE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KEYS = {"cpp": ("cpu", "CPU"), "cuda": ("cuda", "CUDA")}
+
+
+@dataclass
+class _State:
+    default: str = "auto"
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_state = _State(_check_name(os.environ.get(_ENVIRONMENT, "auto"), _ENVIRONMENT))
+_used: dict[str, str] = {}
+
+
+def set_backend(name: str) -> None:
+    """Set the process default, used by every call that names no backend.
+
+    Args:
+        name: ``auto``, ``reference``, ``cpp``, ``triton`` or ``cuda``. It starts as the environment variable
+            ``UMDA_FAST_BACKEND``, or ``auto``.
+
+    Raises:
+        ValueError: another name.
+    """
+    _state.default = _check_name(name, "backend")
+
+
+def get_backend() -> str:
+    """The process default."""
+    return _state.default
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Set the process default inside a ``with`` block. Raises ValueError as `set_backend` does."""
+    before = _state.default
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _state.default = before
+
+
+@torch.compiler.assume_constant_result  # what is installed does not change while a graph is traced
+def reasons_against(op: str, backend: str, device: str, dtype: torch.dtype) -> list[str]:
+    """Every reason why ``backend`` cannot serve operation ``op`` for such tensors; empty when it can."""
+    if backend == "reference":
+        return []
+    reasons = []
+    if backend == "triton":
+        if not _library.has_triton(op):
+            reasons.append(f"{op} has no Triton kernel")
+        if _library.triton_status is not None:
+            reasons.append(_library.triton_status)
+        if device != "cuda" and not _library.TRITON_INTERPRETED:
+            reasons.append(f"it serves CUDA tensors (any, if TRITON_INTERPRET=1 is set), these are on {device}")
+    else:
+        wanted, key = _KEYS[backend]
+        status = _library.cpp_status if backend == "cpp" else _library.cuda_status()
+        if status is not None:
+            reasons.append(status)
+        elif not _library.has_kernel(op, key):
+            reasons.append(f"{op} has no {key} kernel")
+        if device != wanted:
+            reasons.append(f"it serves {wanted} tensors, these are on {device}")
+    if dtype not in _DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+        reasons.append(f"it serves {names}, these are {str(dtype).removeprefix('torch.')}")
+    return reasons
+
+
+def resolve(op: str, tensor: Tensor, backend: str | None) -> str:
+    """The backend that serves operation ``op`` for ``tensor``'s device and dtype, and note that it did.
+
+    Raises:
+        ValueError: an unknown name.
+        BackendUnavailableError: a backend named explicitly (in the call, or as the process default) that
+            cannot serve the call.
+    """
+    wanted = _state.default if backend is None else _check_name(backend, "backend")
+    device, dtype = tensor.device.type, tensor.dtype
+    if wanted == "auto":
+        chosen = "reference"
+        for candidate in _NATIVE.get(device, ()):
+            if not reasons_against(op, candidate, device, dtype):
+                chosen = candidate
+                break
+    else:
+        reasons = reasons_against(op, wanted, device, dtype)
+        if reasons:
+            raise BackendUnavailableError(f"backend {wanted!r} cannot serve {op}: {'; '.join(reasons)}")
+        chosen = wanted
+    _used[op] = chosen
+    return chosen
+
+
+def native(op: str, backend: str) -> str:
+    """Name of the operation that ``backend`` registered for ``op``."""
+    return f"{op}_triton" if backend == "triton" else op
+
+
+def backends_used() -> dict[str, str]:
+    """For every operation called so far in this process: the backend that served it last."""
+    return dict(sorted(_used.items()))
+
+
+def backend_status() -> dict[str, str | None]:
+    """For every backend: None when it can be used on this machine, else the reason why not."""
+    triton = _library.triton_status
+    if triton is None and not torch.cuda.is_available() and not _library.TRITON_INTERPRETED:
+        triton = "torch finds no CUDA device"
+    return {
+        "reference": None,
+        "cpp": _library.cpp_status,
+        "triton": triton,
+        "cuda": _library.cuda_status(),
+    }
