@@ -37,7 +37,8 @@ struct Segment {
   int64_t slot;             // of its partial results, if not whole
 };
 
-// The segments of a unit, in order.
+// The segments of a unit, in order. A ptr that is not what it should be (it is not read on the host) may leave outputs
+// unwritten, but makes nothing loop for ever or reach outside.
 struct UnitSegments {
   __device__ __forceinline__ UnitSegments(const BagPoolInput& in, int64_t unit_index, int64_t length)
       : unit(unit_index),
@@ -50,7 +51,7 @@ struct UnitSegments {
     if (next >= end) {
       return false;
     }
-    if (in.ptr[bag + 1] <= next) {
+    if (in.ptr[bag + 1] <= next && bag + 1 < in.bags) {
       // Mostly the next bag; a long run of empty ones is not walked through.
       ++bag;
       if (in.ptr[bag + 1] <= next) {
@@ -58,6 +59,9 @@ struct UnitSegments {
       }
     }
     const int64_t first = in.ptr[bag], last = in.ptr[bag + 1];
+    if (last <= next) {
+      return false;
+    }
     segment = {bag, next, smaller(last, end), first >= begin && last <= end, 2 * unit + (first >= begin ? 1 : 0)};
     next = segment.end;
     return true;
@@ -101,8 +105,7 @@ __device__ __forceinline__ float part_shift(const State& part, float top) {
 // The parts of a bag that ends in unit `last_unit` and began in an earlier one: slots slot(0), slot(1), ...
 struct Parts {
   __device__ __forceinline__ Parts(const BagPoolInput& in, int64_t bag, int64_t last_unit, int64_t length) {
-    const int64_t begin = in.ptr[bag];
-    first_unit = begin / length;
+    first_unit = larger<int64_t>(in.ptr[bag], 0) / length;
     count = last_unit - first_unit + 1;
   }
   // A bag owns the slot on the right of the unit in which it begins, on the left of the others.
@@ -458,7 +461,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const Z* const d_pooled = static_cast<const Z*>(a.d_pooled) + segment.bag * a.d_pooled_bag_stride;
       for (int t = 0; t < tasks; ++t) {
         const State state = segment.whole ? segment_state(in, segment, t)
-                                          : bags[in.ptr[segment.bag] / length * in.tasks + t];
+                                          : bags[larger<int64_t>(in.ptr[segment.bag], 0) / length * in.tasks + t];
         float offset = 0.0f;  // d_pooled.pooled
         if (a.d_pooled != nullptr) {
           const Z* const pooled = static_cast<const Z*>(a.pooled) + (stats + t) * in.width;

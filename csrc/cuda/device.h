@@ -285,10 +285,10 @@ __device__ __forceinline__ float max_warp(float x) {
 
 // ---- searches and work ------------------------------------------------------------------------------------
 
-// The last s with ptr[s] <= x, for non-decreasing ptr[0..count] with ptr[0] <= x: the segment that holds x, empty
-// segments stepped over, when x < ptr[count].
+// The last segment s < count with ptr[s] <= x, for non-decreasing ptr[0..count] with ptr[0] <= x: the one that holds x,
+// empty ones stepped over, when x < ptr[count]. Whatever ptr holds, the result lies in [0, count).
 __device__ __forceinline__ int64_t find_segment(const int64_t* ptr, int64_t count, int64_t x) {
-  int64_t low = 0, high = count;
+  int64_t low = 0, high = count - 1;
   while (low < high) {
     const int64_t middle = low + (high - low + 1) / 2;
     if (ptr[middle] <= x) {

@@ -53,9 +53,10 @@ struct Graph {
     const int node = table.neighbors[edge];
     return node >= 0 && node < table.nodes ? node : -1;
   }
+  // Kept inside the list of edges, whatever indptr holds.
   __device__ __forceinline__ void edges_of(int64_t node, int64_t& begin, int64_t& end) const {
-    begin = table.indptr == nullptr ? node * table.degree : table.indptr[node];
-    end = table.indptr == nullptr ? begin + table.degree : table.indptr[node + 1];
+    begin = table.indptr == nullptr ? node * table.degree : larger<int64_t>(table.indptr[node], 0);
+    end = table.indptr == nullptr ? begin + table.degree : smaller(table.indptr[node + 1], table.edges);
   }
 };
 
@@ -193,7 +194,7 @@ __device__ __forceinline__ int64_t list_size(const Gather& a, int list) {
   return list == 0 ? a.graph.table.edges : smaller(a.graph.table.t_ptr[a.graph.table.nodes], a.graph.table.edges);
 }
 
-// Positions of a node in a list; kept inside the list, whatever t_ptr holds.
+// Positions of a node in a list; kept inside it, whatever t_ptr holds.
 __device__ __forceinline__ void positions_of(const Gather& a, int list, int64_t node, int64_t& begin, int64_t& end) {
   if (list == 0) {
     a.graph.edges_of(node, begin, end);
