@@ -213,7 +213,8 @@ def run_with_ninja(ninja: str, plan: Plan, directory: Path) -> None:
     def path(p: Path) -> str:
         return escape(str(p)).replace(" ", "$ ").replace(":", "$:")
 
-    lines = [f"builddir = {path(directory)}", "rule compile", "  command = $call", "  depfile = $dep", "  deps = gcc"]
+    lines = [f"builddir = {path(directory)}"]
+    lines += ["rule compile", "  command = $call", "  depfile = $dep", "  deps = gcc"]
     lines += ["rule link", "  command = $call"]
     assert plan.link is not None
     for rule, steps in (("compile", plan.compile), ("link", [plan.link])):

@@ -386,7 +386,7 @@ UMDA_INLINE void dot_rows(const Z* z, int64_t z_stride, const float* d_pooled, i
 }
 
 // dz of kRows rows: a weighted sum of the d_pooled rows, weights weight[t * kChunk + r].
-template <int kRows, class Z>
+template <int kRows, bool kStream, class Z>
 UMDA_INLINE void spread_rows(Z* dz, const float* d_pooled, const float* weight, int64_t tasks, int64_t width) {
   constexpr int kVecs = 2;
   const auto block = [&](int64_t d, auto vecs, auto&& read, auto&& write) UMDA_LAMBDA_INLINE {
@@ -418,7 +418,7 @@ UMDA_INLINE void spread_rows(Z* dz, const float* d_pooled, const float* weight, 
   int64_t d = 0;
   for (; d + kVecs * kWidth <= width; d += kVecs * kWidth) {
     block(d, Constant<kVecs>{}, [](const float* p) UMDA_LAMBDA_INLINE { return load(p); },
-          [](Z* p, Vec v) UMDA_LAMBDA_INLINE { store(p, v); });
+          [](Z* p, Vec v) UMDA_LAMBDA_INLINE { kStream ? stream(p, v) : store(p, v); });
   }
   for (; d < width; d += kWidth) {
     const int count = static_cast<int>(smaller<int64_t>(kWidth, width - d));
@@ -443,6 +443,7 @@ void backward(const BagPoolBackward& a) {
   const Plan plan(in);
   const int64_t per_bag = in.tasks * in.width;
   Z* const dz = static_cast<Z*>(a.dz);
+  const bool streaming = worth_streaming(dz, in.instances, in.width);
 
   // Softmax statistics of the bags that are cut: by part, then by bag.
   const Scratch<State> parts(plan.num_parts * in.tasks);
@@ -531,12 +532,17 @@ void backward(const BagPoolBackward& a) {
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4) {
           dot_rows<4>(z + r * in.z_stride, in.z_stride, d_pooled.data(), in.width, &dots[r * in.tasks], in.tasks, ahead);
-          spread_rows<4>(dz_chunk + r * in.width, d_pooled.data(), &weights[r], in.tasks, in.width);
+          if (streaming) {
+            spread_rows<4, true>(dz_chunk + r * in.width, d_pooled.data(), &weights[r], in.tasks, in.width);
+          } else {
+            spread_rows<4, false>(dz_chunk + r * in.width, d_pooled.data(), &weights[r], in.tasks, in.width);
+          }
         }
         for (; r < rows; ++r) {
           dot_rows<1>(z + r * in.z_stride, in.z_stride, d_pooled.data(), in.width, &dots[r * in.tasks], in.tasks, ahead);
-          spread_rows<1>(dz_chunk + r * in.width, d_pooled.data(), &weights[r], in.tasks, in.width);
+          spread_rows<1, false>(dz_chunk + r * in.width, d_pooled.data(), &weights[r], in.tasks, in.width);
         }
+        stream_fence();
       }
 
       for (int64_t t = 0; t < in.tasks; ++t) {

@@ -584,6 +584,21 @@ struct EdgeList {
       bias[n] = -__builtin_inff();
     }
   }
+  // The next edges of row i, from e on, its self loop first; e and own are moved on.
+  UMDA_INLINE void fill(const NeighborTable& g, int64_t i, int64_t& e, int64_t end, bool& own, int64_t ahead,
+                        const float* log_weight) {
+    count = 0;
+    if (own) {
+      add(i, i, 0.0f);
+      own = false;
+    }
+    for (; e < end && count < kTile; ++e) {
+      if (present(g, g.neighbors[e])) {
+        add(g.neighbors[e], target_ahead(g, e, ahead, i), log_weight == nullptr ? 0.0f : log_weight[e]);
+      }
+    }
+    close();
+  }
 };
 
 // How a block of kVecs vectors falls into heads of kHeadVecs whole vectors (0: the block lies within one head).
@@ -748,17 +763,7 @@ void attention_forward(const NeighborAttentionForward& a) {
       prefetch_values(g.neighbors, end + ahead);
       prefetch_values(a.log_weight, end);
       while (own || e < end) {
-        list.count = 0;
-        if (own) {
-          list.add(i, i, 0.0f);
-          own = false;
-        }
-        for (; e < end && list.count < kTile; ++e) {
-          if (present(g, g.neighbors[e])) {
-            list.add(g.neighbors[e], target_ahead(g, e, ahead, i), a.log_weight == nullptr ? 0.0f : a.log_weight[e]);
-          }
-        }
-        list.close();
+        list.fill(g, i, e, end, own, ahead, a.log_weight);
         list_dots(row_of<X>(a.q, i), a.k, list, heads, width, p.data());
         for (int64_t h = 0; h < heads; ++h) {
           float* const s = &p[h * kTile];
@@ -823,14 +828,42 @@ bool attention_backward(const NeighborAttentionBackward& a) {
   const Scratch<float> own_ds(a.self_loop ? g.nodes * heads : 0);
   const Scratch<float> stats(g.nodes * heads * 2);  // lse, delta
 
-  parallel_ranges(g.nodes, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  const Chunks rows(g.nodes, g.indptr, g.degree);
+  parallel_items(rows.count, [&](int64_t chunk) {
+    const Scratch<float> scores(heads * kTile), d_alpha(heads * kTile);
+    EdgeList list;
+    for (int64_t i = rows.begin(chunk); i < rows.end(chunk); ++i) {
+      float* const stat = &stats[i * heads * 2];
+      const X* const d_out = row_of<X>(a.d_out, i);
       for (int64_t h = 0; h < heads; ++h) {
         const float lse = a.lse[i * heads + h];
-        const X* const d_out = row_of<X>(a.d_out, i) + h * width;
         // exp(s - inf) = 0: a row with nothing to attend to gives no gradient.
-        stats[(i * heads + h) * 2] = lse == -__builtin_inff() ? __builtin_inff() : lse;
-        stats[(i * heads + h) * 2 + 1] = dot(d_out, row_of<X>(a.out, i) + h * width, d_out, width);
+        stat[2 * h] = lse == -__builtin_inff() ? __builtin_inff() : lse;
+        stat[2 * h + 1] = 0.0f;
+      }
+      if constexpr (sizeof(X) == sizeof(float)) {
+        for (int64_t h = 0; h < heads; ++h) {
+          const X* const own = d_out + h * width;
+          stat[2 * h + 1] = dot(own, row_of<X>(a.out, i) + h * width, own, width);
+        }
+        continue;
+      }
+      // out has lost digits that d_log_weight, in float32, would miss: delta = sum alpha d_out.v instead.
+      const int64_t end = row_begin(g, i + 1);
+      int64_t e = row_begin(g, i);
+      bool own = a.self_loop;
+      while (own || e < end) {
+        list.fill(g, i, e, end, own, ahead, a.log_weight);
+        list_dots(row_of<X>(a.q, i), a.k, list, heads, width, scores.data());
+        list_dots(d_out, a.v, list, heads, width, d_alpha.data());
+        for (int64_t h = 0; h < heads; ++h) {
+          Vec parts = zero();
+          for (int n = 0; n < list.count; n += kWidth) {
+            const Vec score = fma(load(&scores[h * kTile + n]), splat(scale), load(list.bias + n));
+            parts = fma(exp(score - splat(stat[2 * h])), load(&d_alpha[h * kTile + n]), parts);
+          }
+          stat[2 * h + 1] += sum(parts);
+        }
       }
     }
   });
@@ -899,7 +932,6 @@ bool attention_backward(const NeighborAttentionBackward& a) {
     }
   });
 
-  const Chunks rows(g.nodes, g.indptr, g.degree);
   parallel_items(rows.count, [&](int64_t chunk) {
     const Scratch<float> dq(row_width), weight(heads * kTile);
     EdgeList list;

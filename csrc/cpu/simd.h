@@ -6,7 +6,8 @@
 //   splat(x) zero() fma(a, b, c) = a*b+c  max(a, b) sum(v) largest(v) exp(v)
 //   a + b, a - b, a * b, a / b                      the compiler's own vector operators
 //   sums(a, b, c, d, to)                            to[0..3] = sum(a), sum(b), sum(c), sum(d), cheaper than four
-//   stream(p, v)                                    store past the caches; p aligned to the vector
+//   stream(p, v)                                    store past the caches, p a multiple of the vector's size in T;
+//                                                   stream_fence() before other threads may read it
 //   to_float(x) from_float<T>(f)                    scalar conversions, round to nearest even
 //   min(a, b) at_least(a, b)                        bit i of the latter: a[i] >= b[i], false for NaN
 //
@@ -186,6 +187,10 @@ UMDA_INLINE void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 }
 UMDA_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
+template <class T>
+UMDA_INLINE void stream(T* p, Vec v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, p));
+}
 UMDA_INLINE void stream_fence() { _mm_sfence(); }
 
 // 2^n * x, n integral.
@@ -253,6 +258,10 @@ UMDA_INLINE void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 UMDA_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+template <class T>
+UMDA_INLINE void stream(T* p, Vec v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, p));
+}
 UMDA_INLINE void stream_fence() { _mm_sfence(); }
 
 UMDA_INLINE Vec round_nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -305,7 +314,10 @@ UMDA_INLINE void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
   to[2] = sum(c);
   to[3] = sum(d);
 }
-UMDA_INLINE void stream(float* p, Vec v) { store(p, v); }
+template <class T>
+UMDA_INLINE void stream(T* p, Vec v) {
+  store(p, v);
+}
 UMDA_INLINE void stream_fence() {}
 
 // The sum pushes the fraction out of the mantissa. |x| < 2^22.
@@ -423,6 +435,15 @@ UMDA_INLINE uint32_t at_least(Vec a, Vec b) {
   }
   return mask;
 #endif
+}
+
+// Whether to write rows of `width` elements at p past the caches: when they would not be found there later anyway, as
+// there are too many of them, a store to the cache only costs the read of the line it replaces.
+template <class T>
+UMDA_INLINE bool worth_streaming(const T* p, int64_t rows, int64_t width) {
+  const int64_t vector = kWidth * static_cast<int64_t>(sizeof(T));
+  const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
+  return rows * bytes > (int64_t{32} << 20) && bytes % vector == 0 && reinterpret_cast<uintptr_t>(p) % vector == 0;
 }
 
 // Vectors of T in a cache line of 64 bytes.
