@@ -19,6 +19,7 @@ __all__ = [
     "Launch",
     "ceil_div",
     "check_device",
+    "check_shape",
     "innermost_contiguous",
     "next_power_of_2",
     "run_all",
@@ -71,6 +72,28 @@ def check_device(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(
             f"{name}: a Triton kernel needs a tensor on a CUDA device, got one on {tensor.device}"
         )
+
+
+def check_shape(
+    name: str,
+    tensor: torch.Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype | None,
+    like: torch.Tensor,
+) -> None:
+    """Raises unless ``tensor`` is None, or has the shape, the dtype (None: any floating one) and ``like``'s
+    device.
+
+    A kernel reads by these and would otherwise read elsewhere.
+    """
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype and (dtype is not None or not tensor.is_floating_point()):
+        raise TypeError(f"{name}: expected {dtype or 'a floating dtype'}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
 
 
 def innermost_contiguous(x: torch.Tensor) -> torch.Tensor:

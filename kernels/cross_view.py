@@ -52,6 +52,7 @@ from ._launch import (
     Launch,
     ceil_div,
     check_device,
+    check_shape,
     innermost_contiguous,
     next_power_of_2,
     run_all,
@@ -552,34 +553,40 @@ def _config(
         if backward and views == REGISTER_VIEWS:
             elements = min(elements, 4)
         # Three programs per multiprocessor where they fit without a spill.
-        most = 168 if views < (3 if backward else REGISTER_VIEWS) else None
-        return _register_tile(dtype, head_dim, heads, elements, num_warps=4), 4, most
+        ceiling = 168 if views < (3 if backward else REGISTER_VIEWS) else None
+        return _register_tile(dtype, head_dim, heads, elements, num_warps=4), 4, ceiling
     if dtype == torch.float32:
         # The product of float32 tiles runs on the ordinary units from registers; larger tiles spill.
-        instances, features, num_warps = (1, 16, 2) if backward else (2, 16, 4)
+        instances, features, num_warps, most = (1, 16, 2, None) if backward else (2, 16, 4, 168)
     else:
-        instances, features, num_warps = (1, 64, 4) if backward else (4, 32, 4)
+        instances, features, num_warps, most = (1, 64, 4, None) if backward else (4, 32, 4, None)
     tile = {"BN": instances, "VP": 16, "BD": min(features, max(16, next_power_of_2(head_dim)))}
-    return tile, num_warps, None
+    return tile, num_warps, most
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate_logits: torch.Tensor) -> None:
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate_logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> None:
     check_device("q", q)
     if q.dtype not in FLOAT_DTYPES:
         raise TypeError(f"q: expected float32, float16 or bfloat16, got {q.dtype}")
     if q.dim() != 4:
         raise ValueError(f"q: expected [N, V, H, Dh], got {tuple(q.shape)}")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape or x.dtype != q.dtype:
-            raise ValueError(
-                f"{name}: expected {tuple(q.shape)} {q.dtype} like q, got {tuple(x.shape)} {x.dtype}"
-            )
-    if gate_logits.shape != q.shape[:3]:
-        raise ValueError(f"gate_logits: expected {tuple(q.shape[:3])}, got {tuple(gate_logits.shape)}")
-    if not 1 <= q.shape[1] <= 16:
-        raise ValueError(f"q: expected 1 to 16 views in dimension 1, got {q.shape[1]}")
-    if not 8 <= q.shape[3] <= 256:
-        raise ValueError(f"q: expected a head dimension of 8 to 256 in dimension 3, got {q.shape[3]}")
+    n, views, heads, head_dim = q.shape
+    if not 1 <= views <= 16:
+        raise ValueError(f"q: expected 1 to 16 views in dimension 1, got {views}")
+    if not 8 <= head_dim <= 256:
+        raise ValueError(f"q: expected a head dimension of 8 to 256 in dimension 3, got {head_dim}")
+    check_shape("k", k, q.shape, q.dtype, q)
+    check_shape("v", v, q.shape, q.dtype, q)
+    check_shape("gate_logits", gate_logits, (n, views, heads), None, q)
+    check_shape("bias", bias, (heads, views, views), None, q)
+    check_shape("mask", mask, (n, views), torch.bool, q)
 
 
 def _strides(x: torch.Tensor | None, count: int) -> tuple[int, ...]:
@@ -701,7 +708,7 @@ def cross_view(
         ValueError: a shape or device that does not fit, V or Dh out of range.
         TypeError: a dtype that is not served.
     """
-    _check(q, k, v, gate_logits)
+    _check(q, k, v, gate_logits, bias, mask)
     launches, outputs = plan_forward(q, k, v, gate_logits, bias, mask)
     run_all(launches, q.device)
     return outputs
@@ -732,7 +739,11 @@ def cross_view_backward(
     Raises:
         ValueError, TypeError: as ``cross_view``.
     """
-    _check(q, k, v, gate_logits)
+    _check(q, k, v, gate_logits, bias, mask)
+    n, views, heads, _ = q.shape
+    check_shape("d_out", d_out, q.shape, q.dtype, q)
+    check_shape("d_mass", d_mass, (n, views, views), None, q)
+    check_shape("d_entropy", d_entropy, (n, views, heads), None, q)
     launches, outputs = plan_backward(d_out, d_mass, d_entropy, q, k, v, gate_logits, bias, mask)
     run_all(launches, q.device)
     return outputs

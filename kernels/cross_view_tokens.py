@@ -39,7 +39,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import FLOAT_DTYPES, Launch, check_device, innermost_contiguous, next_power_of_2, run_all
+from ._launch import (
+    FLOAT_DTYPES,
+    Launch,
+    check_device,
+    check_shape,
+    innermost_contiguous,
+    next_power_of_2,
+    run_all,
+)
 from ._primitives import LN2, LOG2E, dot, gate, owner, tile_offsets
 
 __all__ = ["cross_view_tokens", "cross_view_tokens_backward", "plan_backward", "plan_forward"]
@@ -452,10 +460,8 @@ def _config(
         owned, swept, num_warps, max_registers, inner = 8, 16, 8, 255, 16
     elif tokens <= 16 * segments:
         owned, swept, num_warps, max_registers = 16, 16, 8, 168
-    elif features <= 64:
-        owned, swept, num_warps = 128, 32, 8
-    elif features == 128:
-        owned, swept, num_warps = 64, 16 if kernel == "keys" else 32, 8
+    elif features <= 128:
+        owned, swept, num_warps = 128 if features <= 64 else 64, 16 if kernel == "keys" else 32, 8
     else:
         owned, swept, num_warps = 32, 32, 8
     rows = {"BM": swept, "BN": owned} if kernel == "keys" else {"BM": owned, "BN": swept}
@@ -471,31 +477,25 @@ def _check(
     cu_segments: torch.Tensor,
     view_of_segment: torch.Tensor,
     num_views: int,
+    bias: torch.Tensor | None,
 ) -> None:
     check_device("q", q)
     if q.dtype not in FLOAT_DTYPES:
         raise TypeError(f"q: expected float32, float16 or bfloat16, got {q.dtype}")
     if q.dim() != 3:
         raise ValueError(f"q: expected [L, H, Dh], got {tuple(q.shape)}")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape or x.dtype != q.dtype:
-            raise ValueError(
-                f"{name}: expected {tuple(q.shape)} {q.dtype} like q, got {tuple(x.shape)} {x.dtype}"
-            )
-    if gate_logits.shape != q.shape[:2]:
-        raise ValueError(f"gate_logits: expected {tuple(q.shape[:2])}, got {tuple(gate_logits.shape)}")
-    if not 8 <= q.shape[2] <= 256:
-        raise ValueError(f"q: expected a head dimension of 8 to 256 in dimension 2, got {q.shape[2]}")
+    tokens, heads, head_dim = q.shape
+    if not 8 <= head_dim <= 256:
+        raise ValueError(f"q: expected a head dimension of 8 to 256 in dimension 2, got {head_dim}")
     if not 1 <= num_views <= 16:
         raise ValueError(f"num_views: expected 1 to 16, got {num_views}")
+    check_shape("k", k, q.shape, q.dtype, q)
+    check_shape("v", v, q.shape, q.dtype, q)
+    check_shape("gate_logits", gate_logits, (tokens, heads), None, q)
+    check_shape("bias", bias, (heads, num_views, num_views), None, q)
     for name, x in (("cu_tokens", cu_tokens), ("cu_segments", cu_segments)):
-        if x.dtype != torch.int64 or x.dim() != 1 or x.shape[0] < 1:
-            raise ValueError(f"{name}: expected a vector of int64 offsets, got {x.dtype} {tuple(x.shape)}")
-    if view_of_segment.dtype != torch.int32 or view_of_segment.shape != (cu_tokens.shape[0] - 1,):
-        raise ValueError(
-            f"view_of_segment: expected int32 [{cu_tokens.shape[0] - 1}], "
-            f"got {view_of_segment.dtype} {tuple(view_of_segment.shape)}"
-        )
+        check_shape(name, x, (max(1, x.numel()),), torch.int64, q)
+    check_shape("view_of_segment", view_of_segment, (cu_tokens.shape[0] - 1,), torch.int32, q)
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
@@ -518,6 +518,9 @@ def plan_forward(
     tokens, heads, head_dim = q.shape
     segments = cu_tokens.shape[0] - 1
     q, k, v = (innermost_contiguous(x) for x in (q, k, v))
+    cu_tokens, cu_segments, view_of_segment = (
+        x.contiguous() for x in (cu_tokens, cu_segments, view_of_segment)
+    )
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     mass = torch.empty((tokens, heads, num_views), dtype=torch.float32, device=q.device)
     entropy, lse_intra, lse_cross = (
@@ -572,6 +575,9 @@ def plan_backward(
     tokens, heads, head_dim = q.shape
     segments, instances = cu_tokens.shape[0] - 1, cu_segments.shape[0] - 1
     q, k, v = (innermost_contiguous(x) for x in (q, k, v))
+    cu_tokens, cu_segments, view_of_segment = (
+        x.contiguous() for x in (cu_tokens, cu_segments, view_of_segment)
+    )
     lse_intra, lse_cross = lse_intra.contiguous(), lse_cross.contiguous()
     if d_out is not None:
         d_out = innermost_contiguous(d_out)
@@ -669,7 +675,7 @@ def cross_view_tokens(
         ValueError: a shape or device that does not fit, Dh or num_views out of range.
         TypeError: a dtype that is not served.
     """
-    _check(q, k, v, gate_logits, cu_tokens, cu_segments, view_of_segment, num_views)
+    _check(q, k, v, gate_logits, cu_tokens, cu_segments, view_of_segment, num_views, bias)
     launches, outputs = plan_forward(
         q, k, v, gate_logits, cu_tokens, cu_segments, view_of_segment, num_views, bias, token_entropy
     )
@@ -710,7 +716,14 @@ def cross_view_tokens_backward(
     Raises:
         ValueError, TypeError: as ``cross_view_tokens``.
     """
-    _check(q, k, v, gate_logits, cu_tokens, cu_segments, view_of_segment, num_views)
+    _check(q, k, v, gate_logits, cu_tokens, cu_segments, view_of_segment, num_views, bias)
+    tokens, heads, _ = q.shape
+    check_shape("d_out", d_out, q.shape, q.dtype, q)
+    check_shape("d_mass", d_mass, (tokens, num_views), None, q)
+    for name, x in (("d_entropy", d_entropy), ("d_token_entropy", d_token_entropy)):
+        check_shape(name, x, (tokens, heads), None, q)
+    for name, x in (("lse_intra", lse_intra), ("lse_cross", lse_cross)):
+        check_shape(name, x, (tokens, heads), torch.float32, q)
     launches, outputs = plan_backward(
         *(d_out, d_mass, d_entropy, d_token_entropy, q, k, v, gate_logits),
         *(cu_tokens, cu_segments, view_of_segment, num_views, bias, lse_intra, lse_cross),

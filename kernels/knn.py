@@ -158,7 +158,7 @@ def plan(
     x: torch.Tensor, ptr: torch.Tensor, k: int, metric: str
 ) -> tuple[list[Launch], tuple[torch.Tensor, torch.Tensor]]:
     """Outputs of ``knn``, not yet written, and the launches that write them."""
-    x = innermost_contiguous(x)
+    x, ptr = innermost_contiguous(x), ptr.contiguous()
     n, width = x.shape
     bags = ptr.shape[0] - 1
     neighbors = torch.empty((n, k), dtype=torch.int32, device=x.device)

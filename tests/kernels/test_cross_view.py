@@ -233,6 +233,13 @@ def test_bad_input() -> None:
         kernels.cross_view(case.q, case.k[:1], case.v, case.gate, None, None)
     with pytest.raises(ValueError, match="gate_logits: expected"):
         kernels.cross_view(case.q, case.k, case.v, case.gate[:1], None, None)
+    with pytest.raises(ValueError, match="bias: expected"):
+        kernels.cross_view(case.q, case.k, case.v, case.gate, torch.zeros(2, 3), None)
+    with pytest.raises(TypeError, match=r"mask: expected torch\.bool"):
+        kernels.cross_view(case.q, case.k, case.v, case.gate, None, torch.ones(2, 3))
+    case.d_mass = torch.zeros(2, 3, 2)
+    with pytest.raises(ValueError, match="d_mass: expected"):
+        case.backward()
     with pytest.raises(ValueError, match="1 to 16 views"):
         make(1, 17, 1, 8).forward()
     with pytest.raises(ValueError, match="head dimension of 8 to 256"):
