@@ -1,0 +1,40 @@
+"""Public operations: validated, differentiable, dispatched to the fastest backend that serves the call."""
+
+from umda_fast.ops._dispatch import (
+    BACKENDS,
+    backend_status,
+    backends_used,
+    get_backend,
+    set_backend,
+    use_backend,
+)
+from umda_fast.ops.bag_pool import BagPoolOutput, bag_attention_pool
+from umda_fast.ops.cross_view import CrossViewOutput, cross_view_attention
+from umda_fast.ops.cross_view_tokens import CrossViewTokensOutput, cross_view_token_attention
+from umda_fast.ops.graph import NeighborGraph
+from umda_fast.ops.knn import knn_graph
+from umda_fast.ops.neighbors import edge_cosine, neighbor_attention, neighbor_sum, smoothness_energy
+from umda_fast.ops.task_gradients import combine_task_gradients, task_gradient_statistics
+
+__all__ = [
+    "BACKENDS",
+    "BagPoolOutput",
+    "CrossViewOutput",
+    "CrossViewTokensOutput",
+    "NeighborGraph",
+    "backend_status",
+    "backends_used",
+    "bag_attention_pool",
+    "combine_task_gradients",
+    "cross_view_attention",
+    "cross_view_token_attention",
+    "edge_cosine",
+    "get_backend",
+    "knn_graph",
+    "neighbor_attention",
+    "neighbor_sum",
+    "set_backend",
+    "smoothness_energy",
+    "task_gradient_statistics",
+    "use_backend",
+]

@@ -80,7 +80,9 @@ def reasons_against(op: str, backend: str, device: str, dtype: torch.dtype) -> l
         if _library.triton_status is not None:
             reasons.append(_library.triton_status)
         if device != "cuda" and not _library.TRITON_INTERPRETED:
-            reasons.append(f"it serves CUDA tensors (any, if TRITON_INTERPRET=1 is set), these are on {device}")
+            reasons.append(
+                f"it serves CUDA tensors (any, if TRITON_INTERPRET=1 is set), these are on {device}"
+            )
     else:
         wanted, key = _KEYS[backend]
         status = _library.cpp_status if backend == "cpp" else _library.cuda_status()
@@ -90,7 +92,7 @@ def reasons_against(op: str, backend: str, device: str, dtype: torch.dtype) -> l
             reasons.append(f"{op} has no {key} kernel")
         if device != wanted:
             reasons.append(f"it serves {wanted} tensors, these are on {device}")
-    if dtype not in _DTYPES:
+    if dtype.is_floating_point and dtype not in _DTYPES:  # a graph alone has no features
         names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         reasons.append(f"it serves {names}, these are {str(dtype).removeprefix('torch.')}")
     return reasons

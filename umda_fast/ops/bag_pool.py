@@ -57,7 +57,12 @@ def _fake(z: Tensor, scores: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _fake_backward(
-    d_pooled: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, z: Tensor, scores: Tensor, *_: Tensor
+    d_pooled: Tensor | None,
+    d_entropy: Tensor | None,
+    d_lse: Tensor | None,
+    z: Tensor,
+    scores: Tensor,
+    *_: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), scores.new_empty(scores.shape)
 

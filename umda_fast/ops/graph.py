@@ -1,0 +1,172 @@
+"""A graph of instances as the message-passing operations take it."""
+
+import torch
+from torch import Tensor
+
+from umda_fast.ops import _library, _validate
+from umda_fast.ops._dispatch import native, resolve
+from umda_fast.reference.neighbors import graph_transpose as reference_transpose
+
+
+class NeighborGraph:
+    """Neighbours of every instance: a table of fixed degree, or CSR for any degree.
+
+    Attributes:
+        neighbors: int32 [N, k], -1 where absent (anywhere in a row); with ``indptr``, int32 [E].
+        similarity: values of the edges, neighbors' shape, or None.
+        indptr: int64 [N+1] of a CSR graph (row i owns ``neighbors[indptr[i]:indptr[i+1]]``), or None.
+
+    An edge (i, j) means that i listens to j. Raises TypeError or ValueError, naming the argument, for another
+    dtype, shape or device, an ``indptr`` that is no offset vector, or an index outside 0..N-1.
+    """
+
+    def __init__(
+        self,
+        neighbors: Tensor,
+        similarity: Tensor | None = None,
+        indptr: Tensor | None = None,
+        *,
+        trusted: bool = False,
+    ) -> None:
+        if not trusted:
+            shape = ["N", "k"] if indptr is None else ["E"]
+            _validate.tensor(neighbors, "neighbors", shape, dtype=torch.int32)
+            if indptr is not None:
+                _validate.offsets(indptr, "indptr", neighbors.shape[0], "E", like=neighbors)
+            if similarity is not None:
+                _validate.tensor(
+                    similarity,
+                    "similarity",
+                    neighbors.shape,
+                    dtype=_validate.FLOATS,
+                    like=neighbors,
+                    like_name="neighbors",
+                )
+        self.neighbors = neighbors
+        self.similarity = similarity
+        self.indptr = indptr
+        self._transpose: tuple[Tensor, Tensor] | None = None
+        if not trusted:
+            _validate.indices(neighbors, "neighbors", -1, self.num_nodes)
+
+    def __repr__(self) -> str:
+        form = f"k={self.neighbors.shape[1]}" if self.indptr is None else f"edges={self.neighbors.shape[0]}"
+        return f"NeighborGraph(num_nodes={self.num_nodes}, {form}, device={self.neighbors.device})"
+
+    @property
+    def num_nodes(self) -> int:
+        """N, the number of instances."""
+        return self.neighbors.shape[0] if self.indptr is None else self.indptr.shape[0] - 1
+
+    def transpose(self, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        """The edges by the instance they point at, built once and kept.
+
+        Returns:
+            ``t_ptr`` int64 [N+1] and ``t_edge`` int64 [E]: ``t_edge[t_ptr[j]:t_ptr[j+1]]`` are the flat positions
+            in ``neighbors`` of the edges that point at j, ascending; -1 behind ``t_ptr[N]``.
+        """
+        if self._transpose is None:
+            self._transpose = _transpose(self.neighbors, self.indptr, self.num_nodes, backend)
+        return self._transpose
+
+    def rows(self) -> Tensor:
+        """int64, neighbors' shape: the instance that every edge starts from."""
+        count = torch.arange(self.num_nodes, device=self.neighbors.device)
+        if self.indptr is None:
+            return count[:, None].expand(self.neighbors.shape)
+        return count.repeat_interleave(self.indptr.diff(), output_size=self.neighbors.shape[0])
+
+    def to(self, device: torch.device | str) -> "NeighborGraph":
+        """The graph on another device."""
+        parts = (self.neighbors, self.similarity, self.indptr)
+        neighbors, similarity, indptr = (None if x is None else x.to(device) for x in parts)
+        assert neighbors is not None
+        return NeighborGraph(neighbors, similarity, indptr, trusted=True)
+
+    def to_edge_index(self) -> tuple[Tensor, Tensor | None]:
+        """As torch_geometric has it: ``edge_index`` int64 [2, E'] of (source j, target i), and its similarities.
+
+        Absent edges are left out, so the number of edges depends on the data.
+        """
+        valid = self.neighbors >= 0
+        index = torch.stack([self.neighbors[valid].long(), self.rows()[valid]])
+        return index, None if self.similarity is None else self.similarity[valid]
+
+    @classmethod
+    def from_edge_index(
+        cls, edge_index: Tensor, num_nodes: int, similarity: Tensor | None = None
+    ) -> "NeighborGraph":
+        """A CSR graph from torch_geometric's ``edge_index`` int64 [2, E] of (source j, target i).
+
+        The edges of a target keep their order. Raises TypeError or ValueError naming what is wrong.
+        """
+        _validate.tensor(edge_index, "edge_index", [2, "E"], dtype=torch.int64)
+        _validate.in_range(num_nodes, "num_nodes", 0)
+        _validate.indices(edge_index, "edge_index", 0, num_nodes)
+        if similarity is not None:
+            _validate.tensor(similarity, "similarity", [edge_index.shape[1]], dtype=_validate.FLOATS)
+        target, order = edge_index[1].sort(stable=True)
+        indptr = torch.searchsorted(target, torch.arange(num_nodes + 1, device=target.device))
+        return cls(
+            edge_index[0][order].to(torch.int32),
+            None if similarity is None else similarity[order],
+            indptr,
+            trusted=True,
+        )
+
+    def union(self, other: "NeighborGraph") -> "NeighborGraph":
+        """The edges of both graphs, each once, as CSR with ascending neighbours.
+
+        The similarity of an edge that both have is this graph's. Both or neither must have similarities.
+        """
+        if other.num_nodes != self.num_nodes:
+            raise ValueError(f"other must have {self.num_nodes} nodes, got {other.num_nodes}")
+        if (self.similarity is None) != (other.similarity is None):
+            raise ValueError("other must have similarities exactly when this graph has them")
+        mine, values = self.to_edge_index()
+        theirs, other_values = other.to_edge_index()
+        index = torch.cat([mine, theirs], 1)
+        if values is not None and other_values is not None:
+            values = torch.cat([values, other_values.to(values.dtype)])
+        return self._distinct(index, values)
+
+    def symmetrize(self) -> "NeighborGraph":
+        """The union of the graph and its reverse, as CSR: i listens to j whenever j listens to i."""
+        index, values = self.to_edge_index()
+        return self._distinct(
+            torch.cat([index, index.flip(0)], 1), None if values is None else values.repeat(2)
+        )
+
+    def _distinct(self, index: Tensor, values: Tensor | None) -> "NeighborGraph":
+        key, order = (index[1] * self.num_nodes + index[0]).sort(stable=True)
+        first = torch.ones_like(key, dtype=torch.bool)
+        first[1:] = key[1:] != key[:-1]
+        chosen = order[first]  # the stable sort keeps the first of equal edges first
+        return NeighborGraph.from_edge_index(
+            index[:, chosen], self.num_nodes, None if values is None else values[chosen]
+        )
+
+
+def _transpose(
+    neighbors: Tensor, indptr: Tensor | None, n: int, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    # Integers: the dtype of the features plays no part.
+    chosen = resolve("graph_transpose", neighbors, backend)
+    if chosen == "reference":
+        return reference_transpose(neighbors, indptr, n)
+    t_ptr, t_edge = _library.op(native("graph_transpose", chosen))(neighbors, indptr, n)
+    return t_ptr, t_edge
+
+
+def _fake(neighbors: Tensor, indptr: Tensor | None, num_nodes: int) -> tuple[Tensor, Tensor]:
+    return (
+        neighbors.new_empty(num_nodes + 1, dtype=torch.int64),
+        neighbors.new_empty(neighbors.numel(), dtype=torch.int64),
+    )
+
+
+_library.define(
+    "graph_transpose",
+    "(Tensor neighbors, Tensor? indptr, int num_nodes) -> (Tensor t_ptr, Tensor t_edge)",
+    _fake,
+)
