@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> bag_pool_backward(const OptionalTensor& d_pooled_any,
   return {dz, d_scores};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(umda_fast, CUDA, m) {
+UMDA_CUDA_LIBRARY(m) {
   m.impl("bag_pool", TORCH_BOX(&bag_pool));
   m.impl("bag_pool_backward", TORCH_BOX(&bag_pool_backward));
 }

@@ -290,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neighbor_attention_backward(
   return {dq, dk, dv, log_weight_any.has_value() ? as_type_of(d_log_weight, *log_weight_any) : d_log_weight};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(umda_fast, CUDA, m) {
+UMDA_CUDA_LIBRARY(m) {
   m.impl("graph_transpose", TORCH_BOX(&graph_transpose));
   m.impl("edge_cosine", TORCH_BOX(&edge_cosine));
   m.impl("edge_cosine_backward", TORCH_BOX(&edge_cosine_backward));

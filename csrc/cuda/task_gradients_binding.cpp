@@ -99,7 +99,7 @@ void combine_task_gradients(const Tensor& ema, const Tensor& weights_any, const 
                                       device.launch()));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(umda_fast, CUDA, m) {
+UMDA_CUDA_LIBRARY(m) {
   m.impl("task_gradient_statistics", TORCH_BOX(&task_gradient_statistics));
   m.impl("combine_task_gradients", TORCH_BOX(&combine_task_gradients));
 }

@@ -35,26 +35,25 @@ _POISON = 0xFF  # NaN in every floating type
 _POISON_INTEGER = 0x7F  # an index far outside
 
 
-def _compile() -> Path:
-    """Path of the host library, built when its sources have changed."""
-    sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
-    headers = [*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.h"), *HERE.glob("*.h")]
+def _compile(name: str, sources: list[Path], flags: list[str], link: list[str]) -> Path:
+    """Path of shared library ``name``, built when its sources have changed."""
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("*/*.h"), *HERE.glob("*.h")]
     compiler = os.environ.get("CXX", "g++")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     cpu = Path("/proc/cpuinfo")
-    model = "".join(line for line in cpu.read_text().splitlines()[:30] if line.startswith("flags"))
-    digest = hashlib.sha256(version + model.encode() + " ".join(FLAGS).encode())
+    features = [line for line in cpu.read_text().splitlines() if line.startswith("flags")][:1]
+    digest = hashlib.sha256(version + "\n".join([*features, *flags, *link, torch.__version__]).encode())
     for path in sorted([*sources, *headers]):
         digest.update(path.name.encode() + path.read_bytes())
     directory = ROOT / "build" / "cuda_host" / digest.hexdigest()[:16]
-    library = directory / "kernels.so"
+    library = directory / f"{name}.so"
     if library.is_file():
         return library
     directory.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
         target = directory / f"{source.name}.{os.getpid()}.o"
-        command = [compiler, *FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)]
+        command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
@@ -62,18 +61,36 @@ def _compile() -> Path:
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         objects = list(pool.map(compile_one, sources))
-    partial = directory / f"kernels.{os.getpid()}.so"
-    subprocess.run([compiler, "-shared", "-o", str(partial), *map(str, objects)], check=True)
+    partial = directory / f"{name}.{os.getpid()}.so"
+    subprocess.run([compiler, "-shared", "-o", str(partial), *map(str, objects), *link], check=True)
     partial.rename(library)
     for path in objects:
         path.unlink()
     return library
 
 
+def _kernels() -> Path:
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+    return _compile("kernels", sources, FLAGS, [])
+
+
+def bindings() -> Path:
+    """The binding files as well, which register the operations for CPU tensors in ``umda_fast_emulated``."""
+    torch_root, kernels = Path(torch.__file__).parent, _kernels()
+    include = [
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-DUMDA_EMULATED",
+        "-isystem",
+        str(torch_root / "include"),
+    ]
+    link = [str(kernels), f"-Wl,-rpath,{kernels.parent}", f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+    return _compile("bindings", sorted((CSRC / "cuda").glob("*_binding.cpp")), [*FLAGS, *include], link)
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The host library."""
-    loaded = ctypes.CDLL(str(_compile()))
+    loaded = ctypes.CDLL(str(_kernels()))
     loaded.emulation_error.restype = ctypes.c_char_p
     return loaded
 
