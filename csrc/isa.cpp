@@ -52,3 +52,21 @@ Isa active_isa() {
 }
 
 }  // namespace umda
+
+// For Python (ctypes): the set in use, or why there is none.
+extern "C" __attribute__((visibility("default"))) const char* umda_fast_cpu_isa() {
+  try {
+    switch (umda::active_isa()) {
+      case umda::Isa::avx512:
+        return "avx512";
+      case umda::Isa::avx2:
+        return "avx2";
+      case umda::Isa::baseline:
+        return "baseline";
+    }
+  } catch (const std::exception& error) {
+    static const std::string message = error.what();
+    return message.c_str();
+  }
+  return "";
+}

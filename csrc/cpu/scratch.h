@@ -3,10 +3,16 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <new>
 
 #include "isa.h"
 
+namespace umda {
+
+[[noreturn]] void fail_to_allocate();  // throws std::bad_alloc
+
+}  // namespace umda
+
+#ifdef UMDA_ISA
 namespace umda::UMDA_ISA {
 
 template <class T>
@@ -16,7 +22,7 @@ class Scratch {
     const uint64_t bytes = (static_cast<uint64_t>(count) * sizeof(T) + 63) / 64 * 64;
     data_ = static_cast<T*>(::aligned_alloc(64, bytes == 0 ? 64 : bytes));
     if (data_ == nullptr) {
-      throw std::bad_alloc();
+      fail_to_allocate();
     }
   }
   ~Scratch() { ::free(data_); }
@@ -31,3 +37,4 @@ class Scratch {
 };
 
 }  // namespace umda::UMDA_ISA
+#endif
