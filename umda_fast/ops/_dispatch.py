@@ -68,7 +68,6 @@ def use_backend(name: str) -> Iterator[None]:
         _state.default = before
 
 
-@torch.compiler.assume_constant_result  # what is installed does not change while a graph is traced
 def reasons_against(op: str, backend: str, device: str, dtype: torch.dtype) -> list[str]:
     """Every reason why ``backend`` cannot serve operation ``op`` for such tensors; empty when it can."""
     if backend == "reference":
@@ -96,6 +95,10 @@ def reasons_against(op: str, backend: str, device: str, dtype: torch.dtype) -> l
         names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         reasons.append(f"it serves {names}, these are {str(dtype).removeprefix('torch.')}")
     return reasons
+
+
+# What is installed does not change while a graph is traced.
+torch.compiler.assume_constant_result(reasons_against)  # type: ignore[no-untyped-call]
 
 
 def resolve(op: str, tensor: Tensor, backend: str | None) -> str:
