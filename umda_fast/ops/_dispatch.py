@@ -98,7 +98,7 @@ def reasons_against(op: str, backend: str, device: str, dtype: torch.dtype) -> l
 
 
 # What is installed does not change while a graph is traced.
-torch.compiler.assume_constant_result(reasons_against)  # type: ignore[no-untyped-call]
+torch.compiler.assume_constant_result(reasons_against)
 
 
 def resolve(op: str, tensor: Tensor, backend: str | None) -> str:

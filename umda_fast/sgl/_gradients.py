@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from umda_fast.reference import task_gradients as reference
+from umda_fast.ops import combine_task_gradients, task_gradient_statistics
 
 #: Columns in one call of `gram`: the scratch memory is T times this.
 CHUNK = 1 << 20
@@ -25,9 +25,20 @@ def smooth(
     beta: float,
     backend: str | None,
 ) -> Tensor:
-    """Updates `ema` [T, P] in place and returns the Gram matrix [T, T] of its bias-corrected rows."""
-    return reference.task_gradient_statistics(
-        gradients, ema, bias_correction(counts, beta, ema.dtype), active, beta
+    """Updates `ema` [T, P] in place and returns the Gram matrix [T, T] of its bias-corrected rows.
+
+    `gradients` is one tensor [T, P], or T * K tensors, those of task 0 first. A row never updated is zero and
+    stays so, whatever its correction.
+    """
+    kinds = len(gradients) // len(ema)
+    nested = [gradients[t * kinds : (t + 1) * kinds] for t in range(len(ema))]
+    return task_gradient_statistics(
+        gradients[0] if len(gradients) == 1 else nested,
+        ema,
+        beta=beta,
+        step=counts.clamp_min(1),
+        active=active,
+        backend=backend,
     )
 
 
@@ -50,4 +61,4 @@ def gram(gradients: Sequence[Tensor], dtype: torch.dtype, backend: str | None) -
 
 def combine(ema: Tensor, weights: Tensor, out: Tensor, backend: str | None) -> None:
     """`out = sum_t weights_t ema_t` in one pass."""
-    reference.combine_task_gradients(ema, weights, out)
+    combine_task_gradients(ema, weights, out, backend=backend)
