@@ -7,6 +7,9 @@ TORCH ?= torch==2.13.0
 PIP_INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check
 BUILD_TOOLS = "setuptools>=77" wheel ninja
 
+# Processes that run tests; each computes on one thread.
+JOBS ?= 2
+
 DEMO_VENV = .venv-demo
 TEST_VENV = .venv-test
 DEMO_OUT ?= runs/demo
@@ -30,7 +33,7 @@ test:
 	$(TEST_VENV)/bin/python $(PIP_INSTALL) $(TORCH) $(BUILD_TOOLS)
 	$(TEST_VENV)/bin/python $(PIP_INSTALL) --no-build-isolation -e ".[train,io,graph,balancers,dev]"
 	$(MAKE) lint
-	$(TEST_VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --durations 15
 
 lint:
 	$(TEST_VENV)/bin/ruff check .

@@ -6,7 +6,7 @@
     that include torch. They use nothing but LibTorch's stable ABI, so one library serves every torch from
     2.11 on and, as it includes no Python header at all, every CPython.
 ``umda_fast/_C_cuda.so``
-    CUDA kernels, ``csrc/cuda/*.cu`` with ``csrc/cuda/*_binding.cpp``; built when nvcc is found.
+    CUDA kernels, ``csrc/cuda/*.cu`` with ``csrc/cuda/*_binding.cpp``; built when nvcc is found and torch has CUDA.
 
 A failed build does not fail the installation (unless asked to): the compiler's message is printed and
 ``umda_fast.ops`` serves the PyTorch reference. torch has to be installed already, hence
@@ -14,7 +14,8 @@ A failed build does not fail the installation (unless asked to): the compiler's 
 
 Environment:
     UMDA_FAST_EXTENSION  auto (default) | 0: pure Python | 1: a failed build is an error
-    UMDA_FAST_CUDA       auto (default: if nvcc is found) | 0 | 1: a failed CUDA build is an error
+    UMDA_FAST_CUDA       auto (default: if nvcc is found and torch has CUDA, without which the library is of no
+                         use) | 0 | 1: built with any torch (for another machine), a failed build is an error
     UMDA_FAST_SANITIZE   e.g. "address,undefined": an instrumented build of the CPU library
     CXX, NVCC, MAX_JOBS  compiler, CUDA compiler, parallel compilations
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -85,6 +87,13 @@ def find_torch() -> Path | None:
         return None
     root = Path(spec.origin).parent
     return root if (root / "include/torch/csrc/stable/library.h").is_file() else None
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed torch is a CUDA build, from its version file."""
+    torch = find_torch()
+    version = (torch / "version.py").read_text() if torch is not None else ""
+    return re.search(r"^cuda\b[^=]*= *['\"]", version, re.MULTILINE) is not None
 
 
 def find_nvcc() -> Path | None:
@@ -292,7 +301,7 @@ def extensions() -> list[Extension]:
     found = [Extension("umda_fast._C", sources, optional=setting("UMDA_FAST_EXTENSION") != "1")]
     cuda = setting("UMDA_FAST_CUDA")
     kernels, bindings = cuda_sources()
-    if kernels and (cuda == "1" or (cuda == "auto" and find_nvcc() is not None)):
+    if kernels and (cuda == "1" or (cuda == "auto" and torch_has_cuda() and find_nvcc() is not None)):
         sources = [str(p) for p in [*kernels, *bindings]]
         found.append(Extension("umda_fast._C_cuda", sources, optional=cuda != "1"))
     return found
