@@ -37,7 +37,7 @@ _POISON_INTEGER = 0x7F  # an index far outside
 
 def _compile(name: str, sources: list[Path], flags: list[str], link: list[str]) -> Path:
     """Path of shared library ``name``, built when its sources have changed."""
-    headers = [*CSRC.glob("*.h"), *CSRC.glob("*/*.h"), *HERE.glob("*.h")]
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.h"), CSRC / "cpu" / "binding.h", *HERE.glob("*.h")]
     compiler = os.environ.get("CXX", "g++")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     cpu = Path("/proc/cpuinfo")
@@ -180,9 +180,7 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def call(
-    name: str, arguments: ctypes.Structure, arena: Arena, max_blocks: int = 1000, order: int = 0
-) -> None:
+def call(name: str, arguments: ctypes.Structure, arena: Arena, max_blocks: int = 1000, order: int = 0) -> None:
     """Run a launcher.
 
     Args:
@@ -196,9 +194,7 @@ def call(
         EmulationError: divergence, an access outside a buffer, a misaligned access.
     """
     library().emulation_set_order(ctypes.c_uint(order))
-    status = getattr(library(), f"call_{name}")(
-        ctypes.byref(arguments), ctypes.byref(Launch(None, max_blocks))
-    )
+    status = getattr(library(), f"call_{name}")(ctypes.byref(arguments), ctypes.byref(Launch(None, max_blocks)))
     library().emulation_set_order(ctypes.c_uint(0))
     arena.check()
     assert status == 0

@@ -78,9 +78,7 @@ def build() -> Build:
     version = version_text.split(" V")[-1].split()[0]
     digest = hashlib.sha256((version + torch.__version__).encode())
     csrc = ROOT / "csrc"
-    for path in sorted(
-        [*csrc.glob("*.h"), *csrc.glob("cpu/binding.h"), *csrc.glob("cuda/*"), ROOT / "setup.py"]
-    ):
+    for path in sorted([*csrc.glob("*.h"), *csrc.glob("cpu/binding.h"), *csrc.glob("cuda/*"), ROOT / "setup.py"]):
         digest.update(path.name.encode() + path.read_bytes())
     directory = ROOT / "build" / "nvcc_gate" / digest.hexdigest()[:16]
     library, log = directory / "_C_cuda.so", directory / "ptxas.txt"

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.cuda_host._host import (
@@ -110,9 +112,7 @@ def forward(case: Case, max_blocks: int = 1000, order: int = 0, shift: int = 0) 
     return [pooled, entropy, lse]
 
 
-def backward(
-    case: Case, pooled: Tensor, max_blocks: int = 1000, order: int = 0, shift: int = 0
-) -> list[Tensor]:
+def backward(case: Case, pooled: Tensor, max_blocks: int = 1000, order: int = 0, shift: int = 0) -> list[Tensor]:
     """The emulated backward kernel: dz, d_scores."""
     arena = Arena()
     source = _input(arena, case, shift)
@@ -141,9 +141,7 @@ def expected(case: Case, dtype: torch.dtype | None) -> tuple[list[Tensor], list[
     ]
     # lse of an empty bag is -inf whatever the inputs are.
     used = [(torch.where(torch.isfinite(r), r, 0), d) for r, d in used]
-    gradients = torch.autograd.grad(
-        [r for r, _ in used], [z, scores], [d for _, d in used], allow_unused=True
-    )
+    gradients = torch.autograd.grad([r for r, _ in used], [z, scores], [d for _, d in used], allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, (z, scores), strict=True)]
     return [r.detach() for r in results], filled
 
@@ -156,9 +154,7 @@ def check(case: Case, shift: int = 0) -> None:
     for name, got, want, baseline in zip(("pooled", "entropy", "lse"), results, exact, base, strict=True):
         assert_parity(got, want, baseline, 2, name)
     gradients = repeatable(lambda blocks, order: backward(case, results[0], blocks, order, shift))
-    for name, got, want, baseline in zip(
-        ("dz", "d_scores"), gradients, exact_gradients, base_gradients, strict=True
-    ):
+    for name, got, want, baseline in zip(("dz", "d_scores"), gradients, exact_gradients, base_gradients, strict=True):
         # d_scores goes through pooled, which arrives in z's type, also where the scores are wider.
         assert_parity(got, want, baseline, 3, name, case.z.dtype)
 
@@ -209,6 +205,29 @@ def test_gradients_that_are_not_used(kept: str) -> None:
     for name in {"d_pooled", "d_entropy", "d_lse"} - {kept}:
         setattr(case, name, None)
     check(case)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.one_of(st.integers(0, 5), st.integers(0, 200)), max_size=12),
+    width=st.integers(1, 70),
+    tasks=st.integers(1, 12),
+    dtype=st.sampled_from(STORAGE),
+    scores_dtype=st.sampled_from(STORAGE),
+    shift=st.integers(0, 1),
+)
+def test_any_shape(
+    sizes: list[int], width: int, tasks: int, dtype: torch.dtype, scores_dtype: torch.dtype, shift: int
+) -> None:
+    check(make(sizes, width, tasks, dtype, scores_dtype, seed=width), shift)
+
+
+def test_a_ptr_that_is_wrong_hangs_nothing() -> None:
+    for ptr in ([0, 90, 30, 200], [0, 10, 20, 30], [5, 5, 5, 5], [300, 200, 100, 0], [-7, 250, 999, 64]):
+        case = make([60, 70, 70], 8, 2)
+        case.ptr = torch.tensor(ptr)
+        forward(case)
+        backward(case, torch.zeros(3, 2, 8))
 
 
 def test_longer_units() -> None:

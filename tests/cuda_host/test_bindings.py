@@ -135,9 +135,7 @@ def test_neighbor_sum(ops: Any, graph: tuple[Tensor, Tensor | None]) -> None:
     close([ops.neighbor_sum(x, weight, *graph, None, None)], [exact])
     got = ops.neighbor_sum_backward(d, x, weight, *graph, *reference.graph_transpose(*graph, 12))
     close(got, grads(exact, [d], [x, weight]))
-    half = ops.neighbor_sum_backward(
-        d.half(), x.half(), weight.half(), *graph, *reference.graph_transpose(*graph, 12)
-    )
+    half = ops.neighbor_sum_backward(d.half(), x.half(), weight.half(), *graph, *reference.graph_transpose(*graph, 12))
     assert [t.dtype for t in half] == [torch.float16, torch.float16]
     with pytest.raises(RuntimeError, match="weight must have the shape of neighbors"):
         ops.neighbor_sum(x, weight[:3], *graph, None, None)
@@ -155,9 +153,7 @@ def test_smoothness_energy(ops: Any, graph: tuple[Tensor, Tensor | None]) -> Non
 
 @pytest.mark.parametrize("self_loop", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_neighbor_attention(
-    ops: Any, graph: tuple[Tensor, Tensor | None], weighted: bool, self_loop: bool
-) -> None:
+def test_neighbor_attention(ops: Any, graph: tuple[Tensor, Tensor | None], weighted: bool, self_loop: bool) -> None:
     q, k, v = rows(12, 3, 2, 5, seed=0).unbind(1)
     d = rows(12, 2, 5, seed=1)
     log_weight = weights(graph[0]) if weighted else None

@@ -96,9 +96,7 @@ def test_conversions_are_those_of_torch() -> None:
     values = torch.randint(-(2**31), 2**31 - 1, (20000,), generator=generator, dtype=torch.int64)
     values = values.to(torch.int32).view(torch.float32)
     smaller = torch.randn(20000, generator=generator) * torch.logspace(-9, 5, 20000)
-    special = torch.tensor(
-        [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65519.996, 65520.0, 2**-24, 2**-25, 2**-14]
-    )
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65519.996, 65520.0, 2**-24, 2**-25, 2**-14])
     x = torch.cat([values, smaller, special])
     source = arena.put(x)
     to = arena.empty(2, len(x), dtype=torch.int16)

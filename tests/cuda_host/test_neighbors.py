@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.cuda_host._host import (
@@ -141,9 +143,7 @@ class Call:
         self.kind = _structures()[name]
         self.fields: dict[str, Any] = {}
         neighbors = self.arena.put(graph.neighbors)
-        indptr, t_ptr, t_edge = (
-            None if x is None else self.arena.put(x) for x in (graph.indptr, *graph.transposed)
-        )
+        indptr, t_ptr, t_edge = (None if x is None else self.arena.put(x) for x in (graph.indptr, *graph.transposed))
         degree = graph.neighbors.shape[1] if graph.indptr is None else 0
         self.fields["graph"] = _structures()["Table"](
             *(graph.nodes, degree, neighbors.numel()), *map(pointer, (neighbors, indptr, t_ptr, t_edge))
@@ -307,9 +307,7 @@ def test_cosine_of_short_and_equal_rows() -> None:
 
 def check_sum(graph: Graph, x: Tensor, shift: int = 0) -> None:
     weight, d_out = edge_values(graph), features(graph, *x.shape[1:], dtype=x.dtype, seed=3)
-    results, grads = both(
-        lambda x, w: reference.neighbor_sum(x, w, graph.neighbors, graph.indptr), [x, weight], d_out
-    )
+    results, grads = both(lambda x, w: reference.neighbor_sum(x, w, graph.neighbors, graph.indptr), [x, weight], d_out)
     compare(
         ["out"],
         lambda s: Call("neighbor_sum_forward", graph, s, shift).rows(x=x).values(weight=weight).run(out=x),
@@ -378,10 +376,7 @@ def check_energy(graph: Graph, z: Tensor, weight: Tensor) -> None:
     energy, weight_sum = compare(
         ["energy", "weight_sum"],
         lambda s: (
-            Call("smoothness_forward", graph, s)
-            .rows(z=z)
-            .values(weight=weight)
-            .run(energy=scalar, weight_sum=scalar)
+            Call("smoothness_forward", graph, s).rows(z=z).values(weight=weight).run(energy=scalar, weight_sum=scalar)
         ),
         results,
         2,
@@ -517,3 +512,52 @@ def test_attention_to_neighbours_of_weight_zero() -> None:
         .run(dq=q, dk=q, dv=q, d_log_weight=log_weight)
     )
     assert all(torch.equal(x, torch.zeros_like(x)) for x in found)
+
+
+# ---- all of them -------------------------------------------------------------------------------------------
+
+
+@st.composite
+def any_graph(draw: st.DrawFn) -> Graph:
+    """A table or a CSR graph of any shape."""
+    seed = draw(st.integers(0, 100))
+    if draw(st.booleans()):
+        return table(draw(st.integers(0, 30)), draw(st.integers(0, 12)), seed)
+    return csr(draw(st.lists(st.one_of(st.integers(0, 8), st.integers(200, 300)), max_size=8)), seed)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    graph=any_graph(),
+    width=st.integers(1, 70),
+    heads=st.integers(1, 3),
+    dtype=st.sampled_from(STORAGE),
+    self_loop=st.booleans(),
+    shift=st.integers(0, 1),
+)
+def test_any_shape(graph: Graph, width: int, heads: int, dtype: torch.dtype, self_loop: bool, shift: int) -> None:
+    x = features(graph, width, dtype=dtype, seed=width)
+    check_cosine(graph, x, shift)
+    check_sum(graph, x, shift)
+    check_energy(graph, x, edge_values(graph))
+    check_attention(graph, heads, width, dtype, self_loop=self_loop, shift=shift)
+
+
+def test_offsets_that_are_wrong_hang_nothing_and_reach_nowhere() -> None:
+    graph = csr([3, 270, 5, 0, 20])
+    assert graph.indptr is not None
+    x = features(graph, 12)
+    weight = torch.rand(graph.neighbors.shape)
+    for wrong in ([0, 900, 3, 4, 5, 298], [7, 7, 7, 7, 7, 7], [-9, 50, 20, 400, -3, 1000]):
+        for broken in (
+            Graph(5, graph.neighbors, torch.tensor(wrong)),
+            Graph(5, graph.neighbors, graph.indptr),
+        ):
+            if broken.indptr is graph.indptr:
+                t_edge = broken.transposed[1].clone()
+                t_edge[::7], t_edge[::11] = 10**9, -4
+                broken.transposed = (torch.tensor(wrong), t_edge)
+            Call("neighbor_sum_forward", broken, (3, 0)).rows(x=x).values(weight=weight).run(out=x)
+            Call("neighbor_sum_backward", broken, (3, 0)).rows(x=x, d_out=x).values(weight=weight).run(
+                dx=x, d_weight=weight
+            )

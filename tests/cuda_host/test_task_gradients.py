@@ -102,8 +102,7 @@ def check(
     g = torch.Generator().manual_seed(tasks)
     dtypes = dtypes or [torch.float32]
     grads = [
-        [torch.randn(n, generator=g).to(dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)]
-        for _ in range(tasks)
+        [torch.randn(n, generator=g).to(dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)] for _ in range(tasks)
     ]
     columns = sum(sizes)
     ema = torch.randn(tasks, columns + extra_columns, generator=g)[:, :columns]
@@ -121,9 +120,7 @@ def check(
         flat = [x.to(dtype) for row in grads for x in row]
         gram = reference_statistics(flat, new, correction.to(dtype), active, BETA)
         wanted.append([new, gram])
-    results = repeatable(
-        lambda blocks, order: statistics(grads, ema, correction, active, blocks, order, shift)
-    )
+    results = repeatable(lambda blocks, order: statistics(grads, ema, correction, active, blocks, order, shift))
     for name, got, exact, baseline in zip(("ema", "gram"), results, *wanted, strict=True):
         assert_parity(got, exact, baseline, 2, name)
     for t in inactive:
