@@ -69,9 +69,7 @@ def run_all(launches: Sequence[Launch], device: torch.device) -> None:
 def check_device(name: str, tensor: torch.Tensor) -> None:
     """Raises ``ValueError`` unless a kernel can read ``tensor``: on CUDA, or anywhere when interpreted."""
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-        raise ValueError(
-            f"{name}: a Triton kernel needs a tensor on a CUDA device, got one on {tensor.device}"
-        )
+        raise ValueError(f"{name}: a Triton kernel needs a tensor on a CUDA device, got one on {tensor.device}")
 
 
 def check_shape(

@@ -58,8 +58,9 @@ from ._launch import (
     run_all,
 )
 from ._primitives import LN2, LOG2E, dot, gate
+from ._tuning import Config, configured
 
-__all__ = ["cross_view", "cross_view_backward", "plan_backward", "plan_forward"]
+__all__ = ["candidates", "cross_view", "cross_view_backward", "key", "plan_backward", "plan_forward"]
 
 # The largest V whose views are unrolled in registers.
 REGISTER_VIEWS = 4
@@ -270,9 +271,7 @@ def cross_view_backward_registers(
             if HAS_MASK:
                 m_u = m_r & m_v[u]
             b_qu = b_q[u].to(tl.float32) * SCALE
-            b_a, b_l, b_h, m_other = _attend(
-                b_qu * LOG2E, b_k, m_v, p_bias, o_h, m_r, u, V, HAS_BIAS, HAS_MASK
-            )
+            b_a, b_l, b_h, m_other = _attend(b_qu * LOG2E, b_k, m_v, p_bias, o_h, m_r, u, V, HAS_BIAS, HAS_MASK)
             if V == 1:
                 m_other = m_r & False
             o_u = tl.cast(u, tl.int64)
@@ -515,9 +514,7 @@ def cross_view_backward_matrix(
 
 
 @triton.jit(do_not_specialize=["chunks", "columns"])
-def cross_view_bias_reduce(
-    p_part, p_db, chunks, columns, V: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr
-):
+def cross_view_bias_reduce(p_part, p_db, chunks, columns, V: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr):
     """d_bias [H, V, V] from the partial sums [chunks, H, V, V], added in order; diagonal 0."""
     o_w = tl.program_id(0) * BW + tl.arange(0, BW)
     o_c = tl.arange(0, BC).to(tl.int64)
@@ -530,9 +527,7 @@ def cross_view_bias_reduce(
     tl.store(p_db + o_w, tl.sum(b_sum, 0), mask=o_w < columns)
 
 
-def _register_tile(
-    dtype: torch.dtype, head_dim: int, heads: int, elements: int, num_warps: int
-) -> dict[str, int]:
+def _register_tile(dtype: torch.dtype, head_dim: int, heads: int, elements: int, num_warps: int) -> dict[str, int]:
     """BN, BH, BD such that each thread holds ``elements`` elements of a view's tile."""
     features = next_power_of_2(head_dim)
     rows = max(1, 32 * num_warps * elements // features)
@@ -542,10 +537,11 @@ def _register_tile(
     return {"BN": rows // together, "BH": together, "BD": features}
 
 
-def _config(
-    dtype: torch.dtype, views: int, head_dim: int, heads: int, backward: bool
-) -> tuple[dict[str, int], int, int | None]:
-    """The pinned configuration: tile sizes, warps, most registers. Never a function of N."""
+def _matrix_tile(head_dim: int, instances: int, features: int) -> dict[str, int]:
+    return {"BN": instances, "VP": 16, "BD": min(features, max(16, next_power_of_2(head_dim)))}
+
+
+def _pinned(dtype: torch.dtype, views: int, head_dim: int, heads: int, backward: bool) -> Config:
     if views <= REGISTER_VIEWS:
         # 16 bytes per thread and tile: the widest load there is. Four views' gradients in 16-bit types
         # would take too many registers that way, so there 8 bytes.
@@ -554,14 +550,36 @@ def _config(
             elements = min(elements, 4)
         # Three programs per multiprocessor where they fit without a spill.
         ceiling = 168 if views < (3 if backward else REGISTER_VIEWS) else None
-        return _register_tile(dtype, head_dim, heads, elements, num_warps=4), 4, ceiling
+        return Config(_register_tile(dtype, head_dim, heads, elements, num_warps=4), 4, ceiling)
     if dtype == torch.float32:
         # The product of float32 tiles runs on the ordinary units from registers; larger tiles spill.
-        instances, features, num_warps, most = (1, 16, 2, None) if backward else (2, 16, 4, 168)
-    else:
-        instances, features, num_warps, most = (1, 64, 4, None) if backward else (4, 32, 4, None)
-    tile = {"BN": instances, "VP": 16, "BD": min(features, max(16, next_power_of_2(head_dim)))}
-    return tile, num_warps, most
+        return Config(_matrix_tile(head_dim, 1, 16), 2) if backward else Config(_matrix_tile(head_dim, 2, 16), 4, 168)
+    return Config(_matrix_tile(head_dim, 1, 64), 4) if backward else Config(_matrix_tile(head_dim, 4, 32), 4)
+
+
+def key(dtype: torch.dtype, views: int, head_dim: int, heads: int, backward: bool) -> str:
+    """What a configuration is pinned or measured for; never a number of instances."""
+    direction = "backward" if backward else "forward"
+    return f"cross_view {direction} {dtype} V={views} H={heads} Dh={head_dim}"
+
+
+def _config(q: torch.Tensor, backward: bool) -> Config:
+    _, views, heads, head_dim = q.shape
+    name = key(q.dtype, views, head_dim, heads, backward)
+    return configured(q.device, name, _pinned(q.dtype, views, head_dim, heads, backward))
+
+
+def candidates(dtype: torch.dtype, views: int, head_dim: int, heads: int) -> list[Config]:
+    """The configurations that ``umda_fast.kernels.tune`` measures."""
+    found: list[Config] = []
+    for num_warps in (1, 2, 4, 8):
+        if views <= REGISTER_VIEWS:
+            tiles = [_register_tile(dtype, head_dim, heads, elements, num_warps) for elements in (2, 4, 8, 16)]
+            tiles = [tile for tile in tiles if tile["BN"] * tile["BH"] * tile["BD"] >= 32 * num_warps]
+        else:
+            tiles = [_matrix_tile(head_dim, n, width) for n in (1, 2, 4, 8) for width in (16, 32, 64)]
+        found += [Config(tile, num_warps) for tile in tiles]
+    return [config for place, config in enumerate(found) if config not in found[:place]]
 
 
 def _check(
@@ -609,20 +627,20 @@ def plan_forward(
     entropy = torch.empty((n, views, heads), dtype=torch.float32, device=q.device)
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    tile, num_warps, max_registers = _config(q.dtype, views, head_dim, heads, backward=False)
+    config = _config(q, backward=False)
     launch = Launch(
         kernel=cross_view_forward_registers if views <= REGISTER_VIEWS else cross_view_forward_matrix,
-        grid=(ceil_div(n, tile["BN"]),),
+        grid=(ceil_div(n, config.tile["BN"]),),
         args=(
             *(q, k, v, gate_logits, bias, mask, out, mass, entropy, n, heads),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *gate_logits.stride(), *_strides(mask, 2),
         ),
         constexprs={
-            "V": views, "DH": head_dim, "SCALE": 1.0 / math.sqrt(head_dim), **tile,
+            "V": views, "DH": head_dim, "SCALE": 1.0 / math.sqrt(head_dim), **config.tile,
             "HAS_BIAS": bias is not None, "HAS_MASK": mask is not None,
         },
-        num_warps=num_warps,
-        max_registers=max_registers,
+        num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )  # fmt: skip
     return [launch], (out, mass, entropy)
 
@@ -649,7 +667,8 @@ def plan_backward(
     d_bias = torch.empty((heads, views, views), dtype=torch.float32, device=q.device)
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    tile, num_warps, max_registers = _config(q.dtype, views, head_dim, heads, backward=True)
+    config = _config(q, backward=True)
+    tile = config.tile
     all_blocks = ceil_div(n, tile["BN"])
     blocks = max(1, ceil_div(all_blocks, MAX_CHUNKS))
     chunks = ceil_div(all_blocks, blocks)
@@ -668,8 +687,8 @@ def plan_backward(
             "HAS_DO": d_out is not None, "HAS_DM": d_mass is not None, "HAS_DE": d_entropy is not None,
             "HAS_BIAS": bias is not None, "HAS_MASK": mask is not None,
         },
-        num_warps=num_warps,
-        max_registers=max_registers,
+        num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )  # fmt: skip
     columns = heads * views * views
     reduce = Launch(

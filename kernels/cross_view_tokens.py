@@ -49,8 +49,16 @@ from ._launch import (
     run_all,
 )
 from ._primitives import LN2, LOG2E, dot, gate, owner, tile_offsets
+from ._tuning import Config, configured
 
-__all__ = ["cross_view_tokens", "cross_view_tokens_backward", "plan_backward", "plan_forward"]
+__all__ = [
+    "candidates",
+    "cross_view_tokens",
+    "cross_view_tokens_backward",
+    "key",
+    "plan_backward",
+    "plan_forward",
+]
 
 
 @triton.jit
@@ -337,9 +345,7 @@ def cross_view_tokens_backward_queries(
             m_n = o_n < i_end
             p_kn = p_kh + o_n * s_kl
             b_k = _load_rows(p_kn, m_n, o_d, DH)  # [BN, BD]
-            b_s = (
-                _inner(b_q, b_k, p_qm, m_m, p_kn, m_n, DH, BD, BC) * (SCALE * LOG2E) + b_bias - b_lse[:, None]
-            )
+            b_s = _inner(b_q, b_k, p_qm, m_m, p_kn, m_n, DH, BD, BC) * (SCALE * LOG2E) + b_bias - b_lse[:, None]
             b_p = tl.where(m_m[:, None] & m_n[None, :], tl.exp2(b_s), 0.0)  # [BM, BN]
             b_ds = b_own[:, None] + tl.zeros([BM, BN], tl.float32)
             if HAS_DO:
@@ -402,14 +408,10 @@ def cross_view_tokens_backward_keys(
             p_qm = p_q + o_m * s_ql + i_h * s_qh
             b_q = _load_rows(p_qm, m_m, o_d, DH)  # [BM, BD]
             b_lse = tl.load(p_lse + o_row, mask=m_m, other=0.0) * LOG2E
-            b_s = (
-                _inner(b_k, b_q, p_kn, m_n, p_qm, m_m, DH, BD, BC) * (SCALE * LOG2E) + b_bias - b_lse[None, :]
-            )
+            b_s = _inner(b_k, b_q, p_kn, m_n, p_qm, m_m, DH, BD, BC) * (SCALE * LOG2E) + b_bias - b_lse[None, :]
             m_s = m_n[:, None] & m_m[None, :]
             b_p = tl.where(m_s, tl.exp2(b_s), 0.0)  # [BN, BM]
-            b_ds = tl.load(p_shift + o_row * V + i_w, mask=m_m, other=0.0)[None, :] + tl.zeros(
-                [BN, BM], tl.float32
-            )
+            b_ds = tl.load(p_shift + o_row * V + i_w, mask=m_m, other=0.0)[None, :] + tl.zeros([BN, BM], tl.float32)
             if HAS_DO:
                 b_rho = tl.load(p_rho + o_row, mask=m_m, other=0.0)
                 p_dom = p_do + o_m * s_ol + i_h * s_oh
@@ -446,26 +448,54 @@ def cross_view_tokens_bias_reduce(
     tl.store(p_db + (i_h * V + i_u) * V + o_v, tl.sum(b_sum, 0), mask=o_v < V)
 
 
-def _config(
-    kernel: str, dtype: torch.dtype, head_dim: int, tokens: int, segments: int
-) -> tuple[dict[str, int], int, int | None]:
-    """The pinned configuration of "forward", "queries" or "keys": tiles, warps, most registers.
-
-    Depends on lengths only through whether segments are short (16 tokens or fewer on average).
-    """
+def _tile(kernel: str, dtype: torch.dtype, head_dim: int, owned: int, swept: int) -> dict[str, int]:
     features = max(16, next_power_of_2(head_dim))
-    inner, max_registers = features, None
-    if dtype == torch.float32:
-        # Ordinary arithmetic from registers: 16 of the inner dimension at a time.
-        owned, swept, num_warps, max_registers, inner = 8, 16, 8, 255, 16
-    elif tokens <= 16 * segments:
-        owned, swept, num_warps, max_registers = 16, 16, 8, 168
-    elif features <= 128:
-        owned, swept, num_warps = 128 if features <= 64 else 64, 16 if kernel == "keys" else 32, 8
-    else:
-        owned, swept, num_warps = 32, 32, 8
+    # A float32 product runs on the ordinary units from registers: 16 of the inner dimension at a time.
+    inner = 16 if dtype == torch.float32 else features
     rows = {"BM": swept, "BN": owned} if kernel == "keys" else {"BM": owned, "BN": swept}
-    return {**rows, "BD": features, "BC": inner}, num_warps, max_registers
+    return {**rows, "BD": features, "BC": inner}
+
+
+def _short(tokens: int, segments: int) -> bool:
+    """Whether segments have 16 tokens or fewer on average: all that tiles may know of lengths."""
+    return tokens <= 16 * segments
+
+
+def _pinned(kernel: str, dtype: torch.dtype, head_dim: int, short: bool) -> Config:
+    """For "forward", "queries" or "keys"."""
+    most: int | None = None
+    if dtype == torch.float32:
+        owned, swept, most = 8, 16, 255
+    elif short:
+        owned, swept, most = 16, 16, 168
+    elif head_dim <= 128:
+        owned, swept = 128 if head_dim <= 64 else 64, 16 if kernel == "keys" else 32
+    else:
+        owned, swept = 32, 32
+    return Config(_tile(kernel, dtype, head_dim, owned, swept), 8, most)
+
+
+def key(kernel: str, dtype: torch.dtype, head_dim: int, tokens: int, segments: int) -> str:
+    """What a configuration is pinned or measured for; of the lengths only whether segments are short."""
+    length = "short" if _short(tokens, segments) else "long"
+    return f"cross_view_tokens {kernel} {dtype} Dh={head_dim} {length}"
+
+
+def _config(kernel: str, q: torch.Tensor, segments: int) -> Config:
+    tokens, _, head_dim = q.shape
+    pinned = _pinned(kernel, q.dtype, head_dim, _short(tokens, segments))
+    return configured(q.device, key(kernel, q.dtype, head_dim, tokens, segments), pinned)
+
+
+def candidates(kernel: str, dtype: torch.dtype, head_dim: int) -> list[Config]:
+    """The configurations that ``umda_fast.kernels.tune`` measures."""
+    return [
+        Config(_tile(kernel, dtype, head_dim, owned, swept), num_warps)
+        for owned in (8, 16, 32, 64, 128)
+        for swept in (16, 32, 64)
+        for num_warps in (4, 8)
+        if owned >= 16 or dtype == torch.float32
+    ]
 
 
 def _check(
@@ -518,9 +548,7 @@ def plan_forward(
     tokens, heads, head_dim = q.shape
     segments = cu_tokens.shape[0] - 1
     q, k, v = (innermost_contiguous(x) for x in (q, k, v))
-    cu_tokens, cu_segments, view_of_segment = (
-        x.contiguous() for x in (cu_tokens, cu_segments, view_of_segment)
-    )
+    cu_tokens, cu_segments, view_of_segment = (x.contiguous() for x in (cu_tokens, cu_segments, view_of_segment))
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     mass = torch.empty((tokens, heads, num_views), dtype=torch.float32, device=q.device)
     entropy, lse_intra, lse_cross = (
@@ -533,7 +561,8 @@ def plan_forward(
     outputs = (out, mass, entropy, over_tokens, lse_intra, lse_cross)
     if tokens == 0:
         return [], outputs
-    tile, num_warps, max_registers = _config("forward", q.dtype, head_dim, tokens, segments)
+    config = _config("forward", q, segments)
+    tile = config.tile
     launch = Launch(
         kernel=cross_view_tokens_forward,
         grid=(tokens // tile["BM"] + segments, heads),
@@ -548,8 +577,8 @@ def plan_forward(
             "V": num_views, "DH": head_dim, "SCALE": 1.0 / math.sqrt(head_dim), **tile,
             "VP": next_power_of_2(num_views), "HAS_BIAS": bias is not None, "ENTROPY": token_entropy,
         },
-        num_warps=num_warps,
-        max_registers=max_registers,
+        num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )  # fmt: skip
     return [launch], outputs
 
@@ -575,9 +604,7 @@ def plan_backward(
     tokens, heads, head_dim = q.shape
     segments, instances = cu_tokens.shape[0] - 1, cu_segments.shape[0] - 1
     q, k, v = (innermost_contiguous(x) for x in (q, k, v))
-    cu_tokens, cu_segments, view_of_segment = (
-        x.contiguous() for x in (cu_tokens, cu_segments, view_of_segment)
-    )
+    cu_tokens, cu_segments, view_of_segment = (x.contiguous() for x in (cu_tokens, cu_segments, view_of_segment))
     lse_intra, lse_cross = lse_intra.contiguous(), lse_cross.contiguous()
     if d_out is not None:
         d_out = innermost_contiguous(d_out)
@@ -590,8 +617,8 @@ def plan_backward(
     if tokens == 0:
         d_bias.zero_()
         return [], outputs
-    tile, num_warps, max_registers = _config("queries", q.dtype, head_dim, tokens, segments)
-    key_tile, key_warps, key_registers = _config("keys", q.dtype, head_dim, tokens, segments)
+    config, key_config = _config("queries", q, segments), _config("keys", q, segments)
+    tile, key_tile = config.tile, key_config.tile
     shift = torch.empty((tokens, heads, num_views), dtype=torch.float32, device=q.device)
     blend = torch.empty((2, tokens, heads), dtype=torch.float32, device=q.device)
     query_tiles = tokens // tile["BM"] + segments
@@ -616,8 +643,8 @@ def plan_backward(
             **common, **tile, "VP": padded,
             **flags, "HAS_DM": d_mass is not None, "HAS_DE": d_entropy is not None,
         },
-        num_warps=num_warps,
-        max_registers=max_registers,
+        num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )  # fmt: skip
     keys = Launch(
         kernel=cross_view_tokens_backward_keys,
@@ -629,8 +656,8 @@ def plan_backward(
             *_strides(d_out), *_strides(d_token_entropy), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         ),
         constexprs={**common, **key_tile, **flags},
-        num_warps=key_warps,
-        max_registers=key_registers,
+        num_warps=key_config.num_warps,
+        max_registers=key_config.max_registers,
     )  # fmt: skip
     reduce = Launch(
         kernel=cross_view_tokens_bias_reduce,

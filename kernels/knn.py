@@ -40,8 +40,9 @@ from ._launch import (
     run_all,
 )
 from ._primitives import dot, owner, tile_offsets
+from ._tuning import Config, configured
 
-__all__ = ["knn", "plan"]
+__all__ = ["candidates", "key", "knn", "plan"]
 
 # The 32 bits of a float, with the lower ones of a negative float flipped, order as the floats do. Below
 # -inf, NaN, and below that what is no neighbour.
@@ -147,11 +148,25 @@ def knn_search(
         tl.store(p_similarity + o_m * k + i_k, tl.where(b_i == ABSENT_ORDER, float("-inf"), b_v), mask=m_m)
 
 
-def _config(dtype: torch.dtype, width: int) -> tuple[dict[str, int], int]:
-    """The pinned configuration: tile sizes and warps. Never a function of N."""
+def _tile(dtype: torch.dtype, width: int, queries: int, others: int) -> dict[str, int]:
     # A float32 product holds its operands in registers, BD of each row at a time; longer rows spill.
     features = 16 if dtype == torch.float32 else min(64, max(16, next_power_of_2(width)))
-    return {"BM": 64, "BN": 64, "BD": features}, 8
+    return {"BM": queries, "BN": others, "BD": features}
+
+
+def key(dtype: torch.dtype, width: int, k: int, metric: str) -> str:
+    """What a configuration is pinned or measured for; never a number of instances."""
+    return f"knn {metric} {dtype} d={width} kept={next_power_of_2(k)}"
+
+
+def candidates(dtype: torch.dtype, width: int) -> list[Config]:
+    """The configurations that ``umda_fast.kernels.tune`` measures."""
+    return [
+        Config(_tile(dtype, width, queries, others), num_warps)
+        for queries in (16, 32, 64, 128)
+        for others in (32, 64, 128)
+        for num_warps in (4, 8)
+    ]
 
 
 def plan(
@@ -167,7 +182,9 @@ def plan(
         return [], (neighbors, similarity)
     cosine = metric == "cosine"
     kept = next_power_of_2(k)
-    tile, num_warps = _config(x.dtype, width)
+    pinned = Config(_tile(x.dtype, width, 64, 64), 8)
+    config = configured(x.device, key(x.dtype, width, k, metric), pinned)
+    tile = config.tile
     launches: list[Launch] = []
     inverse: torch.Tensor | None = None
     if cosine:
@@ -197,7 +214,8 @@ def plan(
                 x.stride(0),
             ),
             constexprs=constexprs,
-            num_warps=num_warps,
+            num_warps=config.num_warps,
+            max_registers=config.max_registers,
         )
     )
     return launches, (neighbors, similarity)

@@ -16,9 +16,7 @@ def assert_close(name: str, actual: Tensor, exact: Tensor, composed: Tensor, fac
     error = (actual.double() - exact).abs().max().item()
     theirs = (composed.double() - exact).abs().max().item()
     floor = 4 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    assert error <= factor * theirs + floor, (
-        f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, floor {floor:.3g}"
-    )
+    assert error <= factor * theirs + floor, f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, floor {floor:.3g}"
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

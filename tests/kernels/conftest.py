@@ -5,6 +5,7 @@ their own with TRITON_INTERPRET=1. With that variable set, pytest collects the i
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 collect_ignore = (
     ["test_compile.py", "test_interpreter.py"]
     if INTERPRETED
-    else ["test_cross_view.py", "test_cross_view_tokens.py", "test_knn.py"]
+    else ["test_cross_view.py", "test_cross_view_tokens.py", "test_knn.py", "test_tuning.py"]
 )
+
+
+# What somebody measured on this machine is not what is tested.
+os.environ["UMDA_FAST_TUNING"] = str(Path(__file__).with_name("no-such-file.json"))
 
 
 @pytest.fixture(autouse=True)

@@ -23,9 +23,7 @@ def compiled() -> dict[tuple[str, int], dict[str, Resources]]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("case", CASES)
-def test_resources(
-    case: str, architecture: int, compiled: dict[tuple[str, int], dict[str, Resources]]
-) -> None:
+def test_resources(case: str, architecture: int, compiled: dict[tuple[str, int], dict[str, Resources]]) -> None:
     budget = json.loads(BUDGET.read_text())
     for kernel, resources in compiled[case, architecture].items():
         assert resources.stack == resources.local == 0, f"{kernel} spills: {resources}"

@@ -76,9 +76,7 @@ def compose(
     views = q.shape[1]
     own = torch.eye(views, dtype=torch.bool)[None, :, None, :]
     present = torch.ones(q.shape[:2], dtype=torch.bool) if mask is None else mask
-    q, k, v, gate = (
-        x.masked_fill(~present.view(*q.shape[:2], *[1] * (x.dim() - 2)), 0) for x in (q, k, v, gate)
-    )
+    q, k, v, gate = (x.masked_fill(~present.view(*q.shape[:2], *[1] * (x.dim() - 2)), 0) for x in (q, k, v, gate))
     other = present[:, :, None, None] & present[:, None, None, :] & ~own
     some = other.any(-1, keepdim=True)
     s = torch.einsum("nuhd,nwhd->nuhw", q, k) / math.sqrt(q.shape[3]) + bias.to(q.dtype).transpose(0, 1)
@@ -102,11 +100,7 @@ def differentiate(function: Any, case: Case, dtype: torch.dtype) -> tuple[list[T
     inputs = [x.detach().to(dtype).requires_grad_() for x in (case.q, case.k, case.v, case.gate)]
     inputs.append(bias.to(bias_dtype).requires_grad_())
     outputs = function(*inputs, case.mask)
-    pairs = [
-        (x, g)
-        for x, g in zip(outputs, (case.d_out, case.d_mass, case.d_entropy), strict=True)
-        if g is not None
-    ]
+    pairs = [(x, g) for x, g in zip(outputs, (case.d_out, case.d_mass, case.d_entropy), strict=True) if g is not None]
     total = sum((x.to(bias_dtype) * g.to(bias_dtype)).sum() for x, g in pairs)
     gradients = torch.autograd.grad(total, inputs, allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]

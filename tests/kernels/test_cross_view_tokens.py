@@ -128,9 +128,7 @@ def compose(
     s = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[2])
     intra = s.masked_fill(~own, -math.inf).softmax(-1)
     s = s + bias.to(q.dtype)[:, of][:, :, of]
-    cross = (
-        s.masked_fill(~other, -math.inf).masked_fill(~some[:, None], 0.0).softmax(-1).masked_fill(~other, 0.0)
-    )
+    cross = s.masked_fill(~other, -math.inf).masked_fill(~some[:, None], 0.0).softmax(-1).masked_fill(~other, 0.0)
     g = gate.sigmoid().masked_fill(~some[:, None], 1.0).t()[..., None]
     out = torch.einsum("hij,jhd->ihd", g * intra + (1 - g) * cross, v)
     member = torch.nn.functional.one_hot(of, views).to(q.dtype)
@@ -168,9 +166,7 @@ def check(case: Case) -> None:
         assert_close(name, x, e, c, 3)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "biased"), [(torch.float32, True), (torch.float16, False), (torch.bfloat16, True)]
-)
+@pytest.mark.parametrize(("dtype", "biased"), [(torch.float32, True), (torch.float16, False), (torch.bfloat16, True)])
 def test_ragged(dtype: torch.dtype, biased: bool) -> None:
     check(make(RAGGED, 2, 24, dtype, biased))
 
@@ -268,8 +264,6 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="num_views: expected 1 to 16, got 17"):
         kernels.cross_view_tokens(q, case.k, case.v, case.gate, *rest[:3], 17, None, False)
     with pytest.raises(TypeError, match="cu_segments: expected"):
-        kernels.cross_view_tokens(
-            q, case.k, case.v, case.gate, rest[0], rest[1].int(), *rest[2:], None, False
-        )
+        kernels.cross_view_tokens(q, case.k, case.v, case.gate, rest[0], rest[1].int(), *rest[2:], None, False)
     with pytest.raises(TypeError, match=r"view_of_segment: expected torch\.int32"):
         kernels.cross_view_tokens(q, case.k, case.v, case.gate, *rest[:2], rest[2].long(), 2, None, False)

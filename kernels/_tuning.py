@@ -1,0 +1,91 @@
+"""Which configuration a kernel is launched in: the pinned one, or one measured on this GPU when somebody
+asked for that.
+
+``umda_fast.kernels.tune`` measures and writes; here the result is read, once per process. Keys name what a
+kernel is compiled for and never a number of instances or tokens, so that no length brings a new
+compilation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+__all__ = ["Config", "configured", "trying", "tuning_file", "write"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes by the names a kernel knows them by, warps per program, most registers per thread."""
+
+    tile: dict[str, int]
+    num_warps: int
+    max_registers: int | None = None
+
+
+_trying: dict[str, Config] = {}
+
+
+def tuning_file() -> Path:
+    """``$UMDA_FAST_TUNING``, else ``umda_fast/tuning.json`` in the user's cache folder."""
+    if "UMDA_FAST_TUNING" in os.environ:
+        return Path(os.environ["UMDA_FAST_TUNING"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "umda_fast" / "tuning.json"
+
+
+def _machine(device: torch.device) -> str:
+    """Measurements of another GPU or another Triton say nothing about this one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, triton {triton.__version__}"
+
+
+@functools.lru_cache(maxsize=8)
+def _measured(file: Path, machine: str) -> dict[str, Config]:
+    if not file.exists():
+        return {}
+    return {key: Config(**value) for key, value in json.loads(file.read_text()).get(machine, {}).items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _table(device: torch.device) -> dict[str, Config]:
+    return _measured(tuning_file(), _machine(device))
+
+
+def configured(device: torch.device, key: str, pinned: Config) -> Config:
+    """The configuration being tried for ``key``, else the one measured on ``device``, else ``pinned``."""
+    if key in _trying:
+        return _trying[key]
+    if device.type == "meta":
+        return pinned
+    return _table(device).get(key, pinned)
+
+
+@contextlib.contextmanager
+def trying(key: str, config: Config) -> Iterator[None]:
+    """``configured`` answers ``config`` for ``key`` inside."""
+    _trying[key] = config
+    try:
+        yield
+    finally:
+        del _trying[key]
+
+
+def write(device: torch.device, key: str, config: Config) -> None:
+    """Keeps ``config`` for ``key`` on ``device``, for this process and later ones."""
+    file = tuning_file()
+    table = json.loads(file.read_text()) if file.exists() else {}
+    table.setdefault(_machine(device), {})[key] = asdict(config)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    part.replace(file)  # readers see the old table or the new one
+    _measured.cache_clear()
+    _table.cache_clear()
