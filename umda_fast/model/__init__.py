@@ -1,0 +1,59 @@
+"""The model and its blocks, each usable alone: nn.Modules over the operations of `umda_fast.ops`."""
+
+from umda_fast.model.atsb import ATSB, ATSBOutput, TaskNorm, cohesion_penalty, divergence_penalty
+from umda_fast.model.config import UMDAConfig
+from umda_fast.model.encoders import FeatureEncoder, ViewEncoders
+from umda_fast.model.gmip import (
+    GMIP,
+    BagPooling,
+    BagPoolingOutput,
+    GMIPOutput,
+    MessagePassing,
+    diversity_penalty,
+)
+from umda_fast.model.hcva import (
+    HCVA,
+    HCVABlock,
+    HCVAOutput,
+    ViewConsistency,
+    ViewFusion,
+    concentration_penalty,
+    dispersion_penalty,
+)
+from umda_fast.model.losses import decode, penalty_loss, task_losses
+from umda_fast.model.output import UMDAOutput
+from umda_fast.model.specs import TASK_KINDS, TaskKind, TaskSpec, ViewSpec
+from umda_fast.model.umda import UMDA
+
+__all__ = [
+    "ATSB",
+    "GMIP",
+    "HCVA",
+    "TASK_KINDS",
+    "UMDA",
+    "ATSBOutput",
+    "BagPooling",
+    "BagPoolingOutput",
+    "FeatureEncoder",
+    "GMIPOutput",
+    "HCVABlock",
+    "HCVAOutput",
+    "MessagePassing",
+    "TaskKind",
+    "TaskNorm",
+    "TaskSpec",
+    "UMDAConfig",
+    "UMDAOutput",
+    "ViewConsistency",
+    "ViewEncoders",
+    "ViewFusion",
+    "ViewSpec",
+    "cohesion_penalty",
+    "concentration_penalty",
+    "decode",
+    "dispersion_penalty",
+    "divergence_penalty",
+    "diversity_penalty",
+    "penalty_loss",
+    "task_losses",
+]

@@ -1,0 +1,183 @@
+"""Options of `UMDA`: a frozen dataclass of plain values, JSON-able, checked when it is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+from umda_fast.model.specs import TaskSpec, ViewSpec, _as_float, _as_tuple, _check_int, check_distinct
+
+Message: TypeAlias = Literal["attention", "mean", "none"]
+
+_AT_LEAST = {
+    "width": 1,
+    "heads": 1,
+    "layers": 1,
+    "ffn": 1,
+    "graph_k": 1,
+    "graph_width": 1,
+    "graph_layers": 0,
+    "coords_k": 0,
+    "task_embedding": 1,
+}
+_AT_LEAST_OR_NONE = ("encoder_hidden", "pool_hidden", "private_rank")
+_SWITCHES = ("symmetrize", "hcva", "graph", "private")
+
+
+@dataclass(frozen=True)
+class UMDAConfig:
+    """Options of `UMDA`; formulas and symbols are those of docs/model.md.
+
+    Attributes:
+        views, tasks: as the data has them; mappings with their fields are taken as well.
+        width: D, width of the model.
+        heads: H, of both attentions; divides `width`.
+        layers: L_v, cross-view attention blocks.
+        ffn: hidden width of a block's feed-forward part, in multiples of `width`.
+        dropout: in the encoders, after attention, messages and feed-forward parts, and before the heads.
+        encoder_hidden: hidden width of a default encoder; None takes `width`.
+        graph_k: neighbours of an instance.
+        graph_width: width of r, by which neighbours are chosen.
+        graph_tau: tau of the edge weights exp((cos - 1) / tau).
+        graph_layers: L_g, rounds of message passing.
+        message: `attention`, `mean` (by edge weights) or `none` (the graph then serves its penalty only).
+        symmetrize: whether an edge also runs back.
+        coords_k: neighbours by coordinates, united with the others; 0 uses no coordinates, more needs them.
+        pool_hidden: hidden units of the attention scores; None takes `width // 2`, at least 1.
+        private_rank: r, of a task's private path; None takes `width // 8`, at least 1.
+        task_embedding: d_c, width of the task embeddings.
+        kappa: weight of the hierarchy in the influence matrix.
+        kappa_g: weight of the tasks' gradient cosines in it.
+        hierarchy: tree distances between the tasks, [T][T]; None for no hierarchy.
+        delta: margin between the means of two views (dispersion).
+        gamma: margin of the standard deviation inside a bag (diversity).
+        hcva, graph, private: switch off cross-view attention, the graph, or the private paths.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    views: tuple[ViewSpec, ...]
+    tasks: tuple[TaskSpec, ...]
+    width: int = 128
+    heads: int = 4
+    layers: int = 2
+    ffn: int = 2
+    dropout: float = 0.1
+    encoder_hidden: int | None = None
+    graph_k: int = 8
+    graph_width: int = 64
+    graph_tau: float = 0.5
+    graph_layers: int = 2
+    message: Message = "attention"
+    symmetrize: bool = False
+    coords_k: int = 0
+    pool_hidden: int | None = None
+    private_rank: int | None = None
+    task_embedding: int = 16
+    kappa: float = 1.0
+    kappa_g: float = 0.0
+    hierarchy: tuple[tuple[float, ...], ...] | None = None
+    delta: float = 1.0
+    gamma: float = 0.5
+    hcva: bool = True
+    graph: bool = True
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        for name, kind in (("views", ViewSpec), ("tasks", TaskSpec)):
+            specs = _specs(name, kind, getattr(self, name))
+            object.__setattr__(self, name, specs)
+            check_distinct(f"UMDAConfig.{name}", specs)
+        for name, least in _AT_LEAST.items():
+            self._check_at_least(name, least)
+        for name in _AT_LEAST_OR_NONE:
+            if getattr(self, name) is not None:
+                self._check_at_least(name, 1)
+        if self.width % self.heads:
+            raise ValueError(
+                f"UMDAConfig.heads: expected a divisor of width = {self.width}, got {self.heads}"
+            )
+        for name in ("dropout", "graph_tau", "kappa", "kappa_g", "delta", "gamma"):
+            object.__setattr__(self, name, _as_float(f"UMDAConfig.{name}", getattr(self, name)))
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"UMDAConfig.dropout: expected at least 0 and below 1, got {self.dropout}")
+        if self.graph_tau <= 0.0:
+            raise ValueError(f"UMDAConfig.graph_tau: expected a positive number, got {self.graph_tau}")
+        for name in ("delta", "gamma"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"UMDAConfig.{name}: expected at least 0, got {getattr(self, name)}")
+        if self.message not in get_args(Message):
+            expected = ", ".join(get_args(Message))
+            raise ValueError(f"UMDAConfig.message: expected one of {expected}, got {self.message!r}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"UMDAConfig.{name}: expected a bool, got {getattr(self, name)!r}")
+        if self.hierarchy is not None:
+            self._check_hierarchy()
+
+    def _check_at_least(self, name: str, least: int) -> None:
+        value = _check_int(f"UMDAConfig.{name}", getattr(self, name))
+        if value < least:
+            raise ValueError(f"UMDAConfig.{name}: expected at least {least}, got {value}")
+
+    def _check_hierarchy(self) -> None:
+        where, count = "UMDAConfig.hierarchy", len(self.tasks)
+        rows = tuple(
+            tuple(_as_float(where, value) for value in _as_tuple(where, row))
+            for row in _as_tuple(where, self.hierarchy)
+        )
+        if len(rows) != count or any(len(row) != count for row in rows):
+            shape = f"{len(rows)} rows of lengths {sorted({len(row) for row in rows})}"
+            raise ValueError(f"{where}: expected {count} x {count} distances, one per pair of tasks, got {shape}")
+        for s in range(count):
+            for t in range(count):
+                if rows[s][t] < 0 or rows[s][t] != rows[t][s] or (s == t and rows[s][t] != 0):
+                    raise ValueError(
+                        f"{where}: expected distances (symmetric, at least 0, 0 from a task to itself), got "
+                        f"[{s}][{t}] = {rows[s][t]}, [{t}][{s}] = {rows[t][s]}"
+                    )
+        object.__setattr__(self, "hierarchy", rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UMDAConfig:
+        """The configuration that `to_dict` wrote, before or after a trip through JSON.
+
+        Raises:
+            TypeError, ValueError: an unknown, missing or wrong field, by name.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ValueError(f"UMDAConfig: expected fields among {', '.join(known)}, got {unknown[0]!r}")
+        missing = [name for name in ("views", "tasks") if name not in values]
+        if missing:
+            raise ValueError(f"UMDAConfig.{missing[0]}: expected a sequence, got none")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> UMDAConfig:
+        """The configuration that `to_json` wrote. Raises as `from_dict` does."""
+        return cls.from_dict(json.loads(text))
+
+
+def _specs(name: str, kind: type[Any], value: object) -> tuple[Any, ...]:
+    specs = []
+    for item in _as_tuple(f"UMDAConfig.{name}", value):
+        spec = kind(**item) if isinstance(item, Mapping) else item
+        if not isinstance(spec, kind):
+            raise TypeError(f"UMDAConfig.{name}: expected {kind.__name__}, got {type(spec).__name__}")
+        specs.append(spec)
+    if not specs:
+        raise ValueError(f"UMDAConfig.{name}: expected at least one, got none")
+    return tuple(specs)

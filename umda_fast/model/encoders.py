@@ -1,0 +1,137 @@
+"""View encoders (docs/model.md, section 0): features of every view to vectors of one width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from umda_fast.model.specs import ViewSpec
+
+__all__ = ["FeatureEncoder", "ViewEncoders"]
+
+
+class FeatureEncoder(nn.Sequential):
+    """The default encoder, [n, features] -> [n, width]: LayerNorm, Linear, GELU, Dropout, Linear.
+
+    Features are cast to the dtype of its parameters.
+    """
+
+    def __init__(self, features: int, width: int, hidden: int | None = None, dropout: float = 0.1) -> None:
+        hidden = width if hidden is None else hidden
+        super().__init__(
+            nn.LayerNorm(features),
+            nn.Linear(features, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, width),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        first = self[0]
+        assert isinstance(first, nn.LayerNorm)
+        return super().forward(features.to(first.weight.dtype))
+
+
+class ViewEncoders(nn.Module):
+    """One encoder per view and a learned embedding per view: `x[i,v] = Encoder_v(f[i,v]) + e_v`.
+
+    Args:
+        views: names and widths of the views.
+        width: D.
+        hidden, dropout: of the default encoders.
+        encoders: view -> module [n, ...] -> [n, D], used instead of the default encoder of that view. It is
+            given features of every instance; where the view is missing they are zeros (for one that looks
+            across instances, as batch normalisation does).
+
+    Raises:
+        ValueError: an encoder for a view that does not exist. TypeError: one that is no module.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[ViewSpec],
+        width: int,
+        hidden: int | None = None,
+        dropout: float = 0.1,
+        encoders: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.views = tuple(views)
+        self.width = width
+        given = dict(encoders or {})
+        names = [view.name for view in self.views]
+        for name, encoder in given.items():
+            if name not in names:
+                raise ValueError(f"encoders: expected views among {', '.join(names)}, got {name!r}")
+            if not isinstance(encoder, nn.Module):
+                raise TypeError(
+                    f"encoders[{name!r}]: expected a torch.nn.Module, got {type(encoder).__name__}"
+                )
+        self.custom = tuple(name for name in names if name in given)
+        # By position: a view may have any name, a submodule may not.
+        self.encoders = nn.ModuleList(
+            given.get(view.name) or FeatureEncoder(view.width, width, hidden, dropout) for view in self.views
+        )
+        self.embedding = nn.Parameter(torch.empty(len(self.views), width))
+        nn.init.normal_(self.embedding, std=0.1)
+
+    def forward(self, views: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
+        """Encode all views.
+
+        Args:
+            views: view -> features [N, width of the view], floating; what the encoder takes for a view with an
+                encoder of its own. Further entries are not read.
+            mask: bool [N, V], True where the view is present; None when all are. Features of missing views are
+                never used (they may be NaN).
+
+        Returns:
+            [N, V, D], rows of missing views 0.
+
+        Raises:
+            TypeError, ValueError: naming the view, what was expected and what came.
+        """
+        encoded = []
+        count: int | None = None
+        for position, (view, encoder) in enumerate(zip(self.views, self.encoders, strict=True)):
+            features = self._check(view, views, count)
+            count = features.shape[0]
+            if mask is not None:
+                if mask.shape != (count, len(self.views)):
+                    raise ValueError(
+                        f"mask must have shape [{count}, {len(self.views)}], got {list(mask.shape)}"
+                    )
+                absent = ~mask[:, position].reshape(-1, *[1] * (features.dim() - 1))
+                # Before the encoder, or the gradient of its weights is 0 * NaN.
+                features = features.masked_fill(absent, 0)
+            vector = encoder(features)
+            if vector.shape != (count, self.width):
+                raise ValueError(
+                    f"encoder of view {view.name!r}: expected an output of shape [{count}, {self.width}], "
+                    f"got {list(vector.shape)}"
+                )
+            encoded.append(vector + self.embedding[position])
+        x = torch.stack(encoded, 1)
+        return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
+
+    def _check(self, view: ViewSpec, views: Mapping[str, Tensor], count: int | None) -> Tensor:
+        if view.name not in views:
+            raise ValueError(f"views: expected features of view {view.name!r}, got {', '.join(views) or 'none'}")
+        features, where = views[view.name], f"views[{view.name!r}]"
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{where}: expected a torch.Tensor, got {type(features).__name__}")
+        rows = "N" if count is None else count
+        if view.name in self.custom:
+            if features.dim() < 1 or (count is not None and features.shape[0] != count):
+                raise ValueError(f"{where}: expected shape [{rows}, ...], got {list(features.shape)}")
+            return features
+        if (
+            features.dim() != 2
+            or features.shape[1] != view.width
+            or (count is not None and features.shape[0] != count)
+        ):
+            raise ValueError(f"{where}: expected shape [{rows}, {view.width}], got {list(features.shape)}")
+        if not features.is_floating_point():
+            raise TypeError(f"{where}: expected floating features, got {features.dtype}")
+        return features

@@ -1,0 +1,193 @@
+"""Graph-based multi-instance pooling and its penalties (docs/model.md, section 2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from umda_fast.model.config import Message
+from umda_fast.ops import (
+    NeighborGraph,
+    bag_attention_pool,
+    edge_cosine,
+    knn_graph,
+    neighbor_attention,
+    neighbor_sum,
+)
+
+__all__ = [
+    "GMIP",
+    "BagPooling",
+    "BagPoolingOutput",
+    "GMIPOutput",
+    "MessagePassing",
+    "bag_index",
+    "diversity_penalty",
+]
+
+
+class MessagePassing(nn.Module):
+    """One round on a graph: `z <- LN(z + W_m m)`.
+
+    `attention`: `m_i = sum_j alpha[i,j] v_j`, alpha the softmax over the neighbours and i itself of
+    `q_i.k_j / sqrt(Dh) + log w[i,j]`, self with w = 1. `mean`: the same without q and k, alpha = w normalised by
+    row.
+
+    Args:
+        width: D. heads: H, divides D. message: `attention` or `mean`. dropout: after W_m.
+    """
+
+    def __init__(
+        self, width: int, heads: int, message: Message = "attention", dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        if message not in ("attention", "mean"):
+            raise ValueError(f"message: expected attention or mean, got {message!r}")
+        if width % heads:
+            raise ValueError(f"heads: expected a divisor of width = {width}, got {heads}")
+        self.heads = heads
+        self.message = message
+        self.input = nn.Linear(width, 3 * width if message == "attention" else width, bias=False)
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, z: Tensor, graph: NeighborGraph, log_weight: Tensor) -> Tensor:
+        """z [N, D]; log_weight float32 (float64 for float64), the shape of graph.neighbors. Returns [N, D]."""
+        n, width = z.shape
+        if self.message == "attention":
+            q, k, v = self.input(z).view(n, 3, self.heads, width // self.heads).unbind(1)
+            message = neighbor_attention(q, k, v, graph, log_weight).reshape(n, width)
+        else:
+            v, weight = self.input(z), log_weight.exp()
+            total = 1.0 + neighbor_sum(weight.new_ones(n, 1), graph, weight)
+            message = ((v + neighbor_sum(v, graph, weight)) / total).to(v.dtype)
+        out: Tensor = self.norm(z + self.dropout(self.output(message)))
+        return out
+
+
+class GMIPOutput(NamedTuple):
+    """What `GMIP` returns."""
+
+    z: Tensor  #: [N, D]
+    graph: NeighborGraph
+    weight: Tensor  #: exp((cos(r_i, r_j) - 1) / tau) of every edge, the shape of graph.neighbors
+
+
+class GMIP(nn.Module):
+    """A neighbour graph inside every bag and message passing on it, [N, D] -> [N, D].
+
+    The graph: `k` nearest neighbours by the cosine of `r = W_r z`, from the input z, once for all layers. The
+    choice of neighbours carries no gradient, the weights of the edges do.
+
+    Args:
+        width: D. heads: H. k: neighbours. graph_width: of r. tau: temperature of the edge weights.
+        layers: rounds of message passing. message: `attention`, `mean` or `none`.
+        symmetrize: whether an edge also runs back. coords_k: neighbours by coordinates, united with the others.
+            Both make a graph whose number of edges depends on the data, which synchronises with a GPU.
+        dropout: of the messages.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int = 4,
+        k: int = 8,
+        graph_width: int = 64,
+        tau: float = 0.5,
+        layers: int = 2,
+        message: Message = "attention",
+        symmetrize: bool = False,
+        coords_k: int = 0,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.k = k
+        self.tau = tau
+        self.symmetrize = symmetrize
+        self.coords_k = coords_k
+        self.key = nn.Linear(width, graph_width, bias=False)
+        rounds = 0 if message == "none" else layers
+        self.layers = nn.ModuleList(MessagePassing(width, heads, message, dropout) for _ in range(rounds))
+
+    def forward(self, z: Tensor, ptr: Tensor, coords: Tensor | None = None) -> GMIPOutput:
+        """z [N, D]; ptr int64 [B+1]; coords [N, 2], needed when `coords_k` > 0.
+
+        Raises:
+            ValueError: coordinates are needed and there are none. TypeError, ValueError: a wrong ptr.
+        """
+        r = self.key(z)
+        graph = knn_graph(r.detach(), ptr, self.k)
+        if self.coords_k:
+            if coords is None:
+                raise ValueError(f"coords: expected [N, 2] for coords_k = {self.coords_k}, got None")
+            if coords.shape != (z.shape[0], 2):
+                raise ValueError(f"coords must have shape [{z.shape[0]}, 2], got {list(coords.shape)}")
+            graph = graph.union(knn_graph(coords, ptr, self.coords_k, metric="euclidean"))
+        if self.symmetrize:
+            graph = graph.symmetrize()
+        log_weight = (edge_cosine(r, graph) - 1.0) / self.tau
+        for layer in self.layers:
+            z = layer(z, graph, log_weight)
+        return GMIPOutput(z, graph, log_weight.exp())
+
+
+class BagPoolingOutput(NamedTuple):
+    """What `BagPooling` returns."""
+
+    pooled: Tensor  #: [B, T, D], 0 for an empty bag
+    attention: Tensor  #: [N, T], sums to 1 over the instances of a bag
+    entropy: Tensor  #: [B, T], of the attention, in nats
+
+
+class BagPooling(nn.Module):
+    """Gated attention pooling, one score per task over shared hidden units (after Ilse et al. 2018):
+    `s[i,t] = w_t . (tanh(W_a z_i) * sigmoid(W_b z_i))`.
+
+    Args:
+        width: D. tasks: T. hidden: shared hidden units.
+    """
+
+    def __init__(self, width: int, tasks: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.value = nn.Linear(width, hidden)
+        self.gate = nn.Linear(width, hidden)
+        self.score = nn.Linear(hidden, tasks, bias=False)  # [T, hidden]; a bias would cancel in the softmax
+
+    def forward(self, z: Tensor, ptr: Tensor) -> BagPoolingOutput:
+        """z [N, D]; ptr int64 [B+1]."""
+        scores = self.score(torch.tanh(self.value(z)) * torch.sigmoid(self.gate(z)))
+        pool = bag_attention_pool(z, scores, ptr)
+        attention = torch.exp(scores.to(pool.lse.dtype) - pool.lse[bag_index(ptr, z.shape[0])])
+        return BagPoolingOutput(pool.pooled, attention, pool.entropy)
+
+
+def bag_index(ptr: Tensor, count: int) -> Tensor:
+    """int64 [count]: the bag of every instance; no shape depends on the data, nothing is read back."""
+    return torch.searchsorted(ptr, torch.arange(count, device=ptr.device), right=True) - 1
+
+
+def diversity_penalty(z: Tensor, ptr: Tensor, gamma: float = 0.5) -> Tensor:
+    """Instances of a bag differ: `mean_{b: n_b > 1} mean_d relu(gamma - sqrt(Var_{i in b} z[i,d] + 1e-4))`.
+
+    Args:
+        z: [N, D].
+        ptr: int64 [B+1].
+        gamma: margin.
+
+    Returns:
+        A scalar, with a gradient of first order; the variance is the population's. 0 where no bag has two
+        instances.
+    """
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    equal = z.new_zeros(z.shape[0], 1)  # equal scores: the pooling is a mean
+    with torch.no_grad():
+        mean = bag_attention_pool(z, equal, ptr).pooled[:, 0]
+        centre = mean[bag_index(ptr, z.shape[0])]
+    # The mean is where the sum of squares is smallest: no gradient passes through it.
+    variance = bag_attention_pool((z - centre).square(), equal, ptr).pooled[:, 0]
+    several = (ptr.diff() > 1).to(z.dtype)
+    collapse = torch.relu(gamma - (variance + 1e-4).sqrt()).mean(1)
+    return (collapse * several).sum() / several.sum().clamp_min(1.0)

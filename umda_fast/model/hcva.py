@@ -1,0 +1,191 @@
+"""Hybrid cross-view attention, fusion of views, and their penalties (docs/model.md, section 1)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from umda_fast.ops import cross_view_attention
+
+__all__ = [
+    "HCVA",
+    "HCVABlock",
+    "HCVAOutput",
+    "ViewConsistency",
+    "ViewFusion",
+    "concentration_penalty",
+    "dispersion_penalty",
+]
+
+
+class HCVABlock(nn.Module):
+    """One pre-norm residual block: `y = x + W_o o(LN(x))`, then `y + FFN(LN(y))`.
+
+    The gate of view u and head h is `sigmoid(w_g[h] . LN(x)[i,u] + c[h])`. Queries, keys and values have no
+    biases: that of the keys would cancel in the softmax.
+
+    Args:
+        width: D. heads: H, divides D; D / H in 8..256. views: V, at most 16.
+        ffn: hidden width of the feed-forward part, in multiples of D.
+        dropout: after attention and feed-forward part.
+    """
+
+    def __init__(self, width: int, heads: int, views: int, ffn: int = 2, dropout: float = 0.1) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads: expected a divisor of width = {width}, got {heads}")
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.gate = nn.Linear(width, heads)
+        self.influence_bias = nn.Parameter(torch.zeros(heads, views, views))
+        self.output = nn.Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, ffn * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(ffn * width, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, V, D], rows of missing views 0; mask bool [N, V] or None.
+
+        Returns y [N, V, D], view mass [N, V, V] and its entropy [N, V, H]; rows of missing views are 0.
+        """
+        n, views, width = x.shape
+        normed = self.attention_norm(x)
+        q, k, v = self.qkv(normed).view(n, views, 3, self.heads, width // self.heads).unbind(2)
+        gate_logits = self.gate(normed)
+        out, mass, entropy = cross_view_attention(
+            q, k, v, gate_logits, bias=self.influence_bias, mask=mask
+        )
+        x = x + self.dropout(self.output(out.reshape(n, views, width)))
+        x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        if mask is not None:
+            x = x.masked_fill(~mask[..., None], 0.0)
+        return x, mass, entropy
+
+
+class HCVAOutput(NamedTuple):
+    """What `HCVA` returns; rows of missing views are 0."""
+
+    y: Tensor  #: [N, V, D]
+    mass: Tensor  #: [N, V, V], how much view u listens to view w, mean over heads, in the last block
+    entropy: Tensor  #: [layers, N, V, H], of the mass of every block and head, in nats
+
+
+class HCVA(nn.Module):
+    """`layers` blocks of hybrid cross-view attention, [N, V, D] -> [N, V, D]. Arguments as `HCVABlock` has them."""
+
+    def __init__(
+        self, width: int, heads: int, views: int, layers: int = 2, ffn: int = 2, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        if layers < 1:
+            raise ValueError(f"layers: expected at least 1, got {layers}")
+        self.blocks = nn.ModuleList(HCVABlock(width, heads, views, ffn, dropout) for _ in range(layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> HCVAOutput:
+        """x [N, V, D]; mask bool [N, V] with at least one view per instance, or None when all are present."""
+        mass = x
+        entropies = []
+        for block in self.blocks:
+            x, mass, entropy = block(x, mask)
+            entropies.append(entropy)
+        return HCVAOutput(x, mass, torch.stack(entropies))
+
+
+class ViewFusion(nn.Module):
+    """`beta[i,u] = softmax over present u of w_f . tanh(W_f y[i,u])`, `z[i] = sum_u beta[i,u] y[i,u]`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, width)
+        self.score = nn.Linear(width, 1, bias=False)
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y [N, V, D]; mask bool [N, V] or None. Returns z [N, D] and beta [N, V], 0 at missing views."""
+        scores = _wide(self.score(torch.tanh(self.hidden(y))).squeeze(-1))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        beta = scores.softmax(-1)
+        return (beta[..., None] * y).sum(1).to(y.dtype), beta
+
+
+class ViewConsistency(nn.Module):
+    """Consistency penalty: mean over i, u < w present of `1 - cos(P y[i,u], P y[i,w])`, P: D -> D/2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, max(1, width // 2), bias=False)
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """y [N, V, D]; mask bool [N, V] or None. Returns a scalar, 0 where no instance has two views."""
+        unit = F.normalize(_wide(self.projection(y)), dim=-1, eps=1e-8)
+        if mask is None:
+            count = unit.new_full(unit.shape[:1], unit.shape[1])
+        else:
+            unit = unit.masked_fill(~mask[..., None], 0.0)
+            count = mask.sum(1).to(unit.dtype)
+        # sum_{u<w} e_u.e_w = (|sum_u e_u|^2 - sum_u |e_u|^2) / 2: nothing of size V^2.
+        cosines = (unit.sum(1).square().sum() - unit.square().sum()) / 2
+        pairs = (count * (count - 1)).sum() / 2
+        return (pairs - cosines) / pairs.clamp_min(1.0)
+
+
+def concentration_penalty(entropy: Tensor, mask: Tensor | None = None) -> Tensor:
+    """No view dominates: mean over blocks, i, h, u with V_i > 1 of `1 - E[i,h,u] / log V_i`.
+
+    Args:
+        entropy: [..., N, V, H], of the view mass.
+        mask: bool [N, V], or None when all views are present.
+
+    Returns:
+        A scalar, 0 where no instance has two views.
+    """
+    *blocks, n, views, heads = entropy.shape
+    present = entropy.new_ones(n, views) if mask is None else mask.to(entropy.dtype)
+    count = present.sum(1, keepdim=True)
+    weight = present * (count > 1)  # [N,V]
+    scale = weight / count.clamp_min(2.0).log()
+    total = weight.sum() * (blocks[0] if blocks else 1) * heads
+    return (total - (entropy * scale[..., None]).sum()) / total.clamp_min(1.0)
+
+
+def dispersion_penalty(y: Tensor, mask: Tensor | None = None, delta: float = 1.0) -> Tensor:
+    """Views do not collapse: `mean_{u,d} relu(1 - sqrt(Var_i y[i,u,d] + 1e-4))
+    + mean_{u<w} relu(delta - ||mu_u - mu_w|| / sqrt(D))`.
+
+    Mean and (population) variance are over the instances that have view u. The first term is over views that at
+    least two instances have, the second over pairs of views that at least one instance each has.
+
+    Args:
+        y: [N, V, D].
+        mask: bool [N, V], or None when all views are present.
+        delta: margin between the means.
+
+    Returns:
+        A scalar; a term without anything to take a mean of is 0.
+    """
+    y = _wide(y)
+    n, views, width = y.shape
+    present = y.new_ones(n, views) if mask is None else mask.to(y.dtype)
+    count = present.sum(0)  # [V]
+    share = (present / count.clamp_min(1.0))[..., None]  # [N,V,1]
+    mean = (y * share).sum(0)  # [V,D]
+    variance = ((y - mean).square() * share).sum(0)
+    spread = torch.relu(1.0 - (variance + 1e-4).sqrt()).mean(1)
+    several = (count > 1).to(y.dtype)
+    penalty = (spread * several).sum() / several.sum().clamp_min(1.0)
+    if views == 1:
+        return penalty
+    first, second = torch.triu_indices(views, views, offset=1, device=y.device)
+    apart = torch.linalg.vector_norm(mean[first] - mean[second], dim=-1) / width**0.5
+    both = ((count[first] > 0) & (count[second] > 0)).to(y.dtype)
+    return penalty + (torch.relu(delta - apart) * both).sum() / both.sum().clamp_min(1.0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

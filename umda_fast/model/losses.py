@@ -1,0 +1,130 @@
+"""Losses of the tasks, their predictions, and the weighted sum of the penalties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from umda_fast.model.specs import TaskSpec
+
+__all__ = ["decode", "penalty_loss", "task_losses"]
+
+
+def task_losses(
+    tasks: Sequence[TaskSpec],
+    logits: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    label_mask: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Mean loss of every task over the bags that carry its label.
+
+    Binary: cross entropy of the sigmoid; multiclass: of the softmax; multilabel: of the sigmoids, mean over
+    labels; regression: squared error against `(label - mean) / std`. With class weights, binary and multiclass
+    losses are weighted means (weight of the label's class, divided by the sum of weights); for a multilabel
+    task the weight multiplies the loss of a label's positives.
+
+    Args:
+        tasks: of the model.
+        logits: task -> [B, outputs].
+        labels: task -> [B] (binary, multiclass, regression in original units) or [B, classes] (multilabel).
+        label_mask: task -> bool [B], True where the label is present; a task not in it has all of its labels.
+            Labels elsewhere are never used (they may be NaN).
+
+    Returns:
+        task -> scalar, float32 (float64 for float64). A task without a single label is absent. Finding out
+        which are reads the masks: one synchronisation with a GPU.
+
+    Raises:
+        ValueError: labels, logits or a mask of another shape.
+    """
+    masks = label_mask or {}
+    wanted = [task for task in tasks if task.name in labels]
+    for task in wanted:
+        _check(task, logits, labels[task.name], masks.get(task.name))
+    bounded = [masks[task.name].any() for task in wanted if task.name in masks]
+    some = iter(torch.stack(bounded).tolist() if bounded else [])
+    losses = {}
+    for task in wanted:
+        target = labels[task.name]
+        keep = masks.get(task.name)
+        if (len(target) > 0) if keep is None else next(some):
+            losses[task.name] = _loss(task, _wide(logits[task.name]), target, keep)
+    return losses
+
+
+def _check(task: TaskSpec, logits: Mapping[str, Tensor], target: Tensor, keep: Tensor | None) -> None:
+    where = f"task {task.name!r}"
+    if task.name not in logits:
+        raise ValueError(f"{where}: expected logits, got {', '.join(logits) or 'none'}")
+    bags = logits[task.name].shape[0]
+    if logits[task.name].shape != (bags, task.outputs):
+        raise ValueError(
+            f"{where}: logits: expected shape [B, {task.outputs}], got {list(logits[task.name].shape)}"
+        )
+    shape = (bags, task.classes) if task.kind == "multilabel" else (bags,)
+    if target.shape != shape:
+        raise ValueError(f"{where}: labels: expected shape {list(shape)}, got {list(target.shape)}")
+    if keep is not None and (keep.shape != (bags,) or keep.dtype != torch.bool):
+        raise ValueError(f"{where}: label_mask: expected bool [{bags}], got {keep.dtype} {list(keep.shape)}")
+
+
+def _loss(task: TaskSpec, logits: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
+    if keep is not None:
+        target = target.masked_fill(~keep if target.dim() == 1 else ~keep[:, None], 0)
+    given = None if task.class_weights is None else logits.new_tensor(task.class_weights)
+    weight = logits.new_ones(len(target))
+    if task.kind == "multiclass":
+        target = target.long()
+        losses = F.cross_entropy(logits, target, reduction="none")
+    elif task.kind == "multilabel":
+        losses = F.binary_cross_entropy_with_logits(
+            logits, target.to(logits.dtype), pos_weight=given, reduction="none"
+        ).mean(1)
+    elif task.kind == "binary":
+        losses = F.binary_cross_entropy_with_logits(logits[:, 0], target.to(logits.dtype), reduction="none")
+    else:
+        losses = (logits[:, 0] - (target.to(logits.dtype) - task.mean) / task.std).square()
+    if given is not None and task.kind != "multilabel":
+        weight = given[target.long()]
+    if keep is not None:
+        weight = weight.masked_fill(~keep, 0.0)
+        losses = losses.masked_fill(~keep, 0.0)
+    return (losses * weight).sum() / weight.sum()
+
+
+def decode(task: TaskSpec, logits: Tensor) -> Tensor:
+    """Predictions from a task's logits [B, outputs]: probabilities (of label 1, of the classes, of every label)
+    or values in original units; same shape, float32 (float64 for float64).
+    """
+    wide = _wide(logits)
+    if task.kind == "multiclass":
+        return wide.softmax(-1)
+    if task.kind == "regression":
+        return wide * task.std + task.mean
+    return wide.sigmoid()
+
+
+def penalty_loss(penalties: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """`sum_p weights[p] * penalties[p]`, a scalar; a penalty without a weight (or with weight 0) is left out.
+
+    Raises:
+        ValueError: no penalties, or a weight for a penalty that does not exist.
+    """
+    if not penalties:
+        raise ValueError("penalties: expected at least one, got none")
+    for name in weights:
+        if name not in penalties:
+            raise ValueError(f"weights: expected penalties among {', '.join(penalties)}, got {name!r}")
+    total = next(iter(penalties.values())).new_zeros(())
+    for name, penalty in penalties.items():
+        weight = weights.get(name, 0.0)
+        if weight != 0.0:
+            total = total + weight * penalty
+    return total
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,216 @@
+"""The whole model: encoders, cross-view attention, graph, pooling, branches, heads (docs/model.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from umda_fast.model.atsb import ATSB, cohesion_penalty
+from umda_fast.model.config import UMDAConfig
+from umda_fast.model.encoders import ViewEncoders
+from umda_fast.model.gmip import GMIP, BagPooling, diversity_penalty
+from umda_fast.model.hcva import HCVA, ViewConsistency, ViewFusion, concentration_penalty, dispersion_penalty
+from umda_fast.model.output import UMDAOutput
+from umda_fast.ops import smoothness_energy
+
+__all__ = ["UMDA"]
+
+ARCHITECTURE = "umda"
+
+
+class UMDA(nn.Module):
+    """Unified multitask, multiview model on bags of instances (Mahmood et al. 2026, equations of docs/model.md).
+
+    Args:
+        config: views, tasks and options.
+        encoders: view -> module [n, ...] -> [n, width], instead of the default encoder of that view.
+
+    Raises:
+        TypeError, ValueError: an encoder for a view that does not exist, or one that is no module.
+    """
+
+    def __init__(self, config: UMDAConfig, encoders: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__()
+        if not isinstance(config, UMDAConfig):
+            raise TypeError(f"config: expected a UMDAConfig, got {type(config).__name__}")
+        self.config = config
+        width, dropout, tasks = config.width, config.dropout, len(config.tasks)
+        self.encoders = ViewEncoders(config.views, width, config.encoder_hidden, dropout, encoders)
+        self.hcva = (
+            HCVA(width, config.heads, len(config.views), config.layers, config.ffn, dropout)
+            if config.hcva
+            else None
+        )
+        self.consistency = ViewConsistency(width)
+        self.fusion = ViewFusion(width)
+        self.gmip = (
+            GMIP(
+                width,
+                config.heads,
+                config.graph_k,
+                config.graph_width,
+                config.graph_tau,
+                config.graph_layers,
+                config.message,
+                config.symmetrize,
+                config.coords_k,
+                dropout,
+            )
+            if config.graph
+            else None
+        )
+        hidden = max(1, width // 2) if config.pool_hidden is None else config.pool_hidden
+        self.pooling = BagPooling(width, tasks, hidden)
+        self.atsb = ATSB(
+            width,
+            tasks,
+            config.private_rank,
+            config.task_embedding,
+            config.kappa,
+            config.kappa_g,
+            config.hierarchy,
+            config.private,
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.heads = nn.ModuleList(nn.Linear(width, task.outputs) for task in config.tasks)
+
+    def forward(
+        self,
+        views: Mapping[str, Tensor],
+        ptr: Tensor,
+        mask: Tensor | None = None,
+        coords: Tensor | None = None,
+        *,
+        task_cosines: Tensor | None = None,
+    ) -> UMDAOutput:
+        """Predict for B bags of N instances.
+
+        Args:
+            views: view -> features [N, width of the view], floating (what the encoder takes for a view with an
+                encoder of its own).
+            ptr: int64 [B+1]; bag b owns instances `ptr[b]:ptr[b+1]`; an empty bag is legal.
+            mask: bool [N, V], which views an instance has, at least one; None when all. Features of missing
+                views are never used (they may be NaN).
+            coords: [N, 2], needed with `coords_k` > 0, else not read.
+            task_cosines: [T, T], cosines of the tasks' gradients for the influence matrix (see `ATSB`).
+
+        Raises:
+            TypeError, ValueError: naming the argument or view, what was expected and what came.
+        """
+        x = self.encoders(views, mask)
+        n, count, _ = x.shape
+        zero = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        penalties = {}
+
+        if self.hcva is not None:
+            x, view_mass, entropy = self.hcva(x, mask)
+            penalties["entropy"] = concentration_penalty(entropy, mask)
+        else:
+            view_mass = torch.eye(count, dtype=zero.dtype, device=x.device).expand(n, count, count)
+            view_mass = view_mass if mask is None else view_mass * mask[..., None]
+            penalties["entropy"] = zero
+        penalties["consistency"] = self.consistency(x, mask)
+        penalties["dispersion"] = dispersion_penalty(x, mask, self.config.delta)
+        z, view_weights = self.fusion(x, mask)
+
+        graph = None
+        penalties["smoothness"] = zero
+        if self.gmip is not None:
+            z, graph, weight = self.gmip(z, ptr, coords)
+            penalties["smoothness"] = smoothness_energy(z, graph, weight)
+        penalties["diversity"] = diversity_penalty(z, ptr, self.config.gamma)
+        pooled, attention, attention_entropy = self.pooling(z, ptr)
+
+        branches, influence = self.atsb(pooled, task_cosines)
+        penalties["divergence"] = self.atsb.divergence()
+        penalties["cohesion"] = (
+            cohesion_penalty(branches, influence, ptr.diff() > 0) if self.config.private else zero
+        )
+        heads = zip(self.config.tasks, self.heads, self.dropout(branches).unbind(1), strict=True)
+        return UMDAOutput(
+            logits={task.name: head(branch) for task, head, branch in heads},
+            penalties=penalties,
+            attention=attention,
+            attention_entropy=attention_entropy,
+            view_mass=view_mass,
+            view_weights=view_weights,
+            influence=influence,
+            representation=z,
+            view_consistency=1.0 - penalties["consistency"],
+            branches=branches,
+            graph=graph,
+        )
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """What all tasks train: encoders, cross-view attention, fusion, graph, the hidden units of the pooling,
+        and the shared path S of the branches."""
+        parts = (self.encoders, self.hcva, self.consistency, self.fusion, self.gmip)
+        parts = (*parts, self.pooling.value, self.pooling.gate, self.atsb.shared)
+        return [parameter for part in parts if part is not None for parameter in part.parameters()]
+
+    def task_parameters(self) -> list[nn.Parameter]:
+        """All other parameters: scores of the pooling, private paths, influence, norms and heads of the tasks."""
+        shared = {id(parameter) for parameter in self.shared_parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in shared]
+
+    def last_shared_layer(self) -> list[nn.Parameter]:
+        """The shared path S [D, D]: the last parameters that the losses of all tasks pass through."""
+        return list(self.atsb.shared.parameters())
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write model.safetensors and config.json into `directory`; needs the package safetensors."""
+        from safetensors.torch import save_file
+
+        place = Path(directory)
+        place.mkdir(parents=True, exist_ok=True)
+        # Clones: a file of safetensors cannot hold tensors that share memory (tied weights of an encoder).
+        weights = {
+            name: value.detach().cpu().contiguous().clone() for name, value in self.state_dict().items()
+        }
+        save_file(weights, place / "model.safetensors")
+        content = {
+            "architecture": ARCHITECTURE,
+            "custom_encoders": list(self.encoders.custom),
+            **self.config.to_dict(),
+        }
+        (place / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], encoders: Mapping[str, nn.Module] | None = None
+    ) -> UMDA:
+        """The model that `save_pretrained` wrote, on the CPU, in the dtype it had.
+
+        Args:
+            directory: with model.safetensors and config.json.
+            encoders: modules for exactly the views that had encoders of their own; their weights are read back.
+
+        Raises:
+            OSError: a file is missing. ValueError: config.json is of another architecture, or `encoders` are
+            not those it asks for. RuntimeError: the weights do not fit.
+        """
+        from safetensors.torch import load_file
+
+        place = Path(directory)
+        values = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        architecture = values.pop("architecture", None)
+        if architecture != ARCHITECTURE:
+            raise ValueError(f"config.json: architecture: expected {ARCHITECTURE}, got {architecture!r}")
+        custom, given = values.pop("custom_encoders", []), list(encoders or {})
+        if set(custom) != set(given):
+            raise ValueError(
+                "encoders: expected modules for the views saved with encoders of their own "
+                f"({', '.join(custom) or 'none'}), got {', '.join(given) or 'none'}"
+            )
+        model = cls(UMDAConfig.from_dict(values), encoders)
+        weights = load_file(place / "model.safetensors")
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name in weights:
+                tensor.data = tensor.data.to(weights[name].dtype)
+        model.load_state_dict(weights)
+        return model
