@@ -112,7 +112,7 @@ def parity_table(report: Mapping[str, Any]) -> tuple[Table, bool]:
         number = all(isinstance(row[column], float) for row in rows)
         table.add_column(column.replace("_", " "), justify="right" if number else "left")
     for row, verdict in zip(rows, verdicts, strict=True):
-        cells = [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+        cells = [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c] or "-") for c in columns]
         table.add_row(*cells, style="bold red" if verdict == "fail" else None)
     return table, passed
 

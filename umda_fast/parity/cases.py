@@ -1,0 +1,317 @@
+"""What parity runs: for every operation a few shapes that have broken kernels, and how to run one case.
+
+Shapes are odd on purpose: ragged and empty bags, missing views full of NaN, packed slices, one view, one task, rows
+of no neighbours, widths that fill no vector.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from umda_fast import ops
+
+Inputs = dict[str, Tensor]
+Outputs = dict[str, Tensor]
+#: A function of the inputs and of the backend's name, through the public functions.
+Run = Callable[[Inputs, str], Outputs]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one shape. All of its floating inputs are made in float64."""
+
+    op: str  #: name in the namespace ``umda_fast``
+    shape: str  #: what is special about it
+    inputs: Inputs
+    run: Run
+    storage: tuple[str, ...]  #: inputs rounded to the dtype under test; other floats go to the accumulation dtype
+    gradients: tuple[str, ...] = ()  #: inputs whose gradients are compared
+    composition: Run | None = None  #: PyTorch's composition; None: the reference in the dtype under test
+    weights: dict[str, Tensor] = field(default_factory=dict)  #: one gradient per output, float64, drawn on demand
+
+    def rounded(self, dtype: torch.dtype, device: str) -> Inputs:
+        """The inputs as an implementation of ``dtype`` gets them."""
+        wide = torch.promote_types(dtype, torch.float32)
+        kinds = {name: dtype if name in self.storage else wide for name in self.inputs}
+        return {name: (x.to(kinds[name]) if x.is_floating_point() else x).to(device) for name, x in self.inputs.items()}
+
+    def evaluate(self, inputs: Inputs, backend: str) -> tuple[Outputs, Outputs]:
+        """Outputs, and the gradients of one fixed combination of all of them."""
+        run = self.composition if backend == "composition" and self.composition is not None else self.run
+        name = "reference" if backend == "composition" else backend
+        leaves = {x: inputs[x].detach().requires_grad_() for x in self.gradients}
+        outputs = run({**inputs, **leaves}, name)
+        used = {x: y for x, y in outputs.items() if y.requires_grad}
+        if not used:
+            return outputs, {}
+        cotangents = [self._weight(x, y).to(y) for x, y in used.items()]
+        found = torch.autograd.grad(
+            list(used.values()), list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True
+        )
+        return {x: y.detach() for x, y in outputs.items()}, dict(zip(leaves, found, strict=True))
+
+    def _weight(self, name: str, like: Tensor) -> Tensor:
+        if name not in self.weights:
+            # Values that every dtype holds exactly: all are asked for the same gradient.
+            self.weights[name] = normal(*like.shape, seed=len(name) + 50).bfloat16().double()
+        return self.weights[name]
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """Standard normal values, float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def offsets(sizes: Sequence[int]) -> Tensor:
+    """int64 offsets of pieces of these sizes."""
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int64)
+
+
+# --- cross_view
+
+
+def cross_view_case(shape: str, n: int, views: int, heads: int, width: int, *, missing: bool = False) -> Case:
+    """Packed q, k, v, read as slices; with ``missing``, views that are absent hold NaN."""
+    inputs = {
+        "qkv": normal(n, views, 3, heads, width, seed=1),
+        "gate": normal(n, views, heads, seed=2),
+        "bias": normal(heads, views, views, seed=3),
+    }
+    if missing:
+        mask = torch.rand(n, views, generator=torch.Generator().manual_seed(4)) < 0.6
+        mask[torch.arange(n), torch.arange(n) % views] = True
+        inputs["mask"] = mask
+        inputs["qkv"][~mask] = math.nan
+        inputs["gate"][~mask] = math.nan
+
+    def run(x: Inputs, backend: str) -> Outputs:
+        q, k, v = x["qkv"].unbind(2)
+        return ops.cross_view_attention(
+            q, k, v, x["gate"], bias=x["bias"], mask=x.get("mask"), backend=backend
+        )._asdict()
+
+    return Case("cross_view", shape, inputs, run, ("qkv", "gate"), ("qkv", "gate", "bias"))
+
+
+def cross_view_tokens_case(
+    shape: str, lengths: Sequence[int], segments: Sequence[int], heads: int, width: int, *, views: int
+) -> Case:
+    """Segments of ``lengths`` tokens, ``segments`` of them per instance, views in turn."""
+    tokens = sum(lengths)
+    inputs = {name: normal(tokens, heads, width, seed=i) for i, name in enumerate("qkv")}
+    inputs |= {
+        "gate": normal(tokens, heads, seed=5),
+        "bias": normal(heads, views, views, seed=6),
+        "cu_tokens": offsets(lengths),
+        "cu_segments": offsets(segments),
+        "view": torch.cat(
+            [torch.arange(count, dtype=torch.int32) % views for count in segments]
+            or [torch.empty(0, dtype=torch.int32)]
+        ),
+    }
+
+    def run(x: Inputs, backend: str) -> Outputs:
+        output = ops.cross_view_token_attention(
+            x["q"], x["k"], x["v"], x["gate"], x["cu_tokens"], x["cu_segments"], x["view"], views,
+            bias=x["bias"], token_entropy=True, backend=backend,
+        )  # fmt: skip
+        return {name: y for name, y in output._asdict().items() if y is not None}
+
+    return Case("cross_view_tokens", shape, inputs, run, ("q", "k", "v", "gate"), ("q", "k", "v", "gate", "bias"))
+
+
+# --- knn
+
+
+def _similarities(x: Tensor, metric: str) -> Tensor:
+    """All pairs of one bag, in x's dtype."""
+    if metric == "cosine":
+        unit = torch.nn.functional.normalize(x, dim=1, eps=1e-8)
+        return unit @ unit.T
+    return -torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def knn_case(shape: str, sizes: Sequence[int], width: int, k: int, metric: str) -> Case:
+    """Compared are the similarities, best first, and how good in float64 the neighbours really are.
+
+    The neighbours themselves may differ where two are nearly as good. The reference computes in float64, so the
+    composition is the matrix of all pairs of a bag and ``topk``.
+    """
+    inputs = {"x": normal(sum(sizes), width, seed=7), "ptr": offsets(sizes)}
+
+    def outputs(x: Inputs, neighbors: Tensor, similarity: Tensor) -> Outputs:
+        quality = torch.full(neighbors.shape, -math.inf, dtype=torch.float64, device=neighbors.device)
+        for begin, end in pairwise(x["ptr"].tolist()):
+            pairs = _similarities(x["x"][begin:end].double(), metric).fill_diagonal_(math.nan)
+            columns = neighbors[begin:end].long() - begin
+            inside = (columns >= 0) & (columns < end - begin)
+            if end > begin:
+                found = pairs.gather(1, columns.clamp(0, end - begin - 1))
+                quality[begin:end] = found.masked_fill(~inside, -math.inf)
+        return {"similarity": similarity, "quality": quality.to(similarity.dtype)}
+
+    def run(x: Inputs, backend: str) -> Outputs:
+        graph = ops.knn_graph(x["x"], x["ptr"], k, metric=metric, backend=backend)
+        assert graph.similarity is not None
+        return outputs(x, graph.neighbors, graph.similarity)
+
+    def composition(x: Inputs, backend: str) -> Outputs:
+        neighbors = torch.full((x["x"].shape[0], k), -1, dtype=torch.int32, device=x["x"].device)
+        similarity = torch.full(neighbors.shape, -math.inf, device=x["x"].device)
+        for begin, end in pairwise(x["ptr"].tolist()):
+            degree = min(k, end - begin - 1)
+            if degree > 0:
+                pairs = _similarities(x["x"][begin:end].float(), metric).fill_diagonal_(-math.inf)
+                best = pairs.topk(degree, dim=1)
+                similarity[begin:end, :degree] = best.values
+                neighbors[begin:end, :degree] = (best.indices + begin).int()
+        return outputs(x, neighbors, similarity)
+
+    return Case("knn", f"{shape}, {metric}", inputs, run, ("x",), composition=composition)
+
+
+# --- neighbors
+
+
+def random_graph(nodes: int, degree: int, *, csr: bool) -> Inputs:
+    """Absent edges in mid-row, self edges, duplicates, a row without edges, and with ``csr`` a hub."""
+    generator = torch.Generator().manual_seed(nodes + degree)
+    if not csr:
+        neighbors = torch.randint(-1, max(1, nodes), (nodes, degree), generator=generator, dtype=torch.int32)
+        neighbors[2:3] = -1
+        neighbors[3:4] = 0
+        return {"neighbors": neighbors}
+    degrees = torch.randint(0, 2 * degree + 1, (nodes,), generator=generator)
+    degrees[:1] = 3 * degree + 5
+    indptr = offsets(degrees.tolist())
+    edges = int(indptr[-1])
+    return {
+        "neighbors": torch.randint(-1, nodes, (edges,), generator=generator, dtype=torch.int32),
+        "indptr": indptr,
+    }
+
+
+def _graph(x: Inputs) -> ops.NeighborGraph:
+    return ops.NeighborGraph(x["neighbors"], indptr=x.get("indptr"))
+
+
+def neighbor_cases(shape: str, nodes: int, degree: int, heads: int, width: int, *, csr: bool) -> list[Case]:
+    """One case of every operation over a graph; width is that of a head."""
+    graph = random_graph(nodes, degree, csr=csr)
+    count = graph["neighbors"].shape
+    qkv = {name: normal(nodes, heads, width, seed=i) for i, name in enumerate("qkv")}
+    x = {**graph, "x": normal(nodes, heads * width, seed=8)}
+    weight = normal(*count, seed=9).abs() + 0.05
+    weighted = {**x, "weight": weight.masked_fill(graph["neighbors"] < 0, math.nan)}
+
+    def attention(self_loop: bool) -> Run:
+        def run(x: Inputs, backend: str) -> Outputs:
+            out = ops.neighbor_attention(
+                x["q"], x["k"], x["v"], _graph(x), x.get("log_weight"), self_loop=self_loop, backend=backend
+            )
+            return {"out": out}
+
+        return run
+
+    def cosine(x: Inputs, backend: str) -> Outputs:
+        return {"cosine": ops.edge_cosine(x["x"], _graph(x), backend=backend)}
+
+    def total(x: Inputs, backend: str) -> Outputs:
+        return {"sum": ops.neighbor_sum(x["x"], _graph(x), x["weight"], backend=backend)}
+
+    def energy(x: Inputs, backend: str) -> Outputs:
+        return {"energy": ops.smoothness_energy(x["x"], _graph(x), x["weight"], backend=backend)}
+
+    weights_attended = {**graph, **qkv, "log_weight": weight.log()}
+    features = ("q", "k", "v")
+    attended = "neighbor_attention"
+    return [
+        Case("edge_cosine", shape, x, cosine, ("x",), ("x",)),
+        Case(attended, shape, weights_attended, attention(True), features, (*features, "log_weight")),
+        Case(attended, f"{shape}, no self loop", {**graph, **qkv}, attention(False), features, features),
+        Case("neighbor_sum", shape, weighted, total, ("x",), ("x", "weight")),
+        Case("smoothness_energy", shape, weighted, energy, ("x",), ("x", "weight")),
+    ]
+
+
+# --- bag_pool, task_gradients
+
+
+def bag_pool_case(shape: str, sizes: Sequence[int], width: int, tasks: int) -> Case:
+    """Bags of these sizes."""
+    n = sum(sizes)
+    inputs = {"z": normal(n, width, seed=10), "scores": normal(n, tasks, seed=11), "ptr": offsets(sizes)}
+
+    def run(x: Inputs, backend: str) -> Outputs:
+        return ops.bag_attention_pool(x["z"], x["scores"], x["ptr"], backend=backend)._asdict()
+
+    return Case("bag_pool", shape, inputs, run, ("z", "scores"), ("z", "scores"))
+
+
+def task_gradient_cases(shape: str, tasks: int, pieces: Sequence[int], *, inactive: bool = False) -> list[Case]:
+    """Gradients as lists of pieces, of the smoothed values, their Gram matrix and a combination."""
+    size = sum(pieces)
+    ema = normal(tasks, size, seed=12)
+    inputs = {"grads": normal(tasks, size, seed=13), "ema": ema}
+    if inactive:
+        inputs["active"] = torch.arange(tasks) % 2 == 0
+        inputs["grads"][1::2] = math.nan
+
+    def statistics(x: Inputs, backend: str) -> Outputs:
+        kept = x["ema"].clone()
+        lists = [list(row.split(list(pieces))) for row in x["grads"]]
+        gram = ops.task_gradient_statistics(lists, kept, beta=0.75, step=3, active=x.get("active"), backend=backend)
+        return {"gram": gram, "ema": kept}
+
+    def combined(x: Inputs, backend: str) -> Outputs:
+        return {"out": ops.combine_task_gradients(x["ema"], x["weights"], backend=backend)}
+
+    return [
+        Case("task_gradient_statistics", shape, inputs, statistics, ("grads",)),
+        Case("combine_task_gradients", shape, {"ema": ema, "weights": normal(tasks, seed=14)}, combined, ()),
+    ]
+
+
+def all_cases() -> list[Case]:
+    """The table of `run_parity`."""
+    cases = [
+        cross_view_case("N=33 V=3 H=2 Dh=32", 33, 3, 2, 32),
+        cross_view_case("N=19 V=4 H=3 Dh=59, missing views", 19, 4, 3, 59, missing=True),
+        cross_view_case("N=5 V=16 H=1 Dh=8, missing views", 5, 16, 1, 8, missing=True),
+        cross_view_case("N=7 V=1 H=2 Dh=97", 7, 1, 2, 97),
+        cross_view_case("N=0", 0, 3, 2, 16),
+        cross_view_tokens_case("ragged, H=2 Dh=32", [5, 9, 3, 1, 17, 2, 0], [3, 1, 0, 3], 2, 32, views=3),
+        cross_view_tokens_case("one view, Dh=59", [7, 4], [1, 1], 1, 59, views=1),
+        cross_view_tokens_case("no token", [], [], 1, 16, views=2),
+        bag_pool_case("ragged, D=97 T=5", [3, 0, 40, 1, 300, 0], 97, 5),
+        bag_pool_case("one bag, D=256 T=1", [70], 256, 1),
+        bag_pool_case("D=1 T=8", [9, 4], 1, 8),
+        bag_pool_case("empty bags only", [0, 0], 16, 3),
+        *task_gradient_cases("T=5 P=1003", 5, [700, 1, 302]),
+        *task_gradient_cases("T=4 P=300, two active", 4, [300], inactive=True),
+        *task_gradient_cases("T=1 P=1", 1, [1]),
+        *neighbor_cases("k=5 H=2 Dh=59", 31, 5, 2, 59, csr=False),
+        *neighbor_cases("CSR H=1 Dh=97", 23, 4, 1, 97, csr=True),
+        *neighbor_cases("N=0", 0, 3, 1, 16, csr=False),
+        *neighbor_cases("no edge", 4, 0, 1, 16, csr=False),
+    ]
+    for metric in ("cosine", "euclidean"):
+        cases += [
+            knn_case("ragged, d=59 k=4", [17, 0, 1, 3, 40], 59, 4, metric),
+            knn_case("d=1 k=9, k >= n", [5, 2], 1, 9, metric),
+        ]
+    return cases
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def exact_inputs(inputs: Mapping[str, Tensor]) -> Inputs:
+    """The same values in float64."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
