@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from umda_fast.model._numerics import wide
+
 __all__ = ["ATSB", "ATSBOutput", "TaskNorm", "cohesion_penalty", "divergence_penalty"]
 
 
@@ -148,7 +150,7 @@ def cohesion_penalty(branches: Tensor, influence: Tensor, present: Tensor | None
     Returns:
         A scalar, 0 for one task or without bags.
     """
-    branches = branches.to(torch.promote_types(branches.dtype, torch.float32))
+    branches = wide(branches)
     bags, tasks, _ = branches.shape
     if tasks == 1:
         return branches.new_zeros(())

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from umda_fast.model.specs import TaskSpec, ViewSpec, _as_float, _as_tuple, _check_int, check_distinct
+from umda_fast.ops.cross_view import MAX_HEAD_DIM, MAX_VIEWS, MIN_HEAD_DIM
 
 Message: TypeAlias = Literal["attention", "mean", "none"]
 
@@ -31,9 +32,9 @@ class UMDAConfig:
     """Options of `UMDA`; formulas and symbols are those of docs/model.md.
 
     Attributes:
-        views, tasks: as the data has them; mappings with their fields are taken as well.
+        views, tasks: as the data has them, at most 16 views; mappings with their fields are taken as well.
         width: D, width of the model.
-        heads: H, of both attentions; divides `width`.
+        heads: H, of both attentions; divides `width`, with a quotient in 8..256.
         layers: L_v, cross-view attention blocks.
         ffn: hidden width of a block's feed-forward part, in multiples of `width`.
         dropout: in the encoders, after attention, messages and feed-forward parts, and before the heads.
@@ -97,9 +98,14 @@ class UMDAConfig:
             if getattr(self, name) is not None:
                 self._check_at_least(name, 1)
         if self.width % self.heads:
+            raise ValueError(f"UMDAConfig.heads: expected a divisor of width = {self.width}, got {self.heads}")
+        if self.hcva and not MIN_HEAD_DIM <= self.width // self.heads <= MAX_HEAD_DIM:
             raise ValueError(
-                f"UMDAConfig.heads: expected a divisor of width = {self.width}, got {self.heads}"
+                f"UMDAConfig.heads: expected width / heads in {MIN_HEAD_DIM}..{MAX_HEAD_DIM}, "
+                f"got {self.width} / {self.heads} = {self.width // self.heads}"
             )
+        if self.hcva and len(self.views) > MAX_VIEWS:
+            raise ValueError(f"UMDAConfig.views: expected at most {MAX_VIEWS}, got {len(self.views)}")
         for name in ("dropout", "graph_tau", "kappa", "kappa_g", "delta", "gamma"):
             object.__setattr__(self, name, _as_float(f"UMDAConfig.{name}", getattr(self, name)))
         if not 0.0 <= self.dropout < 1.0:

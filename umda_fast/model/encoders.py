@@ -29,9 +29,10 @@ class FeatureEncoder(nn.Sequential):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        first = self[0]
-        assert isinstance(first, nn.LayerNorm)
-        return super().forward(features.to(first.weight.dtype))
+        x = features.to(self.get_parameter("0.weight").dtype)
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 class ViewEncoders(nn.Module):
@@ -66,9 +67,7 @@ class ViewEncoders(nn.Module):
             if name not in names:
                 raise ValueError(f"encoders: expected views among {', '.join(names)}, got {name!r}")
             if not isinstance(encoder, nn.Module):
-                raise TypeError(
-                    f"encoders[{name!r}]: expected a torch.nn.Module, got {type(encoder).__name__}"
-                )
+                raise TypeError(f"encoders[{name!r}]: expected a torch.nn.Module, got {type(encoder).__name__}")
         self.custom = tuple(name for name in names if name in given)
         # By position: a view may have any name, a submodule may not.
         self.encoders = nn.ModuleList(
@@ -99,9 +98,7 @@ class ViewEncoders(nn.Module):
             count = features.shape[0]
             if mask is not None:
                 if mask.shape != (count, len(self.views)):
-                    raise ValueError(
-                        f"mask must have shape [{count}, {len(self.views)}], got {list(mask.shape)}"
-                    )
+                    raise ValueError(f"mask must have shape [{count}, {len(self.views)}], got {list(mask.shape)}")
                 absent = ~mask[:, position].reshape(-1, *[1] * (features.dim() - 1))
                 # Before the encoder, or the gradient of its weights is 0 * NaN.
                 features = features.masked_fill(absent, 0)
@@ -126,11 +123,7 @@ class ViewEncoders(nn.Module):
             if features.dim() < 1 or (count is not None and features.shape[0] != count):
                 raise ValueError(f"{where}: expected shape [{rows}, ...], got {list(features.shape)}")
             return features
-        if (
-            features.dim() != 2
-            or features.shape[1] != view.width
-            or (count is not None and features.shape[0] != count)
-        ):
+        if features.dim() != 2 or features.shape[1] != view.width or (count is not None and features.shape[0] != count):
             raise ValueError(f"{where}: expected shape [{rows}, {view.width}], got {list(features.shape)}")
         if not features.is_floating_point():
             raise TypeError(f"{where}: expected floating features, got {features.dtype}")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from umda_fast.model._numerics import wide
 from umda_fast.model.config import Message
 from umda_fast.ops import (
     NeighborGraph,
@@ -39,9 +40,7 @@ class MessagePassing(nn.Module):
         width: D. heads: H, divides D. message: `attention` or `mean`. dropout: after W_m.
     """
 
-    def __init__(
-        self, width: int, heads: int, message: Message = "attention", dropout: float = 0.1
-    ) -> None:
+    def __init__(self, width: int, heads: int, message: Message = "attention", dropout: float = 0.1) -> None:
         super().__init__()
         if message not in ("attention", "mean"):
             raise ValueError(f"message: expected attention or mean, got {message!r}")
@@ -181,7 +180,7 @@ def diversity_penalty(z: Tensor, ptr: Tensor, gamma: float = 0.5) -> Tensor:
         A scalar, with a gradient of first order; the variance is the population's. 0 where no bag has two
         instances.
     """
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = wide(z)
     equal = z.new_zeros(z.shape[0], 1)  # equal scores: the pooling is a mean
     with torch.no_grad():
         mean = bag_attention_pool(z, equal, ptr).pooled[:, 0]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from umda_fast.model._numerics import wide
 from umda_fast.ops import cross_view_attention
 
 __all__ = [
@@ -58,9 +59,7 @@ class HCVABlock(nn.Module):
         normed = self.attention_norm(x)
         q, k, v = self.qkv(normed).view(n, views, 3, self.heads, width // self.heads).unbind(2)
         gate_logits = self.gate(normed)
-        out, mass, entropy = cross_view_attention(
-            q, k, v, gate_logits, bias=self.influence_bias, mask=mask
-        )
+        out, mass, entropy = cross_view_attention(q, k, v, gate_logits, bias=self.influence_bias, mask=mask)
         x = x + self.dropout(self.output(out.reshape(n, views, width)))
         x = x + self.dropout(self.ffn(self.ffn_norm(x)))
         if mask is not None:
@@ -79,9 +78,7 @@ class HCVAOutput(NamedTuple):
 class HCVA(nn.Module):
     """`layers` blocks of hybrid cross-view attention, [N, V, D] -> [N, V, D]. Arguments as `HCVABlock` has them."""
 
-    def __init__(
-        self, width: int, heads: int, views: int, layers: int = 2, ffn: int = 2, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, width: int, heads: int, views: int, layers: int = 2, ffn: int = 2, dropout: float = 0.1) -> None:
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers: expected at least 1, got {layers}")
@@ -107,7 +104,7 @@ class ViewFusion(nn.Module):
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y [N, V, D]; mask bool [N, V] or None. Returns z [N, D] and beta [N, V], 0 at missing views."""
-        scores = _wide(self.score(torch.tanh(self.hidden(y))).squeeze(-1))
+        scores = wide(self.score(torch.tanh(self.hidden(y))).squeeze(-1))
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         beta = scores.softmax(-1)
@@ -123,7 +120,7 @@ class ViewConsistency(nn.Module):
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """y [N, V, D]; mask bool [N, V] or None. Returns a scalar, 0 where no instance has two views."""
-        unit = F.normalize(_wide(self.projection(y)), dim=-1, eps=1e-8)
+        unit = F.normalize(wide(self.projection(y)), dim=-1, eps=1e-8)
         if mask is None:
             count = unit.new_full(unit.shape[:1], unit.shape[1])
         else:
@@ -169,7 +166,7 @@ def dispersion_penalty(y: Tensor, mask: Tensor | None = None, delta: float = 1.0
     Returns:
         A scalar; a term without anything to take a mean of is 0.
     """
-    y = _wide(y)
+    y = wide(y)
     n, views, width = y.shape
     present = y.new_ones(n, views) if mask is None else mask.to(y.dtype)
     count = present.sum(0)  # [V]
@@ -185,7 +182,3 @@ def dispersion_penalty(y: Tensor, mask: Tensor | None = None, delta: float = 1.0
     apart = torch.linalg.vector_norm(mean[first] - mean[second], dim=-1) / width**0.5
     both = ((count[first] > 0) & (count[second] > 0)).to(y.dtype)
     return penalty + (torch.relu(delta - apart) * both).sum() / both.sum().clamp_min(1.0)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from umda_fast.model._numerics import wide
 from umda_fast.model.specs import TaskSpec
 
 __all__ = ["decode", "penalty_loss", "task_losses"]
@@ -51,7 +52,7 @@ def task_losses(
         target = labels[task.name]
         keep = masks.get(task.name)
         if (len(target) > 0) if keep is None else next(some):
-            losses[task.name] = _loss(task, _wide(logits[task.name]), target, keep)
+            losses[task.name] = _loss(task, wide(logits[task.name]), target, keep)
     return losses
 
 
@@ -61,9 +62,7 @@ def _check(task: TaskSpec, logits: Mapping[str, Tensor], target: Tensor, keep: T
         raise ValueError(f"{where}: expected logits, got {', '.join(logits) or 'none'}")
     bags = logits[task.name].shape[0]
     if logits[task.name].shape != (bags, task.outputs):
-        raise ValueError(
-            f"{where}: logits: expected shape [B, {task.outputs}], got {list(logits[task.name].shape)}"
-        )
+        raise ValueError(f"{where}: logits: expected shape [B, {task.outputs}], got {list(logits[task.name].shape)}")
     shape = (bags, task.classes) if task.kind == "multilabel" else (bags,)
     if target.shape != shape:
         raise ValueError(f"{where}: labels: expected shape {list(shape)}, got {list(target.shape)}")
@@ -99,7 +98,7 @@ def decode(task: TaskSpec, logits: Tensor) -> Tensor:
     """Predictions from a task's logits [B, outputs]: probabilities (of label 1, of the classes, of every label)
     or values in original units; same shape, float32 (float64 for float64).
     """
-    wide = _wide(logits)
+    wide = wide(logits)
     if task.kind == "multiclass":
         return wide.softmax(-1)
     if task.kind == "regression":
@@ -124,7 +123,3 @@ def penalty_loss(penalties: Mapping[str, Tensor], weights: Mapping[str, float]) 
         if weight != 0.0:
             total = total + weight * penalty
     return total
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

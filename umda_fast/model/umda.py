@@ -42,9 +42,7 @@ class UMDA(nn.Module):
         width, dropout, tasks = config.width, config.dropout, len(config.tasks)
         self.encoders = ViewEncoders(config.views, width, config.encoder_hidden, dropout, encoders)
         self.hcva = (
-            HCVA(width, config.heads, len(config.views), config.layers, config.ffn, dropout)
-            if config.hcva
-            else None
+            HCVA(width, config.heads, len(config.views), config.layers, config.ffn, dropout) if config.hcva else None
         )
         self.consistency = ViewConsistency(width)
         self.fusion = ViewFusion(width)
@@ -128,9 +126,7 @@ class UMDA(nn.Module):
 
         branches, influence = self.atsb(pooled, task_cosines)
         penalties["divergence"] = self.atsb.divergence()
-        penalties["cohesion"] = (
-            cohesion_penalty(branches, influence, ptr.diff() > 0) if self.config.private else zero
-        )
+        penalties["cohesion"] = cohesion_penalty(branches, influence, ptr.diff() > 0) if self.config.private else zero
         heads = zip(self.config.tasks, self.heads, self.dropout(branches).unbind(1), strict=True)
         return UMDAOutput(
             logits={task.name: head(branch) for task, head, branch in heads},
@@ -149,8 +145,8 @@ class UMDA(nn.Module):
     def shared_parameters(self) -> list[nn.Parameter]:
         """What all tasks train: encoders, cross-view attention, fusion, graph, the hidden units of the pooling,
         and the shared path S of the branches."""
-        parts = (self.encoders, self.hcva, self.consistency, self.fusion, self.gmip)
-        parts = (*parts, self.pooling.value, self.pooling.gate, self.atsb.shared)
+        blocks = (self.encoders, self.hcva, self.consistency, self.fusion, self.gmip)
+        parts = (*blocks, self.pooling.value, self.pooling.gate, self.atsb.shared)
         return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
     def task_parameters(self) -> list[nn.Parameter]:
@@ -169,9 +165,7 @@ class UMDA(nn.Module):
         place = Path(directory)
         place.mkdir(parents=True, exist_ok=True)
         # Clones: a file of safetensors cannot hold tensors that share memory (tied weights of an encoder).
-        weights = {
-            name: value.detach().cpu().contiguous().clone() for name, value in self.state_dict().items()
-        }
+        weights = {name: value.detach().cpu().contiguous().clone() for name, value in self.state_dict().items()}
         save_file(weights, place / "model.safetensors")
         content = {
             "architecture": ARCHITECTURE,
