@@ -195,6 +195,8 @@ def cuda_plan(output: Path, objects: Path, torch: Path) -> Plan:
             plan.compile.append(object_step(compiler, source, objects / f"{source.name}.o"))
     inputs = [step.output for step in plan.compile]
     command = [str(nvcc), "-shared", "-cudart", "static", "-ccbin", shlex.split(cxx)[0], "-o", str(output)]
+    # Where the packages of CUDA 13.0 put the runtime, and their nvcc does not look.
+    command.append(f"-L{nvcc.resolve().parent.parent / 'lib'}")
     command += [*map(str, inputs), f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     plan.link = Step(output, inputs, command)
     return plan

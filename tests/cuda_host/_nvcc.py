@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUDGET = Path(__file__).resolve().parent / "nvcc_budget.json"
 
-#: What the package index calls the parts of nvcc that are needed.
-PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+#: The version that the budget is about; others allocate registers in other ways.
+VERSION = "13.0"
+
+#: What the package index calls the parts of nvcc.
+PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-nvvm")
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,20 @@ def _setup() -> Any:
     return module
 
 
+def _version(nvcc: Path) -> str:
+    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    return text.split(" V")[-1].split()[0]
+
+
 def find_nvcc(setup: Any) -> Path:
-    """nvcc, from the package index when the machine has none."""
+    """nvcc of the budget's version, from the package index when the machine has another or none."""
     found = setup.find_nvcc()
-    if found is not None:
+    if found is not None and _version(found).startswith(f"{VERSION}."):
         return Path(found)
-    directory = ROOT / "build" / "nvcc"
+    directory = ROOT / "build" / f"nvcc-{VERSION}"
     if not list(directory.glob("nvidia/*/bin/nvcc")):
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(directory), *PACKAGES]
+        pinned = [f"{package}=={VERSION}.*" for package in PACKAGES]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(directory), *pinned]
         subprocess.run(command, check=True)
     return next(iter(directory.glob("nvidia/*/bin/nvcc")))
 
@@ -73,9 +83,7 @@ def build() -> Build:
     """Build the library in ``build/``, once for every state of its sources."""
     setup = _setup()
     nvcc = find_nvcc(setup)
-    os.environ["NVCC"] = str(nvcc)
-    version_text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
-    version = version_text.split(" V")[-1].split()[0]
+    version = _version(nvcc)
     digest = hashlib.sha256((version + torch.__version__).encode())
     csrc = ROOT / "csrc"
     for path in sorted([*csrc.glob("*.h"), *csrc.glob("cpu/binding.h"), *csrc.glob("cuda/*"), ROOT / "setup.py"]):
@@ -86,14 +94,16 @@ def build() -> Build:
         before = Path.cwd()
         os.chdir(ROOT)  # the plan's paths are relative
         try:
-            log_text = _run(setup, setup.cuda_plan(library, directory, Path(torch.__file__).parent))
+            with mock.patch.dict(os.environ, NVCC=str(nvcc)):
+                plan = setup.cuda_plan(library, directory, Path(torch.__file__).parent)
+            log_text = _run(plan)
         finally:
             os.chdir(before)
         log.write_text(log_text)
     return Build(library, tuple(_parse(log.read_text())), version)
 
 
-def _run(setup: Any, plan: Any) -> str:
+def _run(plan: Any) -> str:
     """Compile and link; returns what ptxas wrote."""
 
     def run(step: Any) -> str:

@@ -162,7 +162,7 @@ def check(case: Case, shift: int = 0) -> None:
 RAGGED = [3, 0, 1, 150, 0, 0, 64, 7, 200, 1, 0]
 
 
-@pytest.mark.parametrize("width", [1, 3, 59, 97, 256, 300])
+@pytest.mark.parametrize("width", [1, 3, 59, 97, 256, 264, 301])
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 def test_widths(width: int, dtype: torch.dtype) -> None:
     check(make(RAGGED, width, 3, dtype))

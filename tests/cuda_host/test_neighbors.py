@@ -287,7 +287,7 @@ def test_cosine_graphs(graph: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
-@pytest.mark.parametrize("width", [1, 3, 59, 97, 256, 300])
+@pytest.mark.parametrize("width", [1, 3, 59, 97, 256, 264, 301])
 def test_cosine_widths(width: int, dtype: torch.dtype) -> None:
     graph = table(40, 5)
     check_cosine(graph, features(graph, width, dtype=dtype))
@@ -333,7 +333,7 @@ def test_sum_graphs(graph: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
-@pytest.mark.parametrize("width", [1, 3, 59, 97, 256, 300])
+@pytest.mark.parametrize("width", [1, 3, 59, 97, 256, 264, 301])
 def test_sum_widths(width: int, dtype: torch.dtype) -> None:
     graph = table(40, 5)
     check_sum(graph, features(graph, width, dtype=dtype))
@@ -401,7 +401,7 @@ def test_energy_graphs(graph: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
-@pytest.mark.parametrize("width", [1, 3, 59, 97, 256, 300])
+@pytest.mark.parametrize("width", [1, 3, 59, 97, 256, 264, 301])
 def test_energy_widths(width: int, dtype: torch.dtype) -> None:
     graph = table(40, 5)
     check_energy(graph, features(graph, width, dtype=dtype), edge_values(graph))
@@ -477,7 +477,7 @@ def test_attention_graphs(graph: str, self_loop: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
-@pytest.mark.parametrize(("heads", "width"), [(1, 1), (2, 3), (1, 59), (3, 97), (1, 256), (1, 300), (4, 16)])
+@pytest.mark.parametrize(("heads", "width"), [(1, 1), (2, 3), (1, 59), (3, 97), (1, 256), (1, 264), (1, 301), (4, 16)])
 def test_attention_widths(heads: int, width: int, dtype: torch.dtype) -> None:
     check_attention(table(30, 5), heads, width, dtype)
 

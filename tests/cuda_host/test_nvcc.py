@@ -12,7 +12,7 @@ from tests.cuda_host._nvcc import BUDGET, Build, build, most_registers
 
 TARGETS = {"sm_80", "sm_90a", "sm_100", "sm_120"}
 
-#: Registers by which another version of nvcc may exceed the budget: the unit in which they are handed out.
+#: Registers by which a patch release of nvcc may exceed the budget: the unit in which they are handed out.
 SLACK = 8
 
 #: What only a CUDA build of torch exports, with C linkage.
