@@ -98,12 +98,12 @@ def decode(task: TaskSpec, logits: Tensor) -> Tensor:
     """Predictions from a task's logits [B, outputs]: probabilities (of label 1, of the classes, of every label)
     or values in original units; same shape, float32 (float64 for float64).
     """
-    wide = wide(logits)
+    values = wide(logits)
     if task.kind == "multiclass":
-        return wide.softmax(-1)
+        return values.softmax(-1)
     if task.kind == "regression":
-        return wide * task.std + task.mean
-    return wide.sigmoid()
+        return values * task.std + task.mean
+    return values.sigmoid()
 
 
 def penalty_loss(penalties: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
