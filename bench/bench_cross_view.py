@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import umda_fast.ops  # noqa: F401  (defines the operations)
-from bench.interleaved import arguments, copy_rate, medians, report
+from bench.harness import arguments, copy_rate, medians, report
 
 HEADS, WIDTH = 8, 32
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import umda_fast.ops  # noqa: F401  (defines the operations)
-from bench.interleaved import arguments, medians, report, sgemm_rate
+from bench.harness import arguments, medians, report, sgemm_rate
 
 try:
     import faiss

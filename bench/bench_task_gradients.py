@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import umda_fast.ops  # noqa: F401  (defines the operations)
-from bench.interleaved import arguments, copy_rate, medians, report
+from bench.harness import arguments, copy_rate, medians, report
 
 BETA = 0.9
 
