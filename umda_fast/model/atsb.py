@@ -77,7 +77,7 @@ class ATSB(nn.Module):
         distances = torch.zeros(tasks, tasks) if hierarchy is None else torch.tensor(hierarchy).float()
         if distances.shape != (tasks, tasks):
             raise ValueError(f"hierarchy: expected [{tasks}][{tasks}], got {list(distances.shape)}")
-        self.register_buffer("hierarchy", -distances)
+        self.register_buffer("hierarchy", -distances, persistent=False)  # the configuration holds it
         self.register_buffer("task_cosines", torch.zeros(tasks, tasks))
         self.norm = TaskNorm(tasks, width)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from umda_fast.model.specs import ViewSpec
+from umda_fast.ops import _validate
 
 __all__ = ["FeatureEncoder", "ViewEncoders"]
 
@@ -97,8 +98,7 @@ class ViewEncoders(nn.Module):
             features = self._check(view, views, count)
             count = features.shape[0]
             if mask is not None:
-                if mask.shape != (count, len(self.views)):
-                    raise ValueError(f"mask must have shape [{count}, {len(self.views)}], got {list(mask.shape)}")
+                _validate.tensor(mask, "mask", [count, len(self.views)], dtype=torch.bool)
                 absent = ~mask[:, position].reshape(-1, *[1] * (features.dim() - 1))
                 # Before the encoder, or the gradient of its weights is 0 * NaN.
                 features = features.masked_fill(absent, 0)

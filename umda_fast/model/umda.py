@@ -16,7 +16,7 @@ from umda_fast.model.encoders import ViewEncoders
 from umda_fast.model.gmip import GMIP, BagPooling, diversity_penalty
 from umda_fast.model.hcva import HCVA, ViewConsistency, ViewFusion, concentration_penalty, dispersion_penalty
 from umda_fast.model.output import UMDAOutput
-from umda_fast.ops import smoothness_energy
+from umda_fast.ops import _validate, smoothness_energy
 
 __all__ = ["UMDA"]
 
@@ -101,6 +101,8 @@ class UMDA(nn.Module):
             TypeError, ValueError: naming the argument or view, what was expected and what came.
         """
         x = self.encoders(views, mask)
+        if mask is not None:
+            _validate.views_present(mask, "mask")
         n, count, _ = x.shape
         zero = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         penalties = {}
