@@ -53,9 +53,7 @@ X86_INSTRUCTION_SETS = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
-INSTRUCTION_SETS = (
-    X86_INSTRUCTION_SETS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
-)
+INSTRUCTION_SETS = X86_INSTRUCTION_SETS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
 
 CUDA_ARCHITECTURES = [
     "-gencode=arch=compute_80,code=sm_80",
@@ -294,6 +292,9 @@ class AbiWheel(bdist_wheel):
 def extensions() -> list[Extension]:
     """The libraries to build here. Sources are listed for the sdist; the plans above compile them."""
     if setting("UMDA_FAST_EXTENSION") == "0":
+        # A library of an earlier build in the tree would be found all the same.
+        for library in LIBRARIES.values():
+            (ROOT / "umda_fast" / library).unlink(missing_ok=True)
         say("UMDA_FAST_EXTENSION=0: pure Python, the PyTorch reference serves every operation on the CPU.")
         return []
     if platform.system() == "Windows":

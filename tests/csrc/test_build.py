@@ -116,9 +116,13 @@ def test_the_compilers_message_is_printed(tmp_path: Path) -> None:
 
 
 def test_switched_off(tmp_path: Path) -> None:
+    stale = tmp_path / "umda_fast/_C.abi3.so"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of an earlier build")
     result = build(tmp_path, UMDA_FAST_EXTENSION="0")
     assert result.returncode == 0
     assert "pure Python" in result.stderr
+    assert not stale.exists()
 
 
 def test_switch_with_a_wrong_value(tmp_path: Path) -> None:
