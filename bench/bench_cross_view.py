@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-import umda_fast.ops  # noqa: F401  (defines the operations)
-from bench.harness import arguments, copy_rate, medians, report
+from bench.harness import arguments, medians, report, require_parity, traffic_note
+from umda_fast.ops import cross_view_attention
+from umda_fast.reference.cross_view import cross_view as reference
 
 HEADS, WIDTH = 8, 32
 
@@ -44,14 +45,65 @@ def with_gradients(function: Callable[..., Tensor], inputs: Inputs, d_out: Tenso
     torch.autograd.grad(function(*inputs), inputs[:5], d_out)
 
 
-def ours_forward(inputs: Inputs) -> Tensor:
-    out: Tensor = torch.ops.umda_fast.cross_view(*inputs)[0]
-    return out
+def ours(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    return cross_view_attention(q, k, v, gate, bias=bias, mask=mask, backend="cpp").out
 
 
-def ours_both(inputs: Inputs, d_out: Tensor) -> None:
-    torch.ops.umda_fast.cross_view(*inputs)
-    torch.ops.umda_fast.cross_view_backward(d_out, None, None, *inputs)
+def make_inputs(n: int, views: int, dtype: torch.dtype, masked: bool) -> tuple[Inputs, Tensor]:
+    """Slices of one packed tensor as leaves, bias in float32, and the gradient of out."""
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(n, views, 3, HEADS, WIDTH, generator=generator).to(dtype)
+    gate = torch.randn(n, views, HEADS, generator=generator).to(dtype)
+    bias = torch.randn(HEADS, views, views, generator=generator)
+    mask = None
+    if masked:
+        mask = torch.rand(n, views, generator=generator) > 0.2
+        mask[:, 0] = True
+    q, k, v, gate, bias = (x.detach().requires_grad_() for x in (*packed.unbind(2), gate, bias))
+    return (q, k, v, gate, bias, mask), torch.randn(n, views, HEADS, WIDTH, generator=generator).to(dtype)
+
+
+def check(views: int, dtype: torch.dtype, masked: bool) -> None:
+    inputs, d_out = make_inputs(500, views, dtype, masked)
+
+    def results(function: Callable[..., Tensor], to: torch.dtype | None) -> list[Tensor]:
+        leaves = [x.detach().to(to or x.dtype).requires_grad_() for x in inputs[:5] if x is not None]
+        out = function(*leaves, inputs[5])
+        return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
+
+    def composed(*x: Tensor) -> Tensor:
+        return reference(*x)[0]
+
+    exact, own = results(composed, torch.float64), results(composed, None)
+    require_parity(f"cross_view, V = {views}, {dtype}", results(ours, None), exact, own)
+
+
+def compare(n: int, views: int, dtype: torch.dtype, masked: bool, repeats: int, copy: float) -> None:
+    inputs, d_out = make_inputs(n, views, dtype, masked)
+    # Eager PyTorch wants the bias in the inputs' type.
+    theirs: Inputs = (*inputs[:4], inputs[4].detach().to(dtype).requires_grad_(), inputs[5])
+    nbytes = d_out.nbytes
+    title = f"N = {n:,}, V = {views}, {HEADS} heads x {WIDTH}, {dtype}{', masked' if masked else ''}"
+    with torch.no_grad():
+        forward = medians(
+            {
+                "umda_fast (and mass, entropy)": lambda: ours(*inputs),
+                "eager": lambda: eager(*theirs),
+                "scaled_dot_product_attention": lambda: sdpa(*theirs),
+            },
+            repeats,
+        )
+    report(f"forward, {title}", forward, {x: traffic_note(4 * nbytes, s, copy) for x, s in forward.items()})
+    both = medians(
+        {
+            "umda_fast (and mass, entropy)": lambda: with_gradients(ours, inputs, d_out),
+            "eager": lambda: with_gradients(eager, theirs, d_out),
+            "scaled_dot_product_attention": lambda: with_gradients(sdpa, theirs, d_out),
+        },
+        repeats,
+    )
+    notes = {x: traffic_note(11 * nbytes, s, copy) for x, s in both.items()}
+    report(f"forward + backward, {title}", both, notes)
 
 
 def main() -> None:
@@ -62,44 +114,8 @@ def main() -> None:
         (100_000, 3, torch.bfloat16, False),
         (30_000, 8, torch.float32, False),
     ]:
-        n = int(count * options.size)
-        generator = torch.Generator().manual_seed(0)
-        packed = torch.randn(n, views, 3, HEADS, WIDTH, generator=generator).to(dtype)
-        gate = torch.randn(n, views, HEADS, generator=generator).to(dtype)
-        bias = torch.randn(HEADS, views, views, generator=generator)
-        d_out = torch.randn(n, views, HEADS, WIDTH, generator=generator).to(dtype)
-        mask = None
-        if masked:
-            mask = torch.rand(n, views, generator=generator) > 0.2
-            mask[:, 0] = True
-        plain: Inputs = (*packed.unbind(2), gate, bias, mask)  # type: ignore[assignment]
-        own_bias = bias.to(dtype)
-        own = [x.detach().requires_grad_() for x in (*packed.unbind(2), gate, own_bias)]
-        leaves: Inputs = (*own, mask)  # type: ignore[assignment]
-        nbytes = n * views * HEADS * WIDTH * packed.element_size()
-        rate = copy_rate()
-        title = f"N = {n:,}, V = {views}, {HEADS} heads x {WIDTH}, {dtype}{', masked' if masked else ''}"
-        with torch.no_grad():
-            forward = medians(
-                {
-                    "umda_fast (and mass, entropy)": lambda x=plain: ours_forward(x),
-                    "eager": lambda x=leaves: eager(*x),
-                    "scaled_dot_product_attention": lambda x=leaves: sdpa(*x),
-                },
-                options.repeats,
-            )
-        floor = {name: f"{4 * nbytes / rate / s:5.0%} of the copy rate" for name, s in forward.items()}
-        report(f"forward, {title}", forward, floor)
-        both = medians(
-            {
-                "umda_fast (and mass, entropy)": lambda x=plain, g=d_out: ours_both(x, g),
-                "eager": lambda x=leaves, g=d_out: with_gradients(eager, x, g),
-                "scaled_dot_product_attention": lambda x=leaves, g=d_out: with_gradients(sdpa, x, g),
-            },
-            options.repeats,
-        )
-        floor = {name: f"{11 * nbytes / rate / s:5.0%} of the copy rate" for name, s in both.items()}
-        report(f"forward + backward, {title}", both, floor)
+        check(views, dtype, masked)
+        compare(int(count * options.size), views, dtype, masked, options.repeats, options.copy)
 
 
 if __name__ == "__main__":
