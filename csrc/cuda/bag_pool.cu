@@ -34,6 +34,7 @@ int64_t unit_length(int64_t instances) { return instances >= (1 << 18) ? 256 : i
 struct Segment {
   int64_t bag, begin, end;  // instances [begin, end)
   bool whole;               // the bag has no others
+  bool last;                // the bag has others, in earlier units, and none in later ones
   int64_t slot;             // of its partial results, if not whole
 };
 
@@ -62,7 +63,8 @@ struct UnitSegments {
     if (last <= next) {
       return false;
     }
-    segment = {bag, next, smaller(last, end), first >= begin && last <= end, 2 * unit + (first >= begin ? 1 : 0)};
+    const bool begins = first >= begin, ends = last <= end;
+    segment = {bag, next, smaller(last, end), begins && ends, !begins && ends, 2 * unit + (begins ? 1 : 0)};
     next = segment.end;
     return true;
   }
@@ -114,13 +116,6 @@ struct Parts {
   int64_t first_unit, count;
 };
 
-// The bag of several units that ends in this unit, or -1.
-__device__ __forceinline__ int64_t bag_ending_in(const BagPoolInput& in, int64_t unit, int64_t length) {
-  const int64_t begin = unit * length, end = smaller(begin + length, in.instances);
-  const int64_t bag = find_segment(in.ptr, in.bags, begin);
-  return in.ptr[bag] < begin && in.ptr[bag + 1] <= end ? bag : -1;
-}
-
 // Statistics of a bag from those of its parts, the same in all lanes.
 __device__ __forceinline__ State merge_states(const Parts& parts, const State* states, int64_t tasks, int64_t t) {
   float top = -infinity();
@@ -151,10 +146,11 @@ __device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f 
 // ---- forward ---------------------------------------------------------------------------------------------
 
 // One warp per unit. For the weights a lane takes every (32 / kTasks)th row of one task; they go through shared memory, 32
-// rows at a time. For the sums it takes 8 columns of every task.
+// rows at a time. For the sums it takes 8 columns of every task. `ending` gets the bag of several units that ends in each
+// unit, or -1.
 template <class Z, int kTasks, bool kVector>
 __global__ void __launch_bounds__(kThreads, kTasks > 4 ? 2 : kTasks > 1 ? 3 : 4)
-    pool_units(const BagPoolForward a, int64_t length, int lanes, State* states, float* parts) {
+    pool_units(const BagPoolForward a, int64_t length, int lanes, State* states, float* parts, int64_t* ending) {
   UMDA_SHARED_ARRAY(float, all_weights, kWarps * kWarp * kTasks);
   const BagPoolInput& in = a.in;
   const int lane = lane_id(), column_lane = lane % lanes, group = lane / lanes, groups = kWarp / lanes;
@@ -163,7 +159,9 @@ __global__ void __launch_bounds__(kThreads, kTasks > 4 ? 2 : kTasks > 1 ? 3 : 4)
   const int64_t units = divide_up(in.instances, length);
   for (int64_t unit = first_warp(); unit < units; unit += num_warps()) {
     UnitSegments segments(in, unit, length);
+    int64_t ending_here = -1;
     for (Segment segment; segments.take(in, segment);) {
+      ending_here = segment.last ? segment.bag : ending_here;
       for (int64_t t0 = 0; t0 < in.tasks; t0 += kTasks) {
         const int64_t task = t0 + lane % kTasks;
         const bool used = task < in.tasks;
@@ -247,13 +245,17 @@ __global__ void __launch_bounds__(kThreads, kTasks > 4 ? 2 : kTasks > 1 ? 3 : 4)
         }
       }
     }
+    if (lane == 0) {
+      ending[unit] = ending_here;
+    }
   }
 }
 
 // One block per unit and task: the bag of several units that ends there. Each warp adds a run of the parts.
 template <class Z, bool kVector>
 __global__ void __launch_bounds__(kThreads, 4)
-    merge_units(const BagPoolForward a, int64_t length, const State* states, const float* parts_sums) {
+    merge_units(const BagPoolForward a, int64_t length, const State* states, const float* parts_sums,
+                const int64_t* ending) {
   constexpr int kTile = kWarp * kPerLane;
   UMDA_SHARED_ARRAY(float, shared, kWarps * kTile);
   const BagPoolInput& in = a.in;
@@ -261,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t units = divide_up(in.instances, length);
   for (int64_t item = blockIdx.x; item < units * in.tasks; item += gridDim.x) {
     const int64_t unit = item / in.tasks, t = item % in.tasks;
-    const int64_t bag = bag_ending_in(in, unit, length);
+    const int64_t bag = ending[unit];
     if (bag < 0) {
       continue;
     }
@@ -348,10 +350,12 @@ struct ForwardSpace {
     const int64_t slots = 2 * divide_up(in.instances, unit_length(in.instances));
     states = space.take<State>(slots * in.tasks);
     parts = space.take<float>(slots * in.tasks * in.width);
+    ending = space.take<int64_t>(slots / 2);
   }
   Workspace space;
   State* states;
   float* parts;
+  int64_t* ending;
 };
 
 template <class Z>
@@ -362,7 +366,7 @@ void forward(const BagPoolForward& a, const Launch& launch) {
   const int lanes = lanes_for(in.width);
   const bool vector = aligned_rows<Z>(in.z, in.z_stride, in.width);
   const auto pool = [&](auto kernel) {
-    run(launch, kernel, units, kWarps, kThreads, 0, a, length, lanes, space.states, space.parts);
+    run(launch, kernel, units, kWarps, kThreads, 0, a, length, lanes, space.states, space.parts, space.ending);
   };
   if (!vector) {
     pool(pool_units<Z, 4, false>);
@@ -374,7 +378,7 @@ void forward(const BagPoolForward& a, const Launch& launch) {
     pool(pool_units<Z, 8, true>);
   }
   run(launch, in.width % kRun<Z> == 0 ? merge_units<Z, true> : merge_units<Z, false>, units * in.tasks, 1, kThreads, 0, a,
-      length, space.states, space.parts);
+      length, space.states, space.parts, space.ending);
   run(launch, clear_empty<Z>, in.bags, kThreads, kThreads, 0, a);
 }
 
@@ -387,12 +391,15 @@ void forward(const BagPoolForward& a, const Launch& launch) {
 // A is computed from the scores again and not as exp(scores - lse): one rounding of lse, at scores of 50, would cost
 // A four digits in a million. With the statistics relative to the maximum, log A + entropy = s - max - weighted/sum.
 
-// One warp per unit: statistics of the segments that are not whole.
-__global__ void __launch_bounds__(kThreads) unit_states(const BagPoolInput in, int64_t length, State* states) {
+// One warp per unit: statistics of the segments that are not whole, and `ending` as above.
+__global__ void __launch_bounds__(kThreads)
+    unit_states(const BagPoolInput in, int64_t length, State* states, int64_t* ending) {
   const int64_t units = divide_up(in.instances, length);
   for (int64_t unit = first_warp(); unit < units; unit += num_warps()) {
     UnitSegments segments(in, unit, length);
+    int64_t ending_here = -1;
     for (Segment segment; segments.take(in, segment);) {
+      ending_here = segment.last ? segment.bag : ending_here;
       for (int64_t t = 0; !segment.whole && t < in.tasks; ++t) {
         const State state = segment_state(in, segment, t);
         if (lane_id() == 0) {
@@ -400,17 +407,20 @@ __global__ void __launch_bounds__(kThreads) unit_states(const BagPoolInput in, i
         }
       }
     }
+    if (lane_id() == 0) {
+      ending[unit] = ending_here;
+    }
   }
 }
 
 // One warp per unit and task: statistics of the bag of several units that ends there. They are filed under the unit in
 // which the bag begins; no two such bags begin in one unit.
 __global__ void __launch_bounds__(kThreads)
-    merge_states_of_bags(const BagPoolInput in, int64_t length, const State* states, State* bags) {
+    merge_states_of_bags(const BagPoolInput in, int64_t length, const State* states, const int64_t* ending, State* bags) {
   const int64_t units = divide_up(in.instances, length);
   for (int64_t item = first_warp(); item < units * in.tasks; item += num_warps()) {
     const int64_t unit = item / in.tasks, t = item % in.tasks;
-    const int64_t bag = bag_ending_in(in, unit, length);
+    const int64_t bag = ending[unit];
     if (bag >= 0) {
       const Parts parts(in, bag, unit, length);
       const State total = merge_states(parts, states, in.tasks, t);
@@ -556,9 +566,11 @@ struct BackwardSpace {
     const int64_t units = divide_up(in.instances, unit_length(in.instances));
     states = space.take<State>(2 * units * in.tasks);
     bags = space.take<State>(units * in.tasks);
+    ending = space.take<int64_t>(units);
   }
   Workspace space;
   State *states, *bags;
+  int64_t* ending;
 };
 
 template <class Z>
@@ -567,8 +579,9 @@ void backward(const BagPoolBackward& a, const Launch& launch) {
   const int64_t length = unit_length(in.instances), units = divide_up(in.instances, length);
   const BackwardSpace space(in, a.workspace);
   const int lanes = lanes_for(in.width);
-  run(launch, unit_states, units, kWarps, kThreads, 0, in, length, space.states);
-  run(launch, merge_states_of_bags, units * in.tasks, kWarps, kThreads, 0, in, length, space.states, space.bags);
+  run(launch, unit_states, units, kWarps, kThreads, 0, in, length, space.states, space.ending);
+  run(launch, merge_states_of_bags, units * in.tasks, kWarps, kThreads, 0, in, length, space.states, space.ending,
+      space.bags);
   const int64_t per_warp = backward_shared(in.tasks, kWarp / lanes) * static_cast<int64_t>(sizeof(float));
   const int64_t warps = smaller<int64_t>(kWarps, kMaxShared / larger<int64_t>(per_warp, 1));
   const bool vector = aligned_rows<Z>(in.z, in.z_stride, in.width) &&

@@ -14,7 +14,7 @@
 //                       dv = gather^T(p, d_out)
 //
 // Traffic: with E edges, D columns (all heads) a pair_edges or gather_rows fetches E*D elements, from cache where nodes
-// are neighbours of many; attention forward 2, backward 6 of them ([E,heads] floats of scores add 1/Dh to that; nothing of
+// are neighbours of many; attention forward 2, backward 5 of them ([E,heads] floats of scores add 1/Dh to that; nothing of
 // size E*D is stored). Reads and writes of whole tensors, N*D each, are small beside it. Work: 2 E*D per fetch, far below
 // what the fetches cost.
 //
@@ -265,16 +265,16 @@ __device__ __forceinline__ float* part_of(const Gather& a, int list, int64_t slo
   return a.parts[list] + (slot * a.heads + head) * a.width;
 }
 
-// One warp per kLong positions of a list, side and head: what the long row at their beginning has among them, in slot 2u,
+// One warp per kLong positions of a list and side: what the long row at their beginning has among them, in slot 2u,
 // and the one that begins among them and reaches beyond, in slot 2u+1. There are no other long rows.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, 6) gather_parts(const Gather a, int list) {
+__global__ void __launch_bounds__(kThreads, 5) gather_parts(const Gather a, int list) {
   const int lane = lane_id(), column_lane = lane % a.lanes, group = lane / a.lanes;
   const int width = static_cast<int>(a.width), tile_width = a.lanes * kPerLane;
   const NeighborTable& table = a.graph.table;
-  const int64_t size = list_size(a, list), items = divide_up(size, kLong) * 2 * a.heads;
-  for (int64_t item = first_warp(); item < items; item += num_warps()) {
-    const int64_t slot = item / a.heads, head = item % a.heads, first = slot / 2 * kLong;
+  const int64_t size = list_size(a, list), slots = divide_up(size, kLong) * 2;
+  for (int64_t slot = first_warp(); slot < slots; slot += num_warps()) {
+    const int64_t first = slot / 2 * kLong;
     const int64_t last = smaller(first + kLong, size), at = slot % 2 == 0 ? first : last - 1;
     const int64_t* const ptr = list == 0 ? table.indptr : table.t_ptr;
     const int64_t node = ptr == nullptr ? at / table.degree : find_segment(ptr, table.nodes, at);
@@ -283,16 +283,18 @@ __global__ void __launch_bounds__(kThreads, 6) gather_parts(const Gather a, int 
     if (end - begin <= kLong || (slot % 2 == 1 && begin <= first)) {
       continue;
     }
-    for (int tile = 0; tile < width; tile += tile_width) {
-      float own[kPerLane], sum[kPerLane] = {};
-      load_own<T, kVector>(a, a.difference, node, head, tile, own);
-      add_edges<T, kVector>(a, list, head, larger(begin, first), smaller(end, last), tile, own, sum);
+    for (int64_t head = 0; head < a.heads; ++head) {
+      for (int tile = 0; tile < width; tile += tile_width) {
+        float own[kPerLane], sum[kPerLane] = {};
+        load_own<T, kVector>(a, a.difference, node, head, tile, own);
+        add_edges<T, kVector>(a, list, head, larger(begin, first), smaller(end, last), tile, own, sum);
 #pragma unroll
-      for (int k = 0; k < kPerLane; ++k) {
-        sum[k] = sum_lanes(sum[k], a.lanes, kWarp);
-      }
-      if (group == 0) {
-        store8_float<T, kVector>(sum, part_of(a, list, slot, head), width, tile, column_lane, a.lanes);
+        for (int k = 0; k < kPerLane; ++k) {
+          sum[k] = sum_lanes(sum[k], a.lanes, kWarp);
+        }
+        if (group == 0) {
+          store8_float<T, kVector>(sum, part_of(a, list, slot, head), width, tile, column_lane, a.lanes);
+        }
       }
     }
   }
@@ -398,7 +400,7 @@ void gather(const Launch& launch, Gather a) {
   for (int list = 0; list < 2; ++list) {
     if (a.has_parts[list]) {
       run(launch, vector ? gather_parts<T, true> : gather_parts<T, false>,
-          divide_up(a.graph.table.edges, kLong) * 2 * a.heads, kWarps, kThreads, 0, a, list);
+          divide_up(a.graph.table.edges, kLong) * 2, kWarps, kThreads, 0, a, list);
     }
   }
   run(launch, vector ? gather_rows<T, true> : gather_rows<T, false>, a.graph.table.nodes * a.heads, kWarps, kThreads, 0, a);
