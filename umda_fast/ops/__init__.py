@@ -16,6 +16,9 @@ from umda_fast.ops.knn import knn_graph
 from umda_fast.ops.neighbors import edge_cosine, neighbor_attention, neighbor_sum, smoothness_energy
 from umda_fast.ops.task_gradients import combine_task_gradients, task_gradient_statistics
 
+# After every operation is defined: it registers their batching rules.
+from umda_fast.ops import _batching  # noqa: F401  # isort: skip
+
 __all__ = [
     "BACKENDS",
     "BagPoolOutput",
