@@ -109,6 +109,30 @@ def test_same_as_one_after_another(name: str, form: str) -> None:
                 torch.testing.assert_close(result[b], expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("form", ["table", "csr"])
+@pytest.mark.parametrize("name", [name for name in NAMES if f"{name}_backward" in NAMES])
+def test_gradients_through_a_batched_forward(name: str, form: str) -> None:
+    args = arguments(form)[name]
+    op, size = _library.op(name), 3
+    leaves = {
+        i: batched(x, 0, size, 50 + i).requires_grad_()
+        for i, x in enumerate(args)
+        if isinstance(x, Tensor) and x.is_floating_point()
+    }
+    dims = tuple(0 if i in leaves else None for i in range(len(args)))
+
+    def loss(*args: Any) -> Tensor:
+        return as_tuple(op(*args))[0].square().sum()
+
+    together = torch.vmap(loss, in_dims=dims)(*(leaves.get(i, x) for i, x in enumerate(args))).sum()
+    found = torch.autograd.grad(together, list(leaves.values()))
+    for b in range(size):
+        one = {i: x.detach()[b].requires_grad_() for i, x in leaves.items()}
+        expected = torch.autograd.grad(loss(*(one.get(i, x) for i, x in enumerate(args))), list(one.values()))
+        for gradient, alone in zip(found, expected, strict=True):
+            assert torch.equal(gradient[b], alone)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_batch(name: str) -> None:
     args = arguments("csr")[name]
@@ -176,13 +200,14 @@ def sequential(network: Network, graph: NeighborGraph, views: Tensor = VIEWS) ->
 
 
 def check(found: Callable[[int, int], Tensor], network: Network, graph: NeighborGraph) -> None:
-    """Each task's whole gradient: error against float64 at most 3 times that of sequential gradients."""
+    """Each task's whole gradient: error against float64 at most 3 times that of sequential ones, or 4 ulp."""
     exact = sequential(copy.deepcopy(network).double(), graph, VIEWS.double())
     for t, row in enumerate(sequential(network, graph)):
         mine = [found(t, i) for i in range(len(row))]
         assert [x.shape for x in mine] == [x.shape for x in row]
         mine_flat, row_flat, truth = (torch.cat([x.flatten().double() for x in xs]) for xs in (mine, row, exact[t]))
-        assert float((mine_flat - truth).norm()) <= 3 * float((row_flat - truth).norm())
+        allowed = max(3 * float((row_flat - truth).norm()), 4 * torch.finfo(torch.float32).eps * float(truth.norm()))
+        assert float((mine_flat - truth).norm()) <= allowed
 
 
 @pytest.mark.parametrize("form", ["table", "csr"])
@@ -194,33 +219,6 @@ def test_is_grads_batched(form: str) -> None:
     check(lambda t, i: rows[i][t], network, graph)
     vmapped = torch.func.vmap(lambda g: torch.autograd.grad(losses, shared, g, retain_graph=True))(torch.eye(TASKS))
     check(lambda t, i: vmapped[i][t], network, graph)
-
-
-@pytest.mark.parametrize("form", ["table", "csr"])
-def test_forward_of_every_task(form: str) -> None:
-    """The forward pass is batched too: every task has its own shift of the shared parameters, which is 0."""
-    network, graph = Network(TASKS), graph_of(form)
-    parameters = {name: p.detach() for name, p in network.named_parameters()}
-    names = [name for name in parameters if not name.startswith("heads")]
-    shifts = {name: p.new_zeros(TASKS, *p.shape).requires_grad_() for name, p in parameters.items()}
-
-    class Losses(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, task: Tensor) -> Tensor:
-            return torch.stack(network.losses(network.features(VIEWS, graph))) @ task
-
-    module = Losses()
-
-    def one(shift: dict[str, Tensor], task: Tensor) -> Tensor:
-        values = {f"network.{name}": p + shift[name] for name, p in parameters.items()}
-        return torch.func.functional_call(module, values, (task,))
-
-    losses = torch.func.vmap(one)(shifts, torch.eye(TASKS))
-    rows = torch.autograd.grad(losses.sum(), [shifts[name] for name in names])
-    check(lambda t, i: rows[i][t], network, graph)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 2])
