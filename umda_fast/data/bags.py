@@ -21,6 +21,7 @@ from umda_fast.data._random import IntArray
 from umda_fast.data.labels import ArrayInput, FloatArray, KindOverrides, as_numpy, label_columns
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec, check_distinct
+from umda_fast.ops import check_batch, share_checks
 
 
 def _shape(tensor: Tensor) -> str:
@@ -189,10 +190,12 @@ class BagBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> BagBatch:
+        if self.ptr.device.type == "cpu":
+            check_batch(self.ptr, self.mask)  # here, where it costs no synchronisation
         return BagBatch(
             views={name: move(features) for name, features in self.views.items()},
-            mask=move(self.mask),
-            ptr=move(self.ptr),
+            mask=share_checks(self.mask, move(self.mask)),
+            ptr=share_checks(self.ptr, move(self.ptr)),
             labels={name: move(label) for name, label in self.labels.items()},
             label_mask={name: move(present) for name, present in self.label_mask.items()},
             names=self.names,
@@ -215,11 +218,13 @@ def collate(bags: Sequence[Bag], views: Sequence[ViewSpec], tasks: Sequence[Task
 def _pack(bags: Sequence[Bag], views: Sequence[ViewSpec], tasks: Sequence[TaskSpec]) -> BagBatch:
     sizes = torch.tensor([0, *(len(bag) for bag in bags)], dtype=torch.int64)
     mask = torch.cat([torch.zeros(0, len(views), dtype=torch.bool), *(_mask(bag, views) for bag in bags)])
+    ptr = sizes.cumsum(0)
+    check_batch(ptr, mask)
     labels, label_mask = _collate_labels(bags, tasks)
     return BagBatch(
         views={view.name: _collate_view(bags, view, mask[:, column]) for column, view in enumerate(views)},
         mask=mask,
-        ptr=sizes.cumsum(0),
+        ptr=ptr,
         labels=labels,
         label_mask=label_mask,
         names=[bag.name for bag in bags],

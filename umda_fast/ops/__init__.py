@@ -8,6 +8,7 @@ from umda_fast.ops._dispatch import (
     set_backend,
     use_backend,
 )
+from umda_fast.ops._validate import check_batch, share_checks
 from umda_fast.ops.bag_pool import BagPoolOutput, bag_attention_pool
 from umda_fast.ops.cross_view import CrossViewOutput, cross_view_attention
 from umda_fast.ops.cross_view_tokens import CrossViewTokensOutput, cross_view_token_attention
@@ -28,6 +29,7 @@ __all__ = [
     "backend_status",
     "backends_used",
     "bag_attention_pool",
+    "check_batch",
     "combine_task_gradients",
     "cross_view_attention",
     "cross_view_token_attention",
@@ -37,6 +39,7 @@ __all__ = [
     "neighbor_attention",
     "neighbor_sum",
     "set_backend",
+    "share_checks",
     "smoothness_energy",
     "task_gradient_statistics",
     "use_backend",

@@ -97,8 +97,9 @@ def reasons_against(op: str, backend: str, device: str, dtype: torch.dtype) -> l
     return reasons
 
 
-# What is installed does not change while a graph is traced.
-torch.compiler.assume_constant_result(reasons_against)
+# What is installed does not change while a graph is traced. This is what torch.compiler.assume_constant_result
+# sets; calling it would import all of torch._dynamo, half of the time that `import umda_fast.ops` takes.
+reasons_against._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, tensor: Tensor, backend: str | None) -> str:

@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+#: Attribute of a tensor: check -> version of the tensor that passed it.
+_PASSED = "_umda_fast_checked"
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -124,6 +127,28 @@ def views_present(mask: Tensor, name: str) -> Tensor:
     return _once(mask, "views present", check)
 
 
+def check_batch(ptr: Tensor, mask: Tensor) -> None:
+    """Check a batch where it was made, so that no operation has to read it again, nor from a GPU.
+
+    Args:
+        ptr: int64 [B+1], offsets of the bags in N instances.
+        mask: bool [N, V], views that are present.
+
+    Raises:
+        TypeError, ValueError: an offset that is wrong, or an instance without a view.
+    """
+    offsets(ptr, "ptr", mask.shape[0], "N", like=mask)
+    views_present(mask, "mask")
+
+
+def share_checks(source: Tensor, copy: Tensor) -> Tensor:
+    """Tell that ``copy`` has the values of ``source``, on another device perhaps; returns ``copy``."""
+    if copy is not source:
+        version = 0 if copy.is_inference() else copy._version
+        copy.__dict__[_PASSED] = dict.fromkeys(source.__dict__.get(_PASSED, ()), version)
+    return copy
+
+
 def _once(value: Tensor, what: str, check: Callable[[Tensor], None]) -> Tensor:
     """Run a check that reads ``value``, unless it passed for this very tensor and version already."""
     if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor):
@@ -132,7 +157,7 @@ def _once(value: Tensor, what: str, check: Callable[[Tensor], None]) -> Tensor:
         return value
     if value.is_cuda and torch.cuda.is_current_stream_capturing():
         return value
-    passed: dict[str, int] = value.__dict__.setdefault("_umda_fast_checked", {})
+    passed: dict[str, int] = value.__dict__.setdefault(_PASSED, {})
     version = 0 if value.is_inference() else value._version
     if passed.get(what) != version:
         check(value)

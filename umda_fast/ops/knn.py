@@ -34,6 +34,7 @@ def knn_graph(
         BackendUnavailableError: ``backend`` cannot serve the call.
     """
     _validate.tensor(x, "x", ["N", "d"], dtype=_validate.FLOATS)
+    _validate.in_range(x.shape[1], "d (x.shape[1])", 1)
     _validate.offsets(ptr, "ptr", x.shape[0], "N", like=x)
     _validate.in_range(k, "k", 1)
     if metric not in METRICS:

@@ -94,6 +94,8 @@ def combine_task_gradients(
     if out is None:
         out = ema.new_empty(ema.shape[1])
     _validate.tensor(out, "out", [ema.shape[1]], dtype=_validate.FLOATS, like=ema, like_name="ema")
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
     chosen = resolve("combine_task_gradients", ema, backend)
     if chosen == "reference":
         reference.combine_task_gradients(ema, weights, out)

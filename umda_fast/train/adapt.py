@@ -103,10 +103,10 @@ class _AdaptedStore:
             moved[:, positions] = column
             moved[np.isnan(column).any(axis=1)] = np.nan
             return moved
-        moved = np.full(bags, np.nan)
+        renamed = np.full(bags, np.nan)
         known = ~np.isnan(column)
-        moved[known] = np.asarray(positions, dtype=np.float64)[column[known].astype(np.int64)]
-        return moved
+        renamed[known] = np.asarray(positions, dtype=np.float64)[column[known].astype(np.int64)]
+        return renamed
 
     def load(self, index: int) -> Bag:
         bag = self._dataset[index]
