@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.train.small import small_config, small_data
 from umda_fast.data import Bag, BagDataset
 from umda_fast.errors import DataError
-from umda_fast.model import TaskSpec, ViewSpec
+from umda_fast.model import UMDA, TaskSpec, ViewSpec
 from umda_fast.train import ConfigError, Trainer, evaluate, load_run, predict, train
 from umda_fast.train.run import build_model, make_fabric
 from umda_fast.train.rundir import RunDirectory, read_metrics
@@ -56,6 +56,15 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Pat
         weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
     assert weights["a"] == weights["b"]
     assert weights["a"] != weights["c"]
+
+
+def test_gradient_cosines_reach_the_influence_matrix(tmp_path: Path) -> None:
+    config = small_config(model={"kappa_g": 1.0}, train={"epochs": 1})
+    train(config, tmp_path / "run", datasets=small_data(), progress=False)
+    model = UMDA.from_pretrained(tmp_path / "run")
+    cosines = model.atsb.task_cosines
+    assert torch.equal(cosines.diagonal(), torch.ones(len(cosines)))
+    assert bool((cosines - torch.eye(len(cosines))).any())
 
 
 def test_early_stopping_keeps_the_best_weights(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
 from umda_fast.errors import DataError
-from umda_fast.model import penalty_loss, task_losses
+from umda_fast.model import UMDA, penalty_loss, task_losses
 from umda_fast.sgl import SelfGuided
 from umda_fast.train.config import ConfigError, RunConfig, as_dict, make_balancer
 from umda_fast.train.evaluation import SplitResult, evaluate_dataset, to_device
@@ -240,6 +240,8 @@ class Trainer:
             self._log_step(lr, values, out.penalties)
 
     def _forward(self, batch: BagBatch) -> Any:
+        if self.guided is not None and isinstance(self.model, UMDA) and self.model.config.kappa_g:
+            return self.model(**batch.inputs(), task_cosines=self.guided.cosine_ema)
         return self.model(**batch.inputs())
 
     def _log_step(self, lr: float, values: Mapping[str, float], penalties: Mapping[str, Tensor]) -> None:
