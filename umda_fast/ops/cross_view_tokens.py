@@ -134,12 +134,11 @@ def _fake_backward(
 def _setup_context(ctx: _library.Context, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.num_views, bias, ctx.token_entropy = inputs
     ctx.save_for_backward(*tensors, bias, *output[4:])
+    ctx.mark_non_differentiable(*output[4:])  # lse: saved for backward, no result
 
 
 def _backward(op: Any, ctx: _library.Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_out, d_mass, d_entropy, d_token_entropy, *d_lse = grads
-    if any(d is not None for d in d_lse):
-        raise NotImplementedError("cross_view_tokens: lse is saved for backward and carries no gradient")
+    d_out, d_mass, d_entropy, d_token_entropy, *_ = grads
     *inputs, bias, lse_intra, lse_cross = ctx.saved_tensors
     dq, dk, dv, d_gate, d_bias = op(
         d_out,

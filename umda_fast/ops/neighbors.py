@@ -222,13 +222,12 @@ def _attention_fake_backward(
 def _attention_setup(ctx: _library.Context, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.self_loop = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])  # saved for backward, no result
 
 
 def _attention_backward(
-    op: Any, ctx: _library.Context, d_out: Tensor | None, d_lse: Tensor | None
+    op: Any, ctx: _library.Context, d_out: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
-    if d_lse is not None:
-        raise NotImplementedError("neighbor_attention: lse is saved for backward and carries no gradient")
     if d_out is None:
         return (None,) * 9
     q, k, v, log_weight, *graph, out, lse = ctx.saved_tensors
@@ -292,15 +291,12 @@ def _energy_fake_backward(d_energy: Tensor, z: Tensor, weight: Tensor, *rest: An
 
 def _energy_setup(ctx: _library.Context, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])  # saved for backward, no result
 
 
 def _energy_backward(
-    op: Any, ctx: _library.Context, d_energy: Tensor | None, d_weight_sum: Tensor | None
+    op: Any, ctx: _library.Context, d_energy: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
-    if d_weight_sum is not None:
-        raise NotImplementedError(
-            "smoothness_energy: weight_sum is saved for backward and carries no gradient"
-        )
     if d_energy is None:
         return (None,) * 6
     z, weight, *graph, energy, weight_sum = ctx.saved_tensors
