@@ -60,17 +60,17 @@ def test_unknown_names(name: str) -> None:
 
 
 def test_an_explicit_backend_lists_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BackendUnavailableError, match="'cpp' cannot serve bag_pool: it serves .*, these are float64"):
+    with pytest.raises(BackendUnavailableError, match=r"'cpp' cannot serve bag_pool: it serves .*, these are float64"):
         pool("cpp", torch.float64)
     monkeypatch.setattr(_library, "cpp_status", "it was not built")
-    with pytest.raises(BackendUnavailableError, match="it was not built; it serves .*, these are float64"):
+    with pytest.raises(BackendUnavailableError, match=r"it was not built; it serves .*, these are float64"):
         pool("cpp", torch.float64)
     monkeypatch.setattr(_library, "triton_status", "triton is not installed")
     with pytest.raises(BackendUnavailableError) as refused:
         pool("triton", torch.float64)
     for reason in ("bag_pool has no Triton kernel", "triton is not installed", "these are on cpu", "these are float64"):
         assert reason in str(refused.value)
-    with pytest.raises(BackendUnavailableError, match="'cuda' cannot serve bag_pool: .*; it serves cuda tensors"):
+    with pytest.raises(BackendUnavailableError, match=r"'cuda' cannot serve bag_pool: .*; it serves cuda tensors"):
         pool("cuda")
 
 
@@ -125,7 +125,7 @@ def test_triton_refuses_the_cpu_without_its_interpreter() -> None:
     q = torch.zeros(1, 2, 1, 8)
     if "triton" in sys.modules and _library.TRITON_INTERPRETED:
         pytest.fail("run without TRITON_INTERPRET")
-    with pytest.raises(BackendUnavailableError, match="it serves CUDA tensors .*TRITON_INTERPRET=1"):
+    with pytest.raises(BackendUnavailableError, match=r"it serves CUDA tensors .*TRITON_INTERPRET=1"):
         cross_view_attention(q, q, q, q[..., 0], backend="triton")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from umda_fast.ops import (
     NeighborGraph,
     _library,
+    _validate,
     bag_attention_pool,
     combine_task_gradients,
     cross_view_attention,
@@ -318,3 +319,12 @@ def test_inference_tensors_are_checked_each_time() -> None:
         offsets[1] = 5
         with pytest.raises(ValueError, match="ptr must"):
             bag_attention_pool(X, X, offsets, backend="reference")
+
+
+def test_a_copy_shares_only_checks_that_still_hold() -> None:
+    offsets = ptr(0, 1, 3)
+    bag_attention_pool(X, X, offsets, backend="reference")
+    offsets[1] = 5
+    copy = _validate.share_checks(offsets, offsets.clone())
+    with pytest.raises(ValueError, match="ptr must"):
+        bag_attention_pool(X, X, copy, backend="reference")

@@ -52,8 +52,7 @@ def tensor(
     if dtype is None and like is not None:
         if value.dtype != like.dtype:
             raise TypeError(
-                f"{name} must have the dtype of {like_name}, {_dtype_name(like.dtype)}, "
-                f"got {_dtype_name(value.dtype)}"
+                f"{name} must have the dtype of {like_name}, {_dtype_name(like.dtype)}, got {_dtype_name(value.dtype)}"
             )
     elif dtype is not None:
         allowed = dtype if isinstance(dtype, tuple) else (dtype,)
@@ -144,9 +143,14 @@ def check_batch(ptr: Tensor, mask: Tensor) -> None:
 def share_checks(source: Tensor, copy: Tensor) -> Tensor:
     """Tell that ``copy`` has the values of ``source``, on another device perhaps; returns ``copy``."""
     if copy is not source:
-        version = 0 if copy.is_inference() else copy._version
-        copy.__dict__[_PASSED] = dict.fromkeys(source.__dict__.get(_PASSED, ()), version)
+        passed = source.__dict__.get(_PASSED, {})
+        still = [what for what, version in passed.items() if version == _version(source)]
+        copy.__dict__[_PASSED] = dict.fromkeys(still, _version(copy))
     return copy
+
+
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
 
 
 def _once(value: Tensor, what: str, check: Callable[[Tensor], None]) -> Tensor:
@@ -158,8 +162,8 @@ def _once(value: Tensor, what: str, check: Callable[[Tensor], None]) -> Tensor:
     if value.is_cuda and torch.cuda.is_current_stream_capturing():
         return value
     passed: dict[str, int] = value.__dict__.setdefault(_PASSED, {})
-    version = 0 if value.is_inference() else value._version
-    if passed.get(what) != version:
+    # An inference tensor keeps no version: a change in place would not be seen. On the CPU a second look is cheap.
+    if passed.get(what) != _version(value) or (value.is_inference() and not value.is_cuda):
         check(value)
-        passed[what] = version
+        passed[what] = _version(value)
     return value
