@@ -25,6 +25,14 @@ constexpr int64_t kGroup = 1024;
 constexpr int64_t kTile = 32;  // rows per sweep over the accumulators: 32 KB at D = 256
 constexpr float kNegligible = -126.0f;  // exp of it is 0 in float32; stands in for -inf where 0 * -inf would be NaN
 
+// The pointer may be null where there are no elements, as that of an empty tensor is.
+template <class T>
+UMDA_INLINE void zero_elements(T* p, int64_t count) {
+  if (count > 0) {
+    __builtin_memset(static_cast<void*>(p), 0, static_cast<size_t>(count) * sizeof(T));
+  }
+}
+
 struct Chunk {
   int64_t bag, begin, end;
   int64_t part;  // row of the partial results, -1: the bag has this chunk only
@@ -259,7 +267,7 @@ void forward(const BagPoolForward& a) {
   const auto finish = [&](int64_t bag, int64_t t, const State& s, const float* acc) {
     const int64_t to = bag * in.tasks + t;
     if (s.sum == 0.0f) {
-      __builtin_memset(static_cast<void*>(pooled + to * in.width), 0, static_cast<size_t>(in.width) * sizeof(Z));
+      zero_elements(pooled + to * in.width, in.width);
       a.lse[to] = -__builtin_inff();
       a.entropy[to] = 0.0f;
       return;
@@ -279,7 +287,7 @@ void forward(const BagPoolForward& a) {
       const Chunk& chunk = plan.chunks[c];
       const int64_t rows = chunk.end - chunk.begin;
       if (rows == 0) {
-        __builtin_memset(static_cast<void*>(pooled + chunk.bag * per_bag), 0, static_cast<size_t>(per_bag) * sizeof(Z));
+        zero_elements(pooled + chunk.bag * per_bag, per_bag);
         for (int64_t t = 0; t < in.tasks; ++t) {
           a.entropy[chunk.bag * in.tasks + t] = 0.0f;
           a.lse[chunk.bag * in.tasks + t] = -__builtin_inff();
@@ -488,7 +496,7 @@ void backward(const BagPoolBackward& a) {
       load_scores(in, chunk.begin, chunk.end, gradients.data());
 
       if (a.d_pooled == nullptr) {
-        __builtin_memset(static_cast<void*>(dz_chunk), 0, static_cast<size_t>(rows * in.width) * sizeof(Z));
+        zero_elements(dz_chunk, rows * in.width);
         __builtin_memset(dots.data(), 0, static_cast<size_t>(rows * in.tasks) * sizeof(float));
         __builtin_memset(offsets.data(), 0, static_cast<size_t>(in.tasks) * sizeof(float));
       } else {

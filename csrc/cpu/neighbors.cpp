@@ -53,6 +53,7 @@ class Chunks {
       for (int64_t row = bounds_[chunk]; row < bounds_[chunk + 1]; ++row) {
         f(row);
       }
+      stream_fence();
     });
   }
 
@@ -122,6 +123,15 @@ struct Block {
       return load(p, count);
     } else {
       return load(p);
+    }
+  }
+  // write, past the caches if kStream.
+  template <bool kStream, class X>
+  UMDA_INLINE void put(X* p, Vec v) const {
+    if constexpr (kStream && !kTail) {
+      stream(p, v);
+    } else {
+      write(p, v);
     }
   }
   // Asks for the lines of the block that starts at p.
@@ -263,14 +273,16 @@ void graph_transpose(const int32_t* neighbors, int64_t edges, int64_t nodes, int
       }
     }
   });
-  __builtin_memset(t_edge + total, -1, static_cast<size_t>(edges - total) * sizeof(int64_t));
+  if (total < edges) {
+    __builtin_memset(t_edge + total, -1, static_cast<size_t>(edges - total) * sizeof(int64_t));
+  }
 }
 
 namespace {
 
 // ---- neighbor_sum ----------------------------------------------------------------------------------------
 
-template <class X>
+template <bool kStream, class X>
 void sum_forward(const NeighborSumForward& a) {
   const NeighborTable& g = a.graph;
   const int64_t ahead = edges_ahead(a.width * static_cast<int64_t>(sizeof(X)));
@@ -297,10 +309,19 @@ void sum_forward(const NeighborSumForward& a) {
         }
       }
       for (int v = 0; v < block.vecs; ++v) {
-        block.write(out + d + v * kWidth, sums[v]);
+        block.template put<kStream>(out + d + v * kWidth, sums[v]);
       }
     });
   });
+}
+
+template <class X>
+void sum_forward_any(const NeighborSumForward& a) {
+  if (worth_streaming(static_cast<X*>(a.out), a.graph.nodes, a.width)) {
+    sum_forward<true, X>(a);
+  } else {
+    sum_forward<false, X>(a);
+  }
 }
 
 // dx[j] = sum over edges i -> j of w d_out[i];  d_w = d_out[i].x[j].
@@ -976,7 +997,7 @@ bool attention_backward(const NeighborAttentionBackward& a) {
 
 }  // namespace
 
-void neighbor_sum_forward(const NeighborSumForward& a) { UMDA_DISPATCH_DTYPE(a.type, sum_forward<scalar_t>(a)); }
+void neighbor_sum_forward(const NeighborSumForward& a) { UMDA_DISPATCH_DTYPE(a.type, sum_forward_any<scalar_t>(a)); }
 
 bool neighbor_sum_backward(const NeighborSumBackward& a) {
   UMDA_DISPATCH_DTYPE(a.type, return sum_backward<scalar_t>(a));
