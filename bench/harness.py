@@ -6,7 +6,6 @@ A benchmark is ``python -m bench.bench_<stem> [--threads N] [--repeats N] [--hea
 
 import argparse
 import atexit
-import ctypes
 import json
 import os
 import platform
@@ -22,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Contender = Callable[[], object]
+from umda_fast.heap import keep_freed_pages
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt
+Contender = Callable[[], object]
 
 _record: dict[str, Any] = {"tables": []}
 _clock: Callable[[], float] = time.perf_counter
@@ -70,10 +69,8 @@ def start(options: argparse.Namespace) -> argparse.Namespace:
             raise SystemExit("--clock cpu adds up the time of all threads: it needs --threads 1")
         _clock = time.process_time
     torch.set_num_threads(options.threads)
-    if options.heap == "keep":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    if options.heap == "keep" and not keep_freed_pages():
+        raise SystemExit("--heap keep needs glibc; use --heap default")
     options.sgemm, options.copy = sgemm_rate(), copy_rate()
     print(f"torch {torch.__version__}, {options.threads} threads, heap: {options.heap}, {options.clock} time")
     print(f"sgemm {options.sgemm / 1e9:.0f} GFLOP/s, copy {options.copy / 1e9:.1f} GB/s (read + written)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,6 +77,14 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in pruned.items() if value is not None and value != {}}
 
 
+def _keep_pages() -> None:
+    """Training makes the same large temporaries step after step: see docs/performance.md, "The heap"."""
+    from umda_fast.heap import keep_freed_pages
+
+    if os.environ.get("UMDA_FAST_HEAP", "keep") != "default":
+        keep_freed_pages()
+
+
 def _default_out(command: str, source: str) -> Path:
     stem = Path(source).stem or "data"
     return Path("runs") / f"{command}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -118,6 +127,7 @@ def train(
         settings = run_config(out, values)
     else:
         settings = load_config(config, set_ or (), values)
+    _keep_pages()
     result = train_run(
         settings, out or _default_out("train", settings.data.source), resume=resume, progress=not quiet
     )
@@ -236,6 +246,7 @@ def crossval(
 
     settings = load_config(config, set_ or (), _values(data, format, device, backend, seed, epochs))
     directory = out or _default_out("crossval", settings.data.source)
+    _keep_pages()
     result = cross_validate(settings, directory, folds=folds, repeats=repeats, progress=not quiet)
     console = make_console()
     console.print(crossval_table(result))
