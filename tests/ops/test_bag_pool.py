@@ -13,8 +13,16 @@ from umda_fast.ops import BagPoolOutput, bag_attention_pool
 from umda_fast.parity.cases import bag_pool_case, offsets
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("sizes", "width", "tasks"), [([3, 0, 9], 11, 3), ([4], 1, 1), ([0], 5, 2), ([], 4, 2)])
+@pytest.mark.parametrize(
+    ("sizes", "width", "tasks", "dtype"),
+    [
+        ([3, 0, 9], 11, 3, torch.float32),
+        ([3, 0, 9], 11, 3, torch.bfloat16),
+        ([4], 1, 1, torch.float16),
+        ([0], 5, 2, torch.float32),
+        ([], 4, 2, torch.bfloat16),
+    ],
+)
 def test_opcheck(sizes: list[int], width: int, tasks: int, dtype: torch.dtype) -> None:
     z, scores = leaf(sum(sizes), width, dtype=dtype), leaf(sum(sizes), tasks, seed=1, dtype=dtype)
     ptr = offsets(sizes)

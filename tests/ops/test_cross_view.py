@@ -26,8 +26,15 @@ def some_views(n: int, views: int) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 3, 2, 11), (1, 1, 1, 8), (0, 4, 2, 16)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((5, 3, 2, 11), torch.float32),
+        ((5, 3, 2, 11), torch.bfloat16),
+        ((1, 1, 1, 8), torch.float16),
+        ((0, 4, 2, 16), torch.float32),
+    ],
+)
 def test_opcheck(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     q, k, v, gate, bias = inputs(*shape, dtype=dtype)
     n, views, heads, _ = shape

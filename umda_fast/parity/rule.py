@@ -23,7 +23,7 @@ def error_of(actual: Tensor, exact: Tensor) -> float:
         return 0.0
     x, y = actual.detach().double(), exact.detach().double()
     same = (x == y) | (x.isnan() & y.isnan())  # inf - inf is NaN
-    return float((x - y).abs().nan_to_num(nan=math.inf).masked_fill(same, 0.0).max())
+    return float((x - y).abs().nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(same, 0.0).max())
 
 
 def allowed_error(exact: Tensor, composed: Tensor, dtype: torch.dtype, factor: float) -> float:
