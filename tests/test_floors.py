@@ -4,13 +4,14 @@ cli > train, parity > data, sgl > model, pyg > ops > reference | kernels > error
 """
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"errors"},
+    {"errors", "heap"},
     {"reference", "kernels"},
     {"ops"},
     {"model", "pyg"},
@@ -58,6 +59,14 @@ def violations(package: str, names: set[str]) -> list[str]:
 def test_every_package_has_a_floor() -> None:
     packages = {package for package, _ in sources()} - {"__init__"}
     assert packages == set(FLOOR)
+
+
+def test_every_package_is_installed() -> None:
+    """pyproject.toml names them one by one: a wheel must not lack one that the editable install has."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    there = {"umda_fast.kernels"}
+    there |= {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "umda_fast").rglob("__init__.py")}
+    assert set(settings["packages"]) == there
 
 
 @pytest.mark.parametrize("package", sorted(FLOOR))
