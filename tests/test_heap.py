@@ -6,15 +6,17 @@ import pytest
 
 # Each in a process of its own: the setting holds for a process.
 PROBE = """
-import resource, sys
+import ctypes, resource, sys
 from umda_fast.heap import keep_freed_pages
-import torch
-torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     assert keep_freed_pages()
+libc, size = ctypes.CDLL(None), 64 << 20
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 def step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(16 << 20)
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    libc.free(block)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 step()
 print(step())
