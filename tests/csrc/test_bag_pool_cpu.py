@@ -69,7 +69,7 @@ def check(sizes: list[int], tasks: int, width: int, dtype: torch.dtype) -> None:
 
 def check_all() -> None:
     for sizes, tasks, width in CASES:
-        for dtype in DTYPES:
+        for dtype in DTYPES[:2]:  # each set's own float16 is the business of simd_check.cpp
             check(sizes, tasks, width, dtype)
 
 

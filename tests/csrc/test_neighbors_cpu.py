@@ -76,9 +76,7 @@ def pairs(nodes: int, degree: int, heads: int, width: int, csr: bool, dtype: tor
     ) -> Callable[..., list[Tensor]]:
         def composed(precision: torch.dtype) -> list[Tensor]:
             # Values of edges stay float32 beside 16-bit features.
-            own = [
-                t.to(precision if t.dtype == dtype else max_float(precision)).requires_grad_() for t in leaves
-            ]
+            own = [t.to(precision if t.dtype == dtype else max_float(precision)).requires_grad_() for t in leaves]
             found = function(*own)
             outputs = list(found) if isinstance(found, tuple) else [found]
             used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
@@ -130,9 +128,7 @@ def pairs(nodes: int, degree: int, heads: int, width: int, csr: bool, dtype: tor
                 grads = ops.neighbor_attention_backward(d_out, q, k, v, w, *table, *transpose, loop, *found)
                 return [*found, *(grads if w is not None else grads[:3])]
 
-            def attention(
-                q: Tensor, k: Tensor, v: Tensor, w: Tensor | None = None, loop: bool = self_loop
-            ) -> object:
+            def attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor | None = None, loop: bool = self_loop) -> object:
                 return reference.neighbor_attention(q, k, v, w, *table, self_loop=loop)
 
             leaves = [q, k, v] if log_weight is None else [q, k, v, log_weight]
@@ -163,7 +159,7 @@ def check(nodes: int, degree: int, heads: int, width: int, csr: bool, dtype: tor
 
 def check_all() -> None:
     for case in CASES:
-        for dtype in DTYPES:
+        for dtype in DTYPES[:2]:  # each set's own float16 is the business of simd_check.cpp
             check(*case, dtype)
 
 
@@ -227,9 +223,7 @@ def test_indices_out_of_range_are_absent() -> None:
         ops.neighbor_sum(x, weight, wrong, None, None, None),
         ops.neighbor_sum(x, weight, absent, None, None, None),
     )
-    for found, wanted in zip(
-        ops.graph_transpose(wrong, None, 50), ops.graph_transpose(absent, None, 50), strict=True
-    ):
+    for found, wanted in zip(ops.graph_transpose(wrong, None, 50), ops.graph_transpose(absent, None, 50), strict=True):
         assert torch.equal(found, wanted)
 
 
