@@ -210,9 +210,7 @@ def test_direct_callers_are_checked() -> None:
         with pytest.raises(RuntimeError, match=message):
             torch.ops.umda_fast.cross_view(*arguments)
     with pytest.raises(RuntimeError, match="d_mass must be Float"):
-        torch.ops.umda_fast.cross_view_backward(
-            q, torch.zeros(4, 3, 3).double(), None, q, q, q, gate, None, None
-        )
+        torch.ops.umda_fast.cross_view_backward(q, torch.zeros(4, 3, 3).double(), None, q, q, q, gate, None, None)
 
 
 def check_instruction_set() -> None:

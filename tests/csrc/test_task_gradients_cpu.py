@@ -15,16 +15,12 @@ from umda_fast.reference import task_gradients as reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def statistics(
-    grads: list[Tensor], ema: Tensor, correction: Tensor, active: Tensor | None, beta: float
-) -> Tensor:
+def statistics(grads: list[Tensor], ema: Tensor, correction: Tensor, active: Tensor | None, beta: float) -> Tensor:
     gram: Tensor = torch.ops.umda_fast.task_gradient_statistics(grads, ema, correction, active, beta)
     return gram
 
 
-def check(
-    tasks: int, columns: int, dtype: torch.dtype, seed: int, cuts: list[int], strided: bool = False
-) -> None:
+def check(tasks: int, columns: int, dtype: torch.dtype, seed: int, cuts: list[int], strided: bool = False) -> None:
     generator = torch.Generator().manual_seed(seed)
     grads = (torch.randn(tasks, columns, generator=generator) + 0.3).to(dtype)
     ema = torch.randn(tasks, 2 * columns + 3, generator=generator)[:, 1 : columns + 1]
