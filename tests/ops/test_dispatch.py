@@ -129,7 +129,7 @@ def test_triton_refuses_the_cpu_without_its_interpreter() -> None:
         cross_view_attention(q, q, q, q[..., 0], backend="triton")
 
 
-#: Every operation that has a Triton kernel, forward and backward, and opcheck of one.
+#: Every operation that has a Triton kernel, forward and backward, and opcheck.
 INTERPRETED = """
 import json, torch
 from umda_fast.ops import backend_status
@@ -147,8 +147,16 @@ cases = [
 ]
 report = run_parity(backends=["triton"], cases=cases, dtypes=[torch.float32])
 q = torch.randn(2, 2, 1, 8, requires_grad=True)
-results = torch.library.opcheck(op("cross_view_triton"), (q, q, q, q[..., 0], None, None))
-assert set(results.values()) == {"SUCCESS"}, results
+x = torch.randn(3, 1, 8, requires_grad=True)
+segments = torch.tensor([0, 2, 3]), torch.tensor([0, 2]), torch.tensor([0, 1], dtype=torch.int32), 2
+checked = {
+    "cross_view_triton": (q, q, q, q[..., 0], None, None),
+    "cross_view_tokens_triton": (x, x, x, x[..., 0], *segments, None, True),
+    "knn_triton": (x[:, 0].detach(), torch.tensor([0, 3]), 2, "cosine"),
+}
+for name, arguments in checked.items():
+    results = torch.library.opcheck(op(name), arguments)
+    assert set(results.values()) == {"SUCCESS"}, (name, results)
 print(json.dumps(report))
 """
 
