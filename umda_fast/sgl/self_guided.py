@@ -22,8 +22,8 @@ gradients and their averages, 2 T P numbers, and P for the result.
 The average takes the place of an optimiser's momentum: give it none for the shared parameters, as in
 `AdamW([{"params": shared, "betas": (0.0, 0.999)}, {"params": rest}])`. Averaged twice, updates lag behind and
 swing. The average is also shorter than the gradients, so Adam's steps, which do not depend on the length, are
-longer at the same learning rate. With `direction="gradient"`, in the other scopes and without statistics `.grad` is an ordinary
-gradient, and the usual momentum is right.
+longer at the same learning rate. With `direction="gradient"`, in the other scopes and without statistics
+`.grad` is an ordinary gradient, and the usual momentum is right.
 
 **Scope `last_shared_layer`**. g_t is taken on the parameters of that layer alone (T short backward passes,
 from the losses down to it); then ONE backward pass of `sum_t w_t L_t + penalty` gives every parameter its
