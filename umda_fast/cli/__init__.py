@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 __all__ = ["main"]
+
+# Modules whose import adds their commands to `umda_fast.cli.app.app`, in the order of --help.
+_COMMANDS = ("app",)
 
 # The extra that brings a package, for the message when it is missing.
 _EXTRAS = {
@@ -35,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
+        for module in _COMMANDS:
+            import_module(f"umda_fast.cli.{module}")
         from umda_fast.cli.app import app
 
         # Wherever it stands on the line, `--debug` belongs to the whole command.

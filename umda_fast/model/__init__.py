@@ -3,6 +3,7 @@
 from umda_fast.model.atsb import ATSB, ATSBOutput, TaskNorm, cohesion_penalty, divergence_penalty
 from umda_fast.model.config import UMDAConfig
 from umda_fast.model.encoders import FeatureEncoder, ViewEncoders
+from umda_fast.model.fusion import ViewConsistency, ViewFusion, dispersion_penalty
 from umda_fast.model.gmip import (
     GMIP,
     BagPooling,
@@ -11,15 +12,7 @@ from umda_fast.model.gmip import (
     MessagePassing,
     diversity_penalty,
 )
-from umda_fast.model.hcva import (
-    HCVA,
-    HCVABlock,
-    HCVAOutput,
-    ViewConsistency,
-    ViewFusion,
-    concentration_penalty,
-    dispersion_penalty,
-)
+from umda_fast.model.hcva import HCVA, HCVABlock, HCVAOutput, concentration_penalty
 from umda_fast.model.losses import decode, penalty_loss, task_losses
 from umda_fast.model.output import UMDAOutput
 from umda_fast.model.specs import TASK_KINDS, TaskKind, TaskSpec, ViewSpec

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from umda_fast.model.atsb import ATSB, cohesion_penalty
 from umda_fast.model.config import UMDAConfig
 from umda_fast.model.encoders import ViewEncoders
+from umda_fast.model.fusion import ViewConsistency, ViewFusion, dispersion_penalty
 from umda_fast.model.gmip import GMIP, BagPooling, diversity_penalty
-from umda_fast.model.hcva import HCVA, ViewConsistency, ViewFusion, concentration_penalty, dispersion_penalty
+from umda_fast.model.hcva import HCVA, concentration_penalty
 from umda_fast.model.output import UMDAOutput
 from umda_fast.ops import _validate, smoothness_energy
 
