@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -285,8 +285,30 @@ def _collate_coords(bags: Sequence[Bag]) -> Tensor | None:
     return torch.cat([bag.coords for bag in bags if bag.coords is not None])
 
 
+@dataclass(frozen=True)
+class Positions:
+    """What the coordinates of bags mean.
+
+    Attributes:
+        unit: "um", micrometres from the slide's corner, or "px", pixels of level 0.
+        patch_size: edge of a patch in `unit`, float64 [B], NaN where not known.
+        pixel_size: micrometres per level-0 pixel, float64 [B], NaN where not known.
+    """
+
+    unit: Literal["um", "px"]
+    patch_size: FloatArray
+    pixel_size: FloatArray
+
+    def take(self, rows: IntArray) -> Positions:
+        """Those of the bags at `rows`."""
+        return Positions(self.unit, self.patch_size[rows], self.pixel_size[rows])
+
+
 class BagStore(Protocol):
-    """Where bags come from. Sizes, names and labels are known up front; features are read by `load` only."""
+    """Where bags come from. Sizes, names and labels are known up front; features are read by `load` only.
+
+    A store may have an attribute `positions`, see `BagDataset.positions`.
+    """
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -486,6 +508,12 @@ class BagDataset(Dataset[Bag]):
         """Task name -> float64 [B] or, multilabel, [B, C], NaN where missing; without loading a bag."""
         return {task.name: self._store.labels[task.name][self._rows] for task in self.tasks}
 
+    @property
+    def positions(self) -> Positions | None:
+        """What the bags' coordinates mean, without loading one; None if that is not known."""
+        positions: Positions | None = getattr(self._store, "positions", None)
+        return None if positions is None else positions.take(self._rows)
+
     def subset(self, indices: Iterable[int] | IntArray, name: str | None = None) -> BagDataset:
         """The bags at `indices`, in that order, reading from the same store."""
         rows = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
@@ -529,10 +557,19 @@ class _ConcatStore:
         self.labels: Mapping[str, FloatArray] = {
             task.name: np.concatenate([part.labels[task.name] for part in parts]) for task in parts[0].tasks
         }
+        self.positions = _concat_positions([part.positions for part in parts])
 
     def load(self, index: int) -> Bag:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[part][index - int(self._starts[part])]
+
+
+def _concat_positions(parts: Sequence[Positions | None]) -> Positions | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or len({part.unit for part in known}) > 1:
+        return None
+    sizes = np.concatenate([part.patch_size for part in known])
+    return Positions(known[0].unit, sizes, np.concatenate([part.pixel_size for part in known]))
 
 
 def concat(parts: Sequence[BagDataset], name: str) -> BagDataset:

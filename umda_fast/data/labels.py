@@ -86,6 +86,13 @@ def label_columns(
     return tuple(specs), columns
 
 
+def fixed_tasks(kinds: KindOverrides | None) -> list[str]:
+    """Tasks whose specs were given whole and are not fitted to a training split."""
+    if isinstance(kinds, Mapping):
+        return [name for name, kind in kinds.items() if isinstance(kind, TaskSpec)]
+    return [spec.name for spec in kinds or ()]
+
+
 def _by_name(kinds: KindOverrides | None, where: str) -> dict[str, TaskKind | TaskSpec]:
     if kinds is None:
         return {}

@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from umda_fast.data.bags import BagDataset
-from umda_fast.data.labels import ClassWeights, KindOverrides
-from umda_fast.data.splits import SPLITS, Splits, k_fold, split_bags
+from umda_fast.data.labels import ClassWeights, KindOverrides, fixed_tasks
+from umda_fast.data.splits import SPLITS, Splits, held_out, k_fold, split_bags
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec
 
@@ -179,13 +179,6 @@ def open_npz(path: str, kinds: KindOverrides | None = None, ignore: Sequence[str
     return _File(dataset, strings("groups"), split)
 
 
-def _kept(kinds: KindOverrides | None) -> list[str]:
-    """Tasks whose specs were given whole and are not fitted again."""
-    if isinstance(kinds, Mapping):
-        return [name for name, kind in kinds.items() if isinstance(kind, TaskSpec)]
-    return [spec.name for spec in kinds or ()]
-
-
 def _make_splits(
     path: str,
     dataset: BagDataset,
@@ -197,7 +190,7 @@ def _make_splits(
     bags, rows = len(dataset), int(dataset.sizes.sum())
     description = f"{bags} bags, {rows} instances, {len(dataset.views)} view(s), {len(dataset.tasks)} task(s)"
     name = Path(path).stem
-    return Splits(name, description, **datasets, whole=dataset).fitted(class_weights, keep=_kept(kinds))
+    return Splits(name, description, **datasets, whole=dataset).fitted(class_weights, keep=fixed_tasks(kinds))
 
 
 def load_npz_source(
@@ -235,22 +228,8 @@ def load_npz_source(
         said = np.array(file.split)
         parts = {split: np.flatnonzero(said == split) for split in SPLITS}
         if not len(parts["val"]):
-            parts |= _held_out(dataset, parts["train"], val_share, seed, file.groups)
+            parts |= held_out(dataset, parts["train"], val_share, seed, file.groups)
     return _make_splits(path, dataset, parts, kinds, class_weights)
-
-
-def _held_out(
-    dataset: BagDataset,
-    rows: npt.NDArray[np.int64],
-    val_share: float,
-    seed: int,
-    groups: Sequence[str] | None,
-) -> dict[str, npt.NDArray[np.int64]]:
-    """Bags for validation taken out of `rows`."""
-    within = None if groups is None else [groups[row] for row in rows]
-    shares = {"train": 1.0 - val_share, "val": val_share}
-    parts = split_bags(dataset.subset(rows), shares, seed, within)
-    return {split: rows[part] for split, part in parts.items()}
 
 
 def fold_npz_source(
@@ -272,5 +251,5 @@ def fold_npz_source(
     dataset = file.dataset
     for fold in k_fold(dataset, folds, repeats, seed, file.groups):
         # Its own stream for every fold, or all folds would break ties alike.
-        inner = _held_out(dataset, fold.train, val_share, seed + folds * fold.repeat + fold.fold, file.groups)
+        inner = held_out(dataset, fold.train, val_share, seed + folds * fold.repeat + fold.fold, file.groups)
         yield _make_splits(path, dataset, {**inner, "test": fold.test}, kinds, class_weights)

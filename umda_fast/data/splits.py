@@ -148,6 +148,15 @@ def split_bags(
     return {name: np.flatnonzero(part == index) for index, name in enumerate(shares)}
 
 
+def held_out(
+    dataset: BagDataset, rows: IntArray, val_share: float, seed: int, groups: Sequence[str] | None = None
+) -> dict[str, IntArray]:
+    """Bags for validation taken out of `rows`: {"train": ..., "val": ...}, indices into `dataset`."""
+    within = None if groups is None else [groups[row] for row in rows]
+    parts = split_bags(dataset.subset(rows), {"train": 1.0 - val_share, "val": val_share}, seed, within)
+    return {split: rows[part] for split, part in parts.items()}
+
+
 def check_folds(where: str, folds: int, repeats: int, units: int) -> None:
     """Raise DataError unless `units` things can be cut into `folds`."""
     if not 2 <= folds <= units:
@@ -198,6 +207,7 @@ class Splits(Mapping[str, BagDataset]):
         description: one sentence on what it holds.
         train, val, test: share views and tasks; regressions are standardised by the training labels.
         whole: all bags, in the source's order.
+        skipped: what of the source could not be used and was left out, one line each with its file in it.
     """
 
     name: str
@@ -206,6 +216,7 @@ class Splits(Mapping[str, BagDataset]):
     val: BagDataset
     test: BagDataset
     whole: BagDataset
+    skipped: tuple[str, ...] = ()
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:
