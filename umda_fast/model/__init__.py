@@ -3,6 +3,8 @@
 from umda_fast.model.atsb import ATSB, ATSBOutput, TaskNorm, cohesion_penalty, divergence_penalty
 from umda_fast.model.config import UMDAConfig
 from umda_fast.model.encoders import FeatureEncoder, ViewEncoders
+from umda_fast.model.experts import ExpertGates, Experts
+from umda_fast.model.film import FiLM
 from umda_fast.model.fusion import ViewConsistency, ViewFusion, dispersion_penalty
 from umda_fast.model.gmip import (
     GMIP,
@@ -15,7 +17,7 @@ from umda_fast.model.gmip import (
 from umda_fast.model.hcva import HCVA, HCVABlock, HCVAOutput, concentration_penalty
 from umda_fast.model.losses import decode, penalty_loss, task_losses
 from umda_fast.model.output import UMDAOutput
-from umda_fast.model.specs import TASK_KINDS, TaskKind, TaskSpec, ViewSpec
+from umda_fast.model.specs import TASK_KINDS, MetadataSpec, TaskKind, TaskSpec, ViewSpec
 from umda_fast.model.umda import UMDA
 
 __all__ = [
@@ -27,11 +29,15 @@ __all__ = [
     "ATSBOutput",
     "BagPooling",
     "BagPoolingOutput",
+    "ExpertGates",
+    "Experts",
     "FeatureEncoder",
+    "FiLM",
     "GMIPOutput",
     "HCVABlock",
     "HCVAOutput",
     "MessagePassing",
+    "MetadataSpec",
     "TaskKind",
     "TaskNorm",
     "TaskSpec",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umda_fast.model._numerics import wide
+from umda_fast.model.experts import ExpertGates
 
 __all__ = ["ATSB", "ATSBOutput", "TaskNorm", "cohesion_penalty", "divergence_penalty"]
 
@@ -45,6 +46,9 @@ class ATSB(nn.Module):
         kappa: weight of the hierarchy. kappa_g: weight of the gradient cosines.
         hierarchy: [T][T] tree distances between tasks, or None.
         private: False leaves the private paths out; Gamma is then the identity.
+        experts: expert gates take the place of the private paths (and of Gamma):
+            `branch[b,t] = GELU(LN_t(S pooled[b,t] + experts(pooled)[b,t]))`. Not linear: it does not commute with
+            the pooling.
 
     The cosines last given in training are kept in the buffer `task_cosines`: later calls without any, in
     evaluation above all, use those.
@@ -63,13 +67,16 @@ class ATSB(nn.Module):
         kappa_g: float = 0.0,
         hierarchy: Sequence[Sequence[float]] | None = None,
         private: bool = True,
+        experts: ExpertGates | None = None,
     ) -> None:
         super().__init__()
+        private = private and experts is None
         rank = max(1, width // 8) if rank is None else rank
         self.kappa = kappa
         self.kappa_g = kappa_g
         self.private = private
         self.shared = nn.Linear(width, width, bias=False)
+        self.experts = experts
         if private:
             self.read = nn.Parameter(torch.randn(tasks, width, rank) / math.sqrt(width))
             self.write = nn.Parameter(torch.randn(tasks, width, rank) / math.sqrt(3 * rank))
@@ -101,8 +108,12 @@ class ATSB(nn.Module):
         return (affinity + self.kappa * self.hierarchy + self.kappa_g * task_cosines).softmax(-1)
 
     def project(self, x: Tensor, influence: Tensor) -> Tensor:
-        """The linear part, [n, T, D] -> [n, T, D]: of pooled bags, or of instances (then pooled after it)."""
+        """What precedes the norm, [n, T, D] -> [n, T, D]. Without experts it is linear: of pooled bags, or of
+        instances, then pooled after it."""
         shared: Tensor = self.shared(x)
+        if self.experts is not None:
+            mixed: Tensor = self.experts(x)
+            return shared + mixed
         if not self.private:
             return shared
         hidden = torch.einsum("btd,tdr->btr", x, self.read)

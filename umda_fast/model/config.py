@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
-from umda_fast.model.specs import TaskSpec, ViewSpec, _as_float, _as_tuple, _check_int, check_distinct
+from umda_fast.model.specs import MetadataSpec, TaskSpec, ViewSpec, _as_float, _as_tuple, _check_int, check_distinct
 from umda_fast.ops.cross_view import MAX_HEAD_DIM, MAX_VIEWS, MIN_HEAD_DIM
 
 Message: TypeAlias = Literal["attention", "mean", "none"]
+Branching: TypeAlias = Literal["dual", "mmoe", "ple"]
 
 _AT_LEAST = {
     "width": 1,
@@ -22,6 +23,8 @@ _AT_LEAST = {
     "graph_layers": 0,
     "coords_k": 0,
     "task_embedding": 1,
+    "experts": 1,
+    "private_experts": 1,
 }
 _AT_LEAST_OR_NONE = ("encoder_hidden", "pool_hidden", "private_rank")
 _SWITCHES = ("symmetrize", "hcva", "graph", "private")
@@ -52,6 +55,12 @@ class UMDAConfig:
         kappa: weight of the hierarchy in the influence matrix.
         kappa_g: weight of the tasks' gradient cosines in it.
         hierarchy: tree distances between the tasks, [T][T]; None for no hierarchy.
+        branching: `dual` (shared path and private low-rank paths), or in place of the private paths the expert gates
+            `mmoe` (shared experts) or `ple` (shared experts and some of each task's own).
+        experts: shared experts of `mmoe` and `ple`.
+        private_experts: a task's own experts of `ple`.
+        metadata: numbers known of a bag beside its instances; they condition the pooled bag (FiLM). Mappings with
+            their fields are taken as well.
         delta: margin between the means of two views (dispersion).
         gamma: margin of the standard deviation inside a bag (diversity).
         hcva, graph, private: switch off cross-view attention, the graph, or the private paths.
@@ -81,6 +90,10 @@ class UMDAConfig:
     kappa: float = 1.0
     kappa_g: float = 0.0
     hierarchy: tuple[tuple[float, ...], ...] | None = None
+    branching: Branching = "dual"
+    experts: int = 4
+    private_experts: int = 1
+    metadata: tuple[MetadataSpec, ...] = ()
     delta: float = 1.0
     gamma: float = 0.5
     hcva: bool = True
@@ -88,8 +101,10 @@ class UMDAConfig:
     private: bool = True
 
     def __post_init__(self) -> None:
-        for name, kind in (("views", ViewSpec), ("tasks", TaskSpec)):
+        for name, kind in (("views", ViewSpec), ("tasks", TaskSpec), ("metadata", MetadataSpec)):
             specs = _specs(name, kind, getattr(self, name))
+            if not specs and name != "metadata":
+                raise ValueError(f"UMDAConfig.{name}: expected at least one, got none")
             object.__setattr__(self, name, specs)
             check_distinct(f"UMDAConfig.{name}", specs)
         for name, least in _AT_LEAST.items():
@@ -115,9 +130,10 @@ class UMDAConfig:
         for name in ("delta", "gamma"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"UMDAConfig.{name}: expected at least 0, got {getattr(self, name)}")
-        if self.message not in get_args(Message):
-            expected = ", ".join(get_args(Message))
-            raise ValueError(f"UMDAConfig.message: expected one of {expected}, got {self.message!r}")
+        for name, choices in (("message", get_args(Message)), ("branching", get_args(Branching))):
+            if getattr(self, name) not in choices:
+                expected, got = ", ".join(choices), getattr(self, name)
+                raise ValueError(f"UMDAConfig.{name}: expected one of {expected}, got {got!r}")
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"UMDAConfig.{name}: expected a bool, got {getattr(self, name)!r}")
@@ -184,6 +200,4 @@ def _specs(name: str, kind: type[Any], value: object) -> tuple[Any, ...]:
         if not isinstance(spec, kind):
             raise TypeError(f"UMDAConfig.{name}: expected {kind.__name__}, got {type(spec).__name__}")
         specs.append(spec)
-    if not specs:
-        raise ValueError(f"UMDAConfig.{name}: expected at least one, got none")
     return tuple(specs)

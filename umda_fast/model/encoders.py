@@ -14,10 +14,14 @@ __all__ = ["FeatureEncoder", "ViewEncoders"]
 
 
 class FeatureEncoder(nn.Sequential):
-    """The default encoder, [n, features] -> [n, width]: LayerNorm, Linear, GELU, Dropout, Linear.
+    """The default encoder, [n, features] -> [n, width]: (x - shift) / scale, LayerNorm, Linear, GELU, Dropout, Linear.
 
-    Features are cast to the dtype of its parameters.
+    `shift` and `scale` (buffers [features], 0 and 1 at first) are set by `set_scaling`: without it LayerNorm leaves
+    of features in different units only the largest. Features are cast to the dtype of the parameters.
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, features: int, width: int, hidden: int | None = None, dropout: float = 0.1) -> None:
         hidden = width if hidden is None else hidden
@@ -28,9 +32,18 @@ class FeatureEncoder(nn.Sequential):
             nn.Dropout(dropout),
             nn.Linear(hidden, width),
         )
+        self.register_buffer("shift", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+
+    def set_scaling(self, mean: Tensor, std: Tensor) -> None:
+        """Standardise by `mean` and `std`, both [features], of the training instances; a feature with std 0 is
+        constant there and is centred only."""
+        self.shift.copy_(mean)
+        self.scale.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     def forward(self, features: Tensor) -> Tensor:
-        x = features.to(self.get_parameter("0.weight").dtype)
+        # Subtracted before the cast: in half precision the difference of large features would be lost.
+        x = ((features - self.shift) / self.scale).to(self.get_parameter("0.weight").dtype)
         for layer in self:
             x = layer(x)
         return x

@@ -60,6 +60,31 @@ class ViewSpec:
 
 
 @dataclass(frozen=True)
+class MetadataSpec:
+    """One number that is known of a bag beside its instances (an age, a magnification).
+
+    Attributes:
+        name: unique among a model's metadata.
+        mean, std: of the training bags; models see `(value - mean) / std`.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    name: str
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_name("MetadataSpec", self.name)
+        where = f"MetadataSpec({self.name!r})"
+        object.__setattr__(self, "mean", _as_float(f"{where}.mean", self.mean))
+        object.__setattr__(self, "std", _as_float(f"{where}.std", self.std))
+        if self.std <= 0.0:
+            raise ValueError(f"{where}.std: expected a positive number, got {self.std}")
+
+
+@dataclass(frozen=True)
 class TaskSpec:
     """One task: what is predicted for a bag and how it is scored.
 
@@ -154,7 +179,7 @@ class TaskSpec:
         return self.classes if self.kind in ("multiclass", "multilabel") else 1
 
 
-def check_distinct(argument: str, specs: Iterable[ViewSpec] | Iterable[TaskSpec]) -> None:
+def check_distinct(argument: str, specs: Iterable[ViewSpec | TaskSpec | MetadataSpec]) -> None:
     """Raise ValueError naming `argument` if two specs share a name."""
     names = [spec.name for spec in specs]
     repeated = sorted({name for name in names if names.count(name) > 1})

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from umda_fast.model.atsb import ATSB, cohesion_penalty
 from umda_fast.model.config import UMDAConfig
 from umda_fast.model.encoders import ViewEncoders
+from umda_fast.model.experts import ExpertGates
+from umda_fast.model.film import FiLM
 from umda_fast.model.fusion import ViewConsistency, ViewFusion, dispersion_penalty
 from umda_fast.model.gmip import GMIP, BagPooling, diversity_penalty
 from umda_fast.model.hcva import HCVA, concentration_penalty
@@ -65,6 +67,8 @@ class UMDA(nn.Module):
         )
         hidden = max(1, width // 2) if config.pool_hidden is None else config.pool_hidden
         self.pooling = BagPooling(width, tasks, hidden)
+        self.film = FiLM(config.metadata, width) if config.metadata else None
+        own = config.private_experts if config.branching == "ple" else 0
         self.atsb = ATSB(
             width,
             tasks,
@@ -74,6 +78,7 @@ class UMDA(nn.Module):
             config.kappa_g,
             config.hierarchy,
             config.private,
+            None if config.branching == "dual" else ExpertGates(width, tasks, config.experts, own),
         )
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleList(nn.Linear(width, task.outputs) for task in config.tasks)
@@ -85,6 +90,7 @@ class UMDA(nn.Module):
         mask: Tensor | None = None,
         coords: Tensor | None = None,
         *,
+        metadata: Tensor | None = None,
         task_cosines: Tensor | None = None,
     ) -> UMDAOutput:
         """Predict for B bags of N instances.
@@ -96,6 +102,7 @@ class UMDA(nn.Module):
             mask: bool [N, V], which views an instance has, at least one; None when all. Features of missing
                 views are never used (they may be NaN).
             coords: [N, 2], needed with `coords_k` > 0, else not read.
+            metadata: floating [B, M], NaN where missing; needed with `config.metadata`, else not read.
             task_cosines: [T, T], cosines of the tasks' gradients for the influence matrix (see `ATSB`).
 
         Raises:
@@ -126,10 +133,14 @@ class UMDA(nn.Module):
             penalties["smoothness"] = smoothness_energy(z, graph, weight)
         penalties["diversity"] = diversity_penalty(z, ptr, self.config.gamma)
         pooled, attention, attention_entropy = self.pooling(z, ptr)
+        if self.film is not None:
+            if metadata is None:
+                raise ValueError(f"metadata: expected [{len(pooled)}, {len(self.config.metadata)}], got None")
+            pooled = self.film(pooled, metadata)
 
         branches, influence = self.atsb(pooled, task_cosines)
         penalties["divergence"] = self.atsb.divergence()
-        penalties["cohesion"] = cohesion_penalty(branches, influence, ptr.diff() > 0) if self.config.private else zero
+        penalties["cohesion"] = cohesion_penalty(branches, influence, ptr.diff() > 0) if self.atsb.private else zero
         heads = zip(self.config.tasks, self.heads, self.dropout(branches).unbind(1), strict=True)
         return UMDAOutput(
             logits={task.name: head(branch) for task, head, branch in heads},
@@ -147,9 +158,10 @@ class UMDA(nn.Module):
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """What all tasks train: encoders, cross-view attention, fusion, graph, the hidden units of the pooling,
-        and the shared path S of the branches."""
+        conditioning on metadata, the shared path S of the branches and the shared experts."""
         blocks = (self.encoders, self.hcva, self.consistency, self.fusion, self.gmip)
-        parts = (*blocks, self.pooling.value, self.pooling.gate, self.atsb.shared)
+        experts = None if self.atsb.experts is None else self.atsb.experts.shared
+        parts = (*blocks, self.pooling.value, self.pooling.gate, self.film, self.atsb.shared, experts)
         return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
     def task_parameters(self) -> list[nn.Parameter]:
