@@ -68,6 +68,8 @@ class DataConfig(_Section):
     """Options of the source, for example `train_bags` of `digits`."""
     budget: Positive = 512
     """Instances in a batch; a batch holds whole bags."""
+    standardize: bool = True
+    """Give every feature mean 0 and standard deviation 1 over the training instances, inside the model."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read bags ahead."""
 
@@ -134,6 +136,9 @@ class TrainConfig(_Section):
     """Steps between two lines of kind `step` in metrics.jsonl."""
     deterministic: bool | None = None
     """Bit-identical repetition; None means yes on the CPU, no on a GPU."""
+    keep: Literal["all", "scores"] = "all"
+    """What a run leaves: `scores` writes config.yaml, metrics.jsonl and metrics.json only, no weights and no
+    checkpoint (a stopped run begins anew): for many small runs, as in a cross-validation."""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,16 @@ __all__ = ["learning_rate_factor", "parameter_groups", "random_state", "set_rand
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, averaged: Iterable[nn.Parameter] = ()
+    model: nn.Module, weight_decay: float, averaged: Iterable[nn.Parameter] = (), beta: float = 0.0
 ) -> list[dict[str, Any]]:
     """Groups for AdamW: matrices with `weight_decay`, all else (biases, norms, embeddings, gates) without.
 
     A parameter decays if it has at least two dimensions and belongs neither to a norm nor to an embedding; a
     bare parameter counts as an embedding when its name says so. The parameters in `averaged` get gradients
-    that are running means already, so the optimiser's own (the first of `betas`) is switched off for them.
+    that are running means with decay `beta` already, so the optimiser's own (the first of `betas`) is switched
+    off for them. A mean of independent gradients is shorter than they are, by `sqrt((1 - beta) / (1 + beta))`,
+    and Adam, which divides by the length of what it is given, would make longer steps of it: `scale`, a factor on
+    the group's learning rate, undoes that, and leaves the weight decay of a step as it is.
     """
     plain: set[int] = set()
     for module in model.modules():
@@ -39,11 +42,13 @@ def parameter_groups(
             parameter.ndim >= 2 and id(parameter) not in plain and "bias" not in leaf and "embed" not in leaf
         )
         groups.setdefault((decays, id(parameter) in averages), []).append(parameter)
+    shorter = math.sqrt((1.0 - beta) / (1.0 + beta))
     return [
         {
             "params": groups[key],
-            "weight_decay": weight_decay if key[0] else 0.0,
+            "weight_decay": (weight_decay if key[0] else 0.0) / (shorter if key[1] else 1.0),
             "betas": (0.0 if key[1] else 0.9, 0.999),
+            "scale": shorter if key[1] else 1.0,
         }
         for key in sorted(groups, reverse=True)
     ]

@@ -166,16 +166,18 @@ def train(
             trainer.load()
         if fabric.is_global_zero:
             dump_config(config, run.config)
-        with _events(run, trainer.step) as trainer.events:
+        keep_all = config.train.keep == "all"
+        with _events(run, trainer.step) if keep_all else contextlib.nullcontext() as trainer.events:
             trainer.fit()
         best = trainer.best_model()
         split = next((name for name in ("test", "val") if name in datasets and len(datasets[name])), "train")
         result = trainer.evaluate(datasets[split], best)
     metrics = summary(config, datasets, split, result, run, trainer)
     if fabric.is_global_zero:
-        save_model(best, run.path)
+        if keep_all:
+            save_model(best, run.path)
         write_json(run.metrics, metrics)
-        if plots:
+        if plots and keep_all:
             plot_run(run, datasets["train"].views, datasets["train"].tasks, result)
     return RunResult(run.path, metrics, split, best)
 

@@ -30,6 +30,7 @@ from umda_fast.train.guard import check_batch, explain_non_finite
 from umda_fast.train.optim import learning_rate_factor, parameter_groups, random_state, set_random_state
 from umda_fast.train.progress import ProgressReport
 from umda_fast.train.rundir import MetricsLog, RunDirectory, save_model
+from umda_fast.train.scaling import standardize_inputs
 
 __all__ = ["Trainer"]
 
@@ -80,13 +81,15 @@ class Trainer:
         self.tasks = self.train_set.tasks
         if len(self.train_set) == 0:
             raise DataError("split 'train' holds no bags")
-        self.model = cast(Any, fabric.to_device(model))
         options = config.train
+        if config.data.standardize:
+            standardize_inputs(model, self.train_set, config.seed)
+        self.model = cast(Any, fabric.to_device(model))
         self.guided: SelfGuided | None = self._self_guided()
         averaged: list[nn.Parameter] = []
         if self.guided is not None and adds_averages(self.guided):
             averaged = list(self.model.shared_parameters())
-        groups = parameter_groups(self.model, options.weight_decay, averaged)
+        groups = parameter_groups(self.model, options.weight_decay, averaged, config.sgl.beta)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average: AveragedModel | None = None
@@ -196,7 +199,7 @@ class Trainer:
         options = self.config.train
         lr = options.lr * learning_rate_factor(progress, options.warmup, options.final_lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         batch = to_device(host, self.fabric)
         with self.fabric.autocast():
             out = self._forward(batch)
@@ -301,7 +304,7 @@ class Trainer:
             options.patience > 0 and self.epoch - 1 - self.best_epoch >= options.patience
         )
         self.save()
-        if better and self.fabric.is_global_zero:
+        if better and self.fabric.is_global_zero and self.config.train.keep == "all":
             self.save_best()
 
     def _write(self, record: dict[str, Any], *, step: int) -> None:
@@ -331,7 +334,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoint.pt, whole or not at all."""
-        if not self.fabric.is_global_zero:
+        if not self.fabric.is_global_zero or self.config.train.keep == "scores":
             return
         state = {
             "version": CHECKPOINT_VERSION,
