@@ -85,8 +85,9 @@ class SGLConfig(_Section):
     """Steps between two gradient statistics."""
     beta: Decay = 0.9
     """Decay of the running means of gradients, Gram matrix and cosines."""
-    direction: Literal["average", "gradient"] = "average"
-    """What the scope shared_parameters adds up: running means, which replace Adam's, or gradients."""
+    direction: Literal["average", "gradient"] = "gradient"
+    """What the scope shared_parameters adds up: this step's gradients, which Adam smooths, or running means, which
+    replace Adam's (see docs/results/sgl.md for both)."""
     weight_beta: Decay | None = None
     """Decay of the running mean of the weights; None leaves it to the balancer."""
     statistics: bool | None = None
