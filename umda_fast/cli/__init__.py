@@ -22,6 +22,7 @@ _EXTRAS = {
     "pydantic": "train",
     "rich": "train",
     "safetensors": "train",
+    "scipy": "train",
     "sklearn": "train",
     "tensorboard": "train",
     "torchmetrics": "train",
