@@ -66,4 +66,5 @@ class ExpertGates(nn.Module):
         if len(self.private):
             own = torch.stack([experts(x[:, t]) for t, experts in enumerate(self.private)], dim=1)
             outputs = torch.cat([outputs, own], dim=2)
-        return (self.gates(x)[..., None] * outputs).sum(2)
+        mixed: Tensor = (self.gates(x)[..., None] * outputs).sum(2)
+        return mixed
