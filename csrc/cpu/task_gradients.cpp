@@ -12,6 +12,7 @@
 #include "task_gradients.h"
 
 #include "parallel.h"
+#include "products.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -19,10 +20,8 @@ namespace umda::UMDA_ISA {
 namespace {
 
 constexpr int64_t kSpanElements = 1 << 15;  // of ema, all tasks together: 128 KB
-constexpr int64_t kChain = 1024;
 constexpr int64_t kMinGroup = 1 << 14;
 constexpr int64_t kMaxGroups = 512;
-constexpr int kTile = 4;  // tasks x tasks of which products are held in registers
 
 int64_t span_columns(int64_t tasks) {
   const int64_t fit = kSpanElements / tasks / kChain * kChain;
@@ -44,63 +43,6 @@ void smooth(float* ema, const G* grad, int64_t count, Vec keep, Vec take) {
   for (; i < count; i += kWidth) {
     const int n = static_cast<int>(smaller<int64_t>(kWidth, count - i));
     store(ema + i, fma(keep, load(ema + i, n), take * load(grad + i, n)), n);
-  }
-}
-
-// products[s, t] += rows[first + s] . rows[second + t] over `count` <= kChain columns, for a tile of tasks. Tasks past
-// the end stand for the last one. On the diagonal, s <= t only.
-template <bool kDiagonal>
-void add_tile(const float* rows, int64_t stride, int64_t tasks, int64_t first, int64_t second, int64_t count,
-              double* products) {
-  const float *left[kTile], *right[kTile];
-  for (int i = 0; i < kTile; ++i) {
-    left[i] = rows + smaller(first + i, tasks - 1) * stride;
-    right[i] = rows + smaller(second + i, tasks - 1) * stride;
-  }
-  Vec sums[kTile][kTile];
-  for (int s = 0; s < kTile; ++s) {
-    for (int t = 0; t < kTile; ++t) {
-      sums[s][t] = zero();
-    }
-  }
-  const auto step = [&](auto&& read) UMDA_LAMBDA_INLINE {
-    Vec column[kTile];
-    for (int t = 0; t < kTile; ++t) {
-      column[t] = read(right[t]);
-    }
-    for (int s = 0; s < kTile; ++s) {
-      const Vec row = kDiagonal ? column[s] : read(left[s]);
-      for (int t = kDiagonal ? s : 0; t < kTile; ++t) {
-        sums[s][t] = fma(row, column[t], sums[s][t]);
-      }
-    }
-  };
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    step([i](const float* p) UMDA_LAMBDA_INLINE { return load(p + i); });
-  }
-  if (i < count) {
-    const int n = static_cast<int>(count - i);
-    step([i, n](const float* p) UMDA_LAMBDA_INLINE { return load(p + i, n); });
-  }
-  for (int s = 0; s < kTile; ++s) {
-    for (int t = kDiagonal ? s : 0; t < kTile; ++t) {
-      if (first + s < tasks && second + t < tasks) {
-        products[(first + s) * tasks + second + t] += static_cast<double>(sum(sums[s][t]));
-      }
-    }
-  }
-}
-
-void add_products(const float* rows, int64_t stride, int64_t tasks, int64_t count, double* products) {
-  for (int64_t begin = 0; begin < count; begin += kChain) {
-    const int64_t chain = smaller(kChain, count - begin);
-    for (int64_t first = 0; first < tasks; first += kTile) {
-      add_tile<true>(rows + begin, stride, tasks, first, first, chain, products);
-      for (int64_t second = first + kTile; second < tasks; second += kTile) {
-        add_tile<false>(rows + begin, stride, tasks, first, second, chain, products);
-      }
-    }
   }
 }
 
@@ -180,16 +122,9 @@ void task_gradient_statistics(const TaskGradientStatistics& a) {
       add_products(a.ema + begin, a.ema_stride, a.tasks, end - begin, own);
     }
   });
-  for (int64_t s = 0; s < a.tasks; ++s) {
-    for (int64_t t = s; t < a.tasks; ++t) {
-      double total = 0.0;
-      for (int64_t g = 0; g < groups; ++g) {
-        total += products[g * pairs + s * a.tasks + t];
-      }
-      total *= static_cast<double>(a.correction[s]) * static_cast<double>(a.correction[t]);
-      a.gram[s * a.tasks + t] = a.gram[t * a.tasks + s] = static_cast<float>(total);
-    }
-  }
+  store_gram(products.data(), groups, a.tasks, a.gram, [&](int64_t s, int64_t t) {
+    return static_cast<double>(a.correction[s]) * static_cast<double>(a.correction[t]);
+  });
 }
 
 void combine_task_gradients(const TaskGradientCombination& a) {

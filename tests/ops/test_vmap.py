@@ -151,7 +151,8 @@ def test_every_operation_has_a_rule() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("umda_fast::")
     }
-    assert defined - listed == {"combine_task_gradients", "task_gradient_statistics"}  # they make no gradients
+    # They make no gradients.
+    assert defined - listed == {"combine_task_gradients", "representation_gram", "task_gradient_statistics"}
     for name in sorted(defined & listed):
         assert _library.has_kernel(name, "FuncTorchBatched")
 

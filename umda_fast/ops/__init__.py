@@ -15,7 +15,9 @@ from umda_fast.ops.cross_view_tokens import CrossViewTokensOutput, cross_view_to
 from umda_fast.ops.graph import NeighborGraph
 from umda_fast.ops.knn import knn_graph
 from umda_fast.ops.neighbors import edge_cosine, neighbor_attention, neighbor_sum, smoothness_energy
+from umda_fast.ops.representation_gram import representation_gram
 from umda_fast.ops.task_gradients import combine_task_gradients, task_gradient_statistics
+from umda_fast.ops.view_fusion import ViewFusionOutput, fuse_views
 
 # After every operation is defined: it registers their batching rules.
 from umda_fast.ops import _batching  # noqa: F401  # isort: skip
@@ -26,6 +28,7 @@ __all__ = [
     "CrossViewOutput",
     "CrossViewTokensOutput",
     "NeighborGraph",
+    "ViewFusionOutput",
     "backend_status",
     "backends_used",
     "bag_attention_pool",
@@ -34,10 +37,12 @@ __all__ = [
     "cross_view_attention",
     "cross_view_token_attention",
     "edge_cosine",
+    "fuse_views",
     "get_backend",
     "knn_graph",
     "neighbor_attention",
     "neighbor_sum",
+    "representation_gram",
     "set_backend",
     "share_checks",
     "smoothness_energy",
