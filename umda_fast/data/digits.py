@@ -198,7 +198,9 @@ def _splits(parts: dict[str, IntArray], seed: Sequence[int], options: _Options) 
             f"{options.missing_views:.0%} of the views and {options.missing_labels:.0%} of the training "
             "labels are missing"
         ),
-        **datasets,
+        train=datasets["train"],
+        val=datasets["val"],
+        test=datasets["test"],
         whole=concat(list(datasets.values()), "digits"),
     ).fitted(options.class_weights)
 

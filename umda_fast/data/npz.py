@@ -29,7 +29,6 @@ from umda_fast.data.bags import BagDataset
 from umda_fast.data.labels import ClassWeights, KindOverrides, fixed_tasks
 from umda_fast.data.splits import SPLITS, Splits, held_out, k_fold, split_bags
 from umda_fast.errors import DataError
-from umda_fast.model.specs import TaskSpec
 
 _RESERVED = ("ptr", "y", "Y", "tasks", "mask", "coords", "names", "groups", "split")
 
@@ -190,7 +189,8 @@ def _make_splits(
     bags, rows = len(dataset), int(dataset.sizes.sum())
     description = f"{bags} bags, {rows} instances, {len(dataset.views)} view(s), {len(dataset.tasks)} task(s)"
     name = Path(path).stem
-    return Splits(name, description, **datasets, whole=dataset).fitted(class_weights, keep=fixed_tasks(kinds))
+    splits = Splits(name, description, datasets["train"], datasets["val"], datasets["test"], whole=dataset)
+    return splits.fitted(class_weights, keep=fixed_tasks(kinds))
 
 
 def load_npz_source(

@@ -11,6 +11,8 @@ from typing import Any
 
 from umda_fast.data.digits import fold_digits_source, load_digits_source
 from umda_fast.data.npz import fold_npz_source, is_npz, load_npz_source
+from umda_fast.data.packed import is_pack
+from umda_fast.data.slides import fold_slides_source, is_slides, load_slides_source
 from umda_fast.data.splits import Splits
 from umda_fast.errors import DataError
 
@@ -57,6 +59,21 @@ FORMATS: tuple[SourceFormat, ...] = (
         is_npz,
         load_npz_source,
         fold_npz_source,
+    ),
+    SourceFormat(
+        "pack",
+        "a directory that `umda-fast pack` made",
+        is_pack,
+        load_slides_source,
+        fold_slides_source,
+    ),
+    # The least particular kind of directory, so the last.
+    SourceFormat(
+        "slides",
+        "a directory of bags (.h5 as CLAM, TRIDENT or STAMP write it, .pt, .npz) beside a labels.csv",
+        is_slides,
+        load_slides_source,
+        fold_slides_source,
     ),
 )
 
@@ -106,7 +123,7 @@ def load_source(
             content.
         format: name of the kind, instead.
         seed: of splits and draws; the same data on every machine.
-        options: of the kind, see `load_digits_source` and `load_npz_source`.
+        options: of the kind, see `load_digits_source`, `load_npz_source`, `load_slides_source`.
 
     Raises:
         DataError: naming the source and what in it was wrong, or what is understood.
