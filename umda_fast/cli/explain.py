@@ -1,0 +1,65 @@
+"""`umda-fast explain`: where a model looked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from umda_fast.cli.app import BackendName, Device, Format, Quiet, RunDir, app
+
+__all__: list[str] = []
+
+
+@app.command(epilog="Example: umda-fast explain runs/first --data slides/ --bag slide_7 --out maps")
+def explain(
+    run: RunDir,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")],
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="SOURCE", help="Which bags.  [default: the run's own data]")
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Only this part of the data.")] = None,
+    bag: Annotated[list[str] | None, typer.Option("--bag", help="Only this bag; may be repeated.")] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Instances listed per bag and task.")] = 20,
+    heatmaps: Annotated[bool, typer.Option("--heatmaps/--no-heatmaps", help="A PNG per bag and task.")] = True,
+    geojson: Annotated[bool, typer.Option("--geojson/--no-geojson", help="A file per bag for QuPath.")] = True,
+    pixel_size: Annotated[
+        float | None,
+        typer.Option("--pixel-size", metavar="UM", help="Micrometres per level-0 pixel, where the data lacks it."),
+    ] = None,
+    format: Format = None,
+    device: Device = None,
+    backend: BackendName = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write attention heatmaps, GeoJSON for QuPath and the instances with the most attention."""
+    from umda_fast.cli.render import make_console
+    from umda_fast.train import load_run
+    from umda_fast.train.maps import explain as explain_run
+
+    result = explain_run(
+        load_run(run),
+        source=data,
+        out=out,
+        split=split,
+        bags=bag,
+        top=top,
+        heatmaps=heatmaps,
+        geojson=geojson,
+        pixel_size=pixel_size,
+        format=format,
+        device=device or "auto",
+        backend=backend or "auto",
+        progress=not quiet,
+    )
+    console = make_console()
+    console.print(
+        f"{out}: {result.bags} bags, {result.heatmaps} heatmaps, {result.geojson} GeoJSON files", soft_wrap=True
+    )
+    if result.without:
+        console.print(
+            f"no coordinates, so no map: {', '.join(result.without[:5])}"
+            + (f" and {len(result.without) - 5} more" if len(result.without) > 5 else ""),
+            soft_wrap=True,
+        )
