@@ -17,6 +17,7 @@ from umda_fast.model.gmip import (
 from umda_fast.model.hcva import HCVA, HCVABlock, HCVAOutput, concentration_penalty
 from umda_fast.model.losses import decode, penalty_loss, task_losses
 from umda_fast.model.output import UMDAOutput
+from umda_fast.model.pooled import PooledInstances
 from umda_fast.model.specs import TASK_KINDS, MetadataSpec, TaskKind, TaskSpec, ViewSpec
 from umda_fast.model.umda import UMDA
 
@@ -38,6 +39,7 @@ __all__ = [
     "HCVAOutput",
     "MessagePassing",
     "MetadataSpec",
+    "PooledInstances",
     "TaskKind",
     "TaskNorm",
     "TaskSpec",

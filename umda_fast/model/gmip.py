@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from umda_fast.model._numerics import wide
 from umda_fast.model.config import Message
+from umda_fast.model.pooled import PooledInstances
 from umda_fast.ops import (
     NeighborGraph,
     bag_attention_pool,
@@ -139,6 +140,7 @@ class BagPoolingOutput(NamedTuple):
     pooled: Tensor  #: [B, T, D], 0 for an empty bag
     attention: Tensor  #: [N, T], sums to 1 over the instances of a bag
     entropy: Tensor  #: [B, T], of the attention, in nats
+    instances: PooledInstances  #: for the gradients of tasks on z
 
 
 class BagPooling(nn.Module):
@@ -157,10 +159,13 @@ class BagPooling(nn.Module):
 
     def forward(self, z: Tensor, ptr: Tensor) -> BagPoolingOutput:
         """z [N, D]; ptr int64 [B+1]."""
-        scores = self.score(torch.tanh(self.value(z)) * torch.sigmoid(self.gate(z)))
+        value, gate = torch.tanh(self.value(z)), torch.sigmoid(self.gate(z))
+        scores = self.score(value * gate)
         pool = bag_attention_pool(z, scores, ptr)
         attention = torch.exp(scores.to(pool.lse.dtype) - pool.lse[bag_index(ptr, z.shape[0])])
-        return BagPoolingOutput(pool.pooled, attention, pool.entropy)
+        weights = (self.score.weight, self.value.weight, self.gate.weight)
+        instances = PooledInstances(z, ptr, attention, pool.pooled, value, gate, *weights)
+        return BagPoolingOutput(pool.pooled, attention, pool.entropy, instances)
 
 
 def bag_index(ptr: Tensor, count: int) -> Tensor:

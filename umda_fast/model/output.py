@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from umda_fast.model.pooled import PooledInstances
 from umda_fast.ops import NeighborGraph
 
 __all__ = ["UMDAOutput"]
@@ -29,6 +30,7 @@ class UMDAOutput:
         view_weights: [N, V], of the fusion; sums to 1.
         influence: [T, T], Gamma; rows sum to 1.
         representation: [N, D], what the pooling reads: the output z of the last round of message passing.
+        instances: the same with all that lies between it and the pooled bags, for `SelfGuided.backward`.
         view_consistency: scalar, 1 - consistency penalty.
         branches: [B, T, D].
         graph: of the instances, None with `graph=False`.
@@ -42,6 +44,7 @@ class UMDAOutput:
     view_weights: Tensor
     influence: Tensor
     representation: Tensor
+    instances: PooledInstances
     view_consistency: Tensor
     branches: Tensor
     graph: NeighborGraph | None

@@ -132,7 +132,7 @@ class UMDA(nn.Module):
             z, graph, weight = self.gmip(z, ptr, coords)
             penalties["smoothness"] = smoothness_energy(z, graph, weight)
         penalties["diversity"] = diversity_penalty(z, ptr, self.config.gamma)
-        pooled, attention, attention_entropy = self.pooling(z, ptr)
+        pooled, attention, attention_entropy, instances = self.pooling(z, ptr)
         if self.film is not None:
             if metadata is None:
                 raise ValueError(f"metadata: expected [{len(pooled)}, {len(self.config.metadata)}], got None")
@@ -151,6 +151,7 @@ class UMDA(nn.Module):
             view_weights=view_weights,
             influence=influence,
             representation=z,
+            instances=instances,
             view_consistency=1.0 - penalties["consistency"],
             branches=branches,
             graph=graph,
