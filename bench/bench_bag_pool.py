@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.harness import arguments, medians, report, require_parity, traffic_note
 from umda_fast.ops import bag_attention_pool
 from umda_fast.reference.bag_pool import bag_pool as reference
+
+from .harness import arguments, medians, report, require_parity, traffic_note
 
 try:
     from torch_geometric.utils import scatter

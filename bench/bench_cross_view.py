@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.harness import arguments, medians, report, require_parity, traffic_note
 from umda_fast.ops import cross_view_attention
 from umda_fast.reference.cross_view import cross_view as reference
+
+from .harness import arguments, medians, report, require_parity, traffic_note
 
 HEADS, WIDTH = 8, 32
 

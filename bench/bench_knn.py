@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import arguments, medians, report, sgemm_rate
 from umda_fast.ops import knn_graph
 from umda_fast.reference.knn import knn as reference
+
+from .harness import arguments, medians, report, sgemm_rate
 
 try:
     import faiss

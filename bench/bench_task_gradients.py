@@ -7,8 +7,9 @@ reads it and writes one row (T*P + P).
 import torch
 from torch import Tensor
 
-from bench.harness import arguments, medians, report, require_parity, traffic_note
 from umda_fast.ops import combine_task_gradients, task_gradient_statistics
+
+from .harness import arguments, medians, report, require_parity, traffic_note
 
 BETA = 0.9
 

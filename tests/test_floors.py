@@ -1,6 +1,6 @@
 """The floors of the house: imports only go down, and packages of one floor do not import each other.
 
-cli > train, parity > data, sgl > model, pyg > ops > reference | kernels > errors
+cli > bench > train, parity > data, sgl > model, pyg > ops > reference | kernels > errors
 """
 
 import ast
@@ -17,15 +17,18 @@ FLOORS = (
     {"model", "pyg"},
     {"data", "sgl"},
     {"train", "parity"},
+    {"bench"},
     {"cli"},
 )
+OUTSIDE = ("bench", "kernels")
 FLOOR = {package: height for height, packages in enumerate(FLOORS) for package in packages}
 
 
 def sources() -> list[tuple[str, Path]]:
     """(package, file) of every module of umda_fast; a module at the top is a package of its own."""
     found = [(path.relative_to(ROOT / "umda_fast").parts[0], path) for path in (ROOT / "umda_fast").rglob("*.py")]
-    found += [("kernels", path) for path in (ROOT / "kernels").rglob("*.py")]
+    # Top folders that are installed inside the package.
+    found += [(folder, path) for folder in OUTSIDE for path in (ROOT / folder).rglob("*.py")]
     return [(package.removesuffix(".py"), path) for package, path in found]
 
 
@@ -64,7 +67,7 @@ def test_every_package_has_a_floor() -> None:
 def test_every_package_is_installed() -> None:
     """pyproject.toml names them one by one: a wheel must not lack one that the editable install has."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    there = {"umda_fast.kernels"}
+    there = {f"umda_fast.{folder}" for folder in OUTSIDE}
     there |= {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "umda_fast").rglob("__init__.py")}
     assert set(settings["packages"]) == there
 
@@ -87,6 +90,7 @@ def test_imports_only_go_down(package: str) -> None:
         ("reference", "import umda_fast.ops.knn", ["ops"]),
         ("model", "def f():\n    from umda_fast.sgl import SelfGuided", ["sgl"]),
         ("train", "import_module('umda_fast.parity')", ["parity"]),
+        ("parity", "from umda_fast.bench.measure import compare", ["bench"]),
         ("data", "from umda_fast.model.specs import TaskSpec", []),
         ("ops", "from umda_fast.reference.knn import knn\nfrom umda_fast.errors import DataError", []),
     ],

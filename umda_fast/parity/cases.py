@@ -226,10 +226,15 @@ def neighbor_cases(shape: str, nodes: int, degree: int, heads: int, width: int, 
     def energy(x: Inputs, backend: str) -> Outputs:
         return {"energy": ops.smoothness_energy(x["x"], _graph(x), x["weight"], backend=backend)}
 
+    def transposed(x: Inputs, backend: str) -> Outputs:
+        t_ptr, t_edge = _graph(x).transpose(backend=backend)
+        return {"t_ptr": t_ptr.double(), "t_edge": t_edge.double()}  # whole numbers: held to equality
+
     weights_attended = {**graph, **qkv, "log_weight": weight.log()}
     features = ("q", "k", "v")
     attended = "neighbor_attention"
     return [
+        Case("graph_transpose", shape, graph, transposed, ()),
         Case("edge_cosine", shape, x, cosine, ("x",), ("x",)),
         Case(attended, shape, weights_attended, attention(True), features, (*features, "log_weight")),
         Case(attended, f"{shape}, no self loop", {**graph, **qkv}, attention(False), features, features),

@@ -1,0 +1,299 @@
+"""Everything that only a GPU can show, in one command: is it right there, how fast is it, how far from the limit.
+
+    python -m bench.gpu_suite --out DIR [--device cuda|cpu] [--quick] [--ops OP,OP] [--seconds N]
+
+Parity of every native operation comes first, forward and backward, in every dtype; an operation that fails is not
+timed, the rest goes on, and the exit code is 1. Then contenders take turns, caches flushed, CUDA events, medians. On
+a GPU every part runs in a process of its own: an operation that crashes or hangs takes nothing else with it. What is
+missing, runs out of memory or out of time is a line of the report. ``--device cpu --quick`` tests the script itself.
+
+It writes ``DIR/gpu_suite.json`` and ``DIR/gpu_suite.html``. The JSON (seconds and bytes throughout)::
+
+    schema      1
+    machine     device, name, capability, multiprocessors, memory_bytes, l2_bytes, driver, processor, cores, threads
+    versions    python, torch, cuda, triton, umda_fast, and the optional packages (null: not installed)
+    git         commit, clean (null outside a checkout)
+    run         profile (quick | cpu | cuda), ops, began (UTC), seconds, budget_seconds
+    rates       copy (bytes/s, read + written), bfloat16, tf32, float32 (FLOP/s of a matrix product), and the summary
+                of each under "measured"
+    parity      {op: verdict}: pass | fail | "no native kernel: ..." | "crashed: ..."
+    parity_rows the rows of umda_fast.parity.run_parity
+    timings     [{op, pass: forward | backward, dtype, shape, size, backend (who served ours),
+                  floor: {bytes, flops, seconds, unit}, contenders: [CONTENDER]}]
+    steps       [{instances, resident_bytes, contenders: [CONTENDER]}] of a whole training step
+    largest     {instances, status, detail, seconds, peak_bytes, finite}: one bag that has to fit
+    capture     rows {op, backend, shape, verdict}: CUDA graph capture and replay, side stream, no waiting
+    aims        [{aim, target, value, verdict: met | not met | not measured, detail}]
+    notes       sections that crashed or were left out, operations without a workload
+    passed      parity and capture hold, and no section crashed
+
+    CONTENDER = {name, status: timed | out of memory | failed | skipped | missing, detail, peak_bytes,
+                 seconds: {median, min, q10, q25, q75, q90, repetitions} or null,
+                 rate, rate_unit (GB/s | TFLOP/s), share (of the floor, 1 is the limit), ratio (to ours)}
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from umda_fast.ops._dispatch import reasons_against
+from umda_fast.parity.cases import all_cases
+
+from .aims import judge
+from .machine import git, versions
+from .measure import Clock
+from .processes import Here, Processes, run_section
+from .report import write_html
+from .sections import BACKENDS, STEP, Task
+from .workloads import WORKLOADS
+
+Record = dict[str, Any]
+
+#: Seconds of a whole run.
+BUDGETS = {"quick": 50.0, "cpu": 900.0, "cuda": 450.0}
+#: Operations that are timed by one process, and its share of the time.
+GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
+    "cross_view": (("cross_view",), 1.5),
+    "cross_view_tokens": (("cross_view_tokens",), 1.2),
+    "knn": (("knn",), 1.0),
+    "neighbors": (
+        ("graph_transpose", "edge_cosine", "neighbor_attention", "neighbor_sum", "smoothness_energy"),
+        2.2,
+    ),
+    "pooling and task gradients": (("bag_pool", "task_gradient_statistics", "combine_task_gradients"), 1.3),
+}
+STEP_SHARE, CAPTURE_SHARE = 3.0, 0.5
+#: Most seconds of a process that checks one operation.
+PARITY_SECONDS = 150.0
+
+
+def timed_operations() -> list[str]:
+    """Operations that have a workload, and the training step."""
+    return [*WORKLOADS, STEP]
+
+
+def run(
+    device: str,
+    *,
+    quick: bool = False,
+    only: Sequence[str] | None = None,
+    seconds: float | None = None,
+    isolate: bool | None = None,
+    save: Callable[[Record], None] = lambda result: None,
+    say: Callable[[str], None] = print,
+) -> Record:
+    """Parity, then everything that may be timed; the result as the module's docstring has it.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        quick: tiny sizes, which test the script.
+        only: operations, out of `timed_operations`; None for all.
+        seconds: time budget; None for that of the profile.
+        isolate: a process per section; None: on a GPU.
+        save: called with the result so far after every section.
+        say: called with a line about every section.
+
+    Raises:
+        ValueError: an unknown operation or device.
+    """
+    kind = torch.device(device).type
+    if kind not in BACKENDS:
+        raise ValueError(f"device: expected cuda or cpu, got {device!r}")
+    unknown = sorted(set(only or ()) - set(timed_operations()))
+    if unknown:
+        raise ValueError(f"ops: expected some of {', '.join(timed_operations())}; got {', '.join(unknown)}")
+    profile = "quick" if quick else kind
+    budget = Clock(BUDGETS[profile] if seconds is None else seconds)
+    wanted = [op for op in timed_operations() if only is None or op in only]
+    # A step computes with all of them.
+    checked = sorted({case.op for case in all_cases()}) if STEP in wanted else [x for x in wanted if x != STEP]
+    isolate = kind == "cuda" if isolate is None else isolate
+    here: Here | Processes = Processes() if isolate else Here()
+    beside = Processes(max(1, min(8, (os.cpu_count() or 2) // 2))) if isolate else here
+
+    result: Record = {
+        "schema": 1,
+        "machine": {"device": device},
+        "versions": versions(),
+        "git": git(),
+        "run": {
+            "profile": profile,
+            "ops": wanted,
+            "began": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": None,
+            "budget_seconds": budget.seconds,
+        },
+        "rates": {},
+        "parity": {},
+        "parity_rows": [],
+        "timings": [],
+        "steps": [],
+        "largest": None,
+        "capture": [],
+        "aims": [],
+        "notes": [],
+        "passed": False,
+    }
+    crashed = False
+
+    def take(tasks: Sequence[Task], runner: Here | Processes, what: str) -> None:
+        nonlocal crashed
+        begin = time.monotonic()
+        for task, records, problem in runner(tasks):
+            for record in records:
+                _store(result, record)
+            if problem is not None:
+                crashed = True
+                if task.section == "parity":
+                    result["parity"] |= dict.fromkeys(task.ops, f"crashed: {problem.removeprefix('crashed: ')}")
+                result["notes"].append(f"{task.section} ({', '.join(task.ops) or 'all'}): {problem}")
+        say(f"{what}: {time.monotonic() - begin:.1f} s, {max(0.0, budget.left):.0f} s left")
+        save(result)
+
+    take([Task("machine", device, profile, 60.0)], here, "machine")
+    rates = {name: value for name, value in result["rates"].items() if name != "measured"}
+
+    take([Task("parity", device, profile, PARITY_SECONDS, [op]) for op in checked], beside, "parity")
+    for op in checked:
+        result["parity"].setdefault(op, verdict(op, result["parity_rows"], kind))
+    refused = [op for op in checked if result["parity"][op] == "fail" or result["parity"][op].startswith("crashed")]
+    for op in refused:
+        say(f"{op} is not right on {device}: it is not timed")
+    result["notes"] += [f"{op}: no workload" for op in checked if op not in WORKLOADS]
+
+    if rates:
+        parts: list[tuple[str, Task, float]] = []
+        for name, (members, share) in GROUPS.items():
+            chosen = [op for op in members if op in wanted]
+            if chosen:
+                parts.append((name, Task("timing", device, profile, 0.0, chosen, rates, refused), share))
+        if STEP in wanted:
+            parts.append((STEP, Task("step", device, profile, 0.0, [], rates, refused), STEP_SHARE))
+        parts.append(("capture", Task("capture", device, profile, 0.0, checked, rates, refused), CAPTURE_SHARE))
+        for place, (name, task, share) in enumerate(parts):
+            task.seconds = max(0.0, budget.left) * share / sum(part[2] for part in parts[place:])
+            if budget.left <= 0:
+                result["notes"].append(f"{name}: left out, the time budget of {budget.seconds:.0f} s is spent")
+                continue
+            take([task], here, name)
+    result["aims"] = judge(result)
+    result["run"]["seconds"] = time.monotonic() - budget.begin
+    # Where a GPU's kernels are not even there, nothing was shown.
+    native = kind == "cpu" or not any(text.startswith("no native") for text in result["parity"].values())
+    captured = all(row["verdict"] == "pass" for row in result["capture"])
+    result["passed"] = not refused and native and captured and not crashed
+    save(result)
+    return result
+
+
+def _store(result: Record, record: Record) -> None:
+    """Puts a section's record where the schema has it."""
+    kind, value = record["kind"], record["value"]
+    lists = {"parity": "parity_rows", "timing": "timings", "step": "steps", "capture": "capture", "note": "notes"}
+    if kind in lists:
+        result[lists[kind]].append(value)
+    else:
+        result[kind] = value
+
+
+def verdict(op: str, rows: Sequence[Record], kind: str) -> str:
+    """Of one operation, from its rows of parity."""
+    verdicts = [row["verdict"] for row in rows if row["op"] == op]
+    if "fail" in verdicts:
+        return "fail"
+    if "pass" in verdicts:
+        return "pass"
+    reasons = [f"{b}: {'; '.join(reasons_against(op, b, kind, torch.float32))}" for b in BACKENDS[kind]]
+    return f"no native kernel: {'; '.join(reasons)}"
+
+
+def save_to(folder: Path, result: Record) -> None:
+    """``gpu_suite.json`` and ``gpu_suite.html`` in ``folder``."""
+    save_json(folder / "gpu_suite.json", result)
+    write_html(folder / "gpu_suite.html", result)
+
+
+def save_json(path: Path, result: Record) -> None:
+    """The result as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
+    part.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that JSON does not have, an infinite error of parity for one, become null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def brief(result: Record) -> str:
+    """What to print at the end: failures, ours at every size, the aims."""
+    passing = sum(text == "pass" for text in result["parity"].values())
+    lines = [f"parity: {passing} of {len(result['parity'])} operations pass"]
+    lines += [f"  {op}: {text}" for op, text in result["parity"].items() if text != "pass"]
+    lines += [f"  capture, {x['op']}: {x['verdict']}" for x in result["capture"] if x["verdict"] != "pass"]
+    for timing in result["timings"]:
+        ours = timing["contenders"][0]
+        figure = ours["status"]
+        if ours["seconds"]:
+            figure = f"{ours['seconds']['median'] * 1e3:10.3f} ms {ours['rate']:8.1f} {ours['rate_unit']:<8} "
+            figure += f"{ours['share']:4.0%} of the floor"
+        lines.append(f"{timing['op']:<25} {timing['pass']:<9} {timing['shape']:<45} {figure}")
+    for step in result["steps"]:
+        for entry in step["contenders"]:
+            figure = f"{entry['seconds']['median'] * 1e3:10.1f} ms" if entry["seconds"] else entry["status"]
+            lines.append(f"{STEP:<25} {step['instances']:>9,} {entry['name']:<45} {figure}")
+    lines += [f"aim: {x['aim']}: {x['verdict']} ({x['detail']})" for x in result["aims"]]
+    lines += [f"note: {text}" for text in result["notes"]]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line above; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_suite", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_suite"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--device", choices=sorted(BACKENDS), help="default: cuda where torch finds it")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a test of the script itself")
+    parser.add_argument("--ops", type=lambda text: text.split(","), metavar="OP,OP", help="default: all")
+    parser.add_argument("--seconds", type=float, help="time budget")
+    parser.add_argument("--isolate", action=argparse.BooleanOptionalAction, help="a process per section")
+    parser.add_argument("--section", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.section:
+        run_section(*options.section)
+        return 0
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device; --device cpu tests the script without one")
+    try:
+        result = run(
+            device,
+            quick=options.quick,
+            only=options.ops,
+            seconds=options.seconds,
+            isolate=options.isolate,
+            save=lambda result: save_to(options.out, result),
+            say=lambda text: print(text, flush=True),
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    print(brief(result))
+    print(f"{'passed' if result['passed'] else 'FAILED'}: {options.out / 'gpu_suite.json'}, gpu_suite.html beside it")
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The machine a benchmark runs on: what it is, with which software, how fast it copies and multiplies."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .harness import processor
+from .measure import Timer, summary
+
+Record = dict[str, Any]
+
+
+def machine(device: torch.device) -> Record:
+    """Name and sizes of the device and its host."""
+    found: Record = {
+        "device": str(device),
+        "name": processor(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": None,
+        "multiprocessors": None,
+        "memory_bytes": None,
+        "l2_bytes": None,
+        "driver": None,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "name": properties.name,
+            "capability": f"sm_{properties.major}{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
+            "driver": output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        }
+    return found
+
+
+def output_of(command: Sequence[str]) -> str | None:
+    """First line that a command prints, None where it fails."""
+    folder = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, cwd=folder)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip().split("\n")[0]
+
+
+def versions() -> Record:
+    """What everything here was run with."""
+    found: Record = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in ("torch", "triton", "umda_fast", "torch_geometric", "torchjd", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["torch"] = torch.__version__
+    return found
+
+
+def git() -> Record:
+    """The commit that was checked out, and whether anything differs from it."""
+    commit = output_of(["git", "rev-parse", "HEAD"])
+    clean = None if commit is None else output_of(["git", "status", "--porcelain", "--untracked-files=no"]) == ""
+    return {"commit": commit, "clean": clean}
+
+
+def measure_rates(timer: Timer, device: torch.device, profile: str) -> Record:
+    """Copy (bytes/s, read + written) and matrix products (FLOP/s) of this device, medians."""
+    elements = {"quick": 1 << 18, "cpu": 1 << 26, "cuda": 1 << 28}[profile]
+    side = {"quick": 128, "cpu": 2048, "cuda": 8192}[profile]
+    rounds = 3 if profile == "quick" else 20
+    source = torch.randn(elements, device=device)
+    target = torch.empty_like(source)
+    nbytes = 2 * source.nbytes
+    measured = {"copy": [timer(_copy, (source, target)) for _ in range(rounds + 2)][2:]}
+    del source, target
+    timer.free()
+    a = torch.randn(side, side, device=device)
+    for name, dtype, precision in (
+        ("bfloat16", torch.bfloat16, "highest"),
+        ("tf32", torch.float32, "high"),
+        ("float32", torch.float32, "highest"),
+    ):
+        x = a.to(dtype)
+        out = torch.empty_like(x)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            times = [timer(_square, (x, out)) for _ in range(rounds // 2 + 2)]
+        finally:
+            torch.set_float32_matmul_precision(before)
+        measured[name] = times[2:]
+    summaries = {name: summary(times) for name, times in measured.items()}
+    rates: Record = {name: 2.0 * side**3 / found["median"] for name, found in summaries.items()}
+    rates["copy"] = nbytes / summaries["copy"]["median"]
+    return {**rates, "measured": summaries}
+
+
+def _copy(pair: tuple[Tensor, Tensor]) -> None:
+    pair[1].copy_(pair[0])
+
+
+def _square(pair: tuple[Tensor, Tensor]) -> None:
+    torch.mm(pair[0], pair[0], out=pair[1])

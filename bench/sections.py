@@ -1,0 +1,244 @@
+"""The parts of the GPU suite, each of which can run in a process of its own and emits records as it goes."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from umda_fast import ops
+from umda_fast.parity import run_parity
+from umda_fast.parity.cases import all_cases, dtype_name
+
+from . import capture, training_step
+from .machine import machine, measure_rates
+from .measure import QUICK_ROUNDS, ROUNDS, Clock, Contender, Timer, compare, explain, line, make_timer
+from .workloads import COMPILED, OURS, WORKLOADS, Floor, Place, Problem
+
+Record = dict[str, Any]
+Emit = Callable[[Record], None]
+
+#: Native backends by device.
+BACKENDS = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+#: Seconds by which a section may overrun its time before its process is ended.
+GRACE = 60.0
+STEP = "training_step"
+
+
+@dataclass
+class Task:
+    """What one section is asked to do; travels to its process as JSON."""
+
+    section: str
+    device: str
+    profile: str
+    seconds: float
+    ops: list[str] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+
+
+def measure_machine(task: Task, emit: Emit) -> None:
+    """Who this is and how fast it copies and multiplies."""
+    device = torch.device(task.device)
+    emit({"kind": "machine", "value": machine(device)})
+    rates = measure_rates(make_timer(device), device, task.profile)
+    emit({"kind": "rates", "value": rates})
+
+
+def check_parity(task: Task, emit: Emit) -> None:
+    """Every case of the operations, on every native backend of the device."""
+    for op in task.ops:
+        cases = [case for case in all_cases() if case.op == op]
+        for row in run_parity(task.device, backends=BACKENDS[torch.device(task.device).type], cases=cases)["rows"]:
+            emit({"kind": "parity", "value": {**row, "op": op}})
+
+
+def time_operations(task: Task, emit: Emit) -> None:
+    """Every size of the operations, forward and backward."""
+    device, clock = torch.device(task.device), Clock(task.seconds)
+    timer = make_timer(device)
+    wanted = [op for op in task.ops if op not in task.refused]
+    for op in task.ops:
+        if op in task.refused:
+            emit({"kind": "note", "value": f"{op}: not timed, it is not right on this device"})
+    for place, op in enumerate(wanted):
+        time_operation(op, task, timer, clock.share(1 / (len(wanted) - place)), emit)
+        torch.compiler.reset()
+        timer.free()
+
+
+def time_step(task: Task, emit: Emit) -> None:
+    """A whole training step at several sizes, then the largest bag, once."""
+    device, clock, quick = torch.device(task.device), Clock(task.seconds), task.profile == "quick"
+    if task.refused:
+        emit({"kind": "note", "value": f"{STEP}: not timed, these are not right: {', '.join(task.refused)}"})
+        return
+    timer = make_timer(device)
+    training_step.allow_several_backwards()
+    width = 8 if quick else 512
+    model = training_step.make_model(device, width, quick)
+    sizes = training_step.SIZES[task.profile]
+    makers = training_step.trainees(model, "eager" if quick else None)
+    last: dict[str, tuple[float, int]] = {}
+    for place, n in enumerate(sizes):
+        try:
+            batch = training_step.make_batch(n, device, width)
+        except Exception as error:
+            emit({"kind": "note", "value": f"{STEP}, {n:,} instances: {': '.join(explain(error))}"})
+            continue
+        absent = {}
+        if n > training_step.EXACT_LIMIT:
+            absent[training_step.EXACT] = f"timed at up to {training_step.EXACT_LIMIT:,} instances"
+        if quick and place < len(sizes) - 1:
+            absent |= dict.fromkeys((training_step.OURS_COMPILED, training_step.COMPOSED_COMPILED), "largest size only")
+        contenders = [training_step.contender(name, make, batch) for name, make in makers.items() if name not in absent]
+        expected = {name: seconds * growth(n, before) for name, (seconds, before) in last.items()}
+        records = compare(
+            contenders,
+            timer,
+            clock.share(0.5 if place < len(sizes) - 1 else 0.7),
+            rounds=QUICK_ROUNDS if quick else ROUNDS,
+            expected=expected,
+        )
+        last |= {x["name"]: (x["seconds"]["median"], n) for x in records if x["seconds"]}
+        records += [line(name, "missing", why) for name, why in absent.items()]
+        resident = training_step.resident(model, batch)
+        emit({"kind": "step", "value": {"instances": n, "resident_bytes": resident, "contenders": relative(records)}})
+        del batch, contenders
+        torch.compiler.reset()
+        timer.free()
+    n = 2 * sizes[-1] if quick else training_step.LARGEST
+    found: Record = {"instances": n, "status": "timed", "detail": "", "seconds": None, "peak_bytes": None}
+    seconds, before = last.get(OURS, (0.0, n))
+    likely = seconds * growth(n, before)
+    if task.profile == "cpu":
+        found |= {"status": "skipped", "detail": "on a GPU only"}
+    elif likely > max(0.0, clock.left) + GRACE / 2:
+        found |= {"status": "skipped", "detail": f"the time budget: it would take about {likely:.2g} s"}
+    else:
+        try:
+            found |= training_step.finite_step(model, training_step.make_batch(n, device, width), timer)
+        except Exception as error:
+            found["status"], found["detail"] = explain(error)
+    emit({"kind": "largest", "value": found})
+
+
+def growth(n: int, before: int) -> float:
+    """How many times as long a step may take: the graph compares all pairs of a bag."""
+    return (n / before) ** 2
+
+
+def check_capture(task: Task, emit: Emit) -> None:
+    """CUDA graphs, streams, no waiting."""
+    device = torch.device(task.device)
+    for row in capture.check_all(device, BACKENDS[device.type], set(task.ops) - set(task.refused)):
+        emit({"kind": "capture", "value": row})
+
+
+def time_operation(op: str, task: Task, timer: Timer, clock: Clock, emit: Emit) -> None:
+    """All sizes of one operation; each pass gets its part of what time is left."""
+    workload = WORKLOADS[op]
+    sizes = getattr(workload, task.profile)
+    place = Place(timer.device, torch.bfloat16 if timer.device.type == "cuda" else torch.float32)
+    last: dict[tuple[str, str], tuple[float, float]] = {}
+    for index, size in enumerate(sizes):
+        try:
+            problem = workload.make(size, place)
+            problem.contenders[OURS](*problem.leaves)
+            served = ops.backends_used()[op]
+        except Exception as error:
+            emit({"kind": "note", "value": f"{op}, size {size}: {': '.join(explain(error))}"})
+            del error
+            timer.free()
+            continue
+        functions = dict(problem.contenders)
+        absent = dict(problem.absent)
+        if problem.compiled is not None:
+            if index == len(sizes) - 1:
+                mode: Record = {"backend": "eager"} if task.profile == "quick" else {}
+                functions[COMPILED] = torch.compile(functions[problem.compiled], dynamic=False, fullgraph=True, **mode)
+            else:
+                absent[COMPILED] = "at the largest size only: compiling takes longer than all else"
+        passes = list(directions(problem, functions))
+        for turn, (direction, floor, contenders) in enumerate(passes):
+            least = floor.seconds(task.rates)
+            known = {name: value for (where, name), value in last.items() if where == direction}
+            records = compare(
+                contenders,
+                timer,
+                clock.share(1 / ((len(sizes) - index) * len(passes) - turn)),
+                rounds=QUICK_ROUNDS if task.profile == "quick" else ROUNDS,
+                expected={name: seconds * least / before for name, (seconds, before) in known.items()},
+            )
+            for record in records:
+                if record["seconds"]:
+                    median = record["seconds"]["median"]
+                    last[direction, record["name"]] = (median, least)
+                    record["rate"], record["rate_unit"] = floor.rate(median, task.rates)
+                    record["share"] = least / median
+            records += [line(name, "missing", why) for name, why in absent.items()]
+            emit(
+                {
+                    "kind": "timing",
+                    "value": {
+                        "op": op,
+                        "pass": direction,
+                        "dtype": dtype_name(problem.dtype),
+                        "shape": problem.shape,
+                        "size": problem.size,
+                        "backend": served,
+                        "floor": {**asdict(floor), "seconds": least},
+                        "contenders": relative(records),
+                    },
+                }
+            )
+        del problem, functions, passes, contenders
+        timer.free()
+
+
+def directions(
+    problem: Problem, functions: Mapping[str, Callable[..., Any]]
+) -> Iterator[tuple[str, Floor, list[Contender]]]:
+    """The passes of a problem with their floors. A forward pass records what backward needs, as in training."""
+
+    def forward(function: Callable[..., Any]) -> Callable[[Any], object]:
+        return lambda _: function(*problem.leaves)
+
+    yield "forward", problem.forward, [Contender(name, forward(f)) for name, f in functions.items()]
+    if problem.backward is None:
+        return
+    wanted = [x for x in problem.leaves if x.requires_grad]
+    like = problem.contenders[OURS](*problem.leaves).detach()
+    cotangent = torch.ones_like(like) if like.dim() == 0 else torch.randn_like(like)
+
+    def prepare(function: Callable[..., Any]) -> Callable[[], tuple[Tensor, Tensor]]:
+        def run() -> tuple[Tensor, Tensor]:
+            out = function(*problem.leaves)
+            return out, cotangent.to(out.dtype)
+
+        return run
+
+    def backward(state: tuple[Tensor, Tensor]) -> object:
+        return torch.autograd.grad(state[0], wanted, state[1], allow_unused=True)
+
+    yield "backward", problem.backward, [Contender(name, backward, prepare(f)) for name, f in functions.items()]
+
+
+def relative(records: list[Record]) -> list[Record]:
+    """Adds ``ratio``, how many times as long as ours a contender takes; fields that nothing set are None."""
+    ours = next((x["seconds"]["median"] for x in records if x["name"] == OURS and x["seconds"]), None)
+    for record in records:
+        ratio = record["seconds"]["median"] / ours if ours and record["seconds"] else None
+        record |= {"ratio": ratio} | {key: record.get(key) for key in ("rate", "rate_unit", "share")}
+    return records
+
+
+SECTIONS: dict[str, Callable[[Task, Emit], None]] = {
+    "machine": measure_machine,
+    "parity": check_parity,
+    "timing": time_operations,
+    "step": time_step,
+    "capture": check_capture,
+}
