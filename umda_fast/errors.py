@@ -7,3 +7,7 @@ class DataError(ValueError):
 
 class BackendUnavailableError(RuntimeError):
     """A backend named explicitly cannot serve the call; the message lists every reason."""
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the same run ended, or did not answer in time."""

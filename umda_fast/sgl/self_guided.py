@@ -58,22 +58,54 @@ in the exact scope the average, not the gradient, is what is added: with micro-b
 of the average.
 
 **No wait for the device.** A step reads nothing back, unless the balancer says so (`Balancer.synchronizes`).
+
+**Several processes** (`process_group`). Every process calls `backward` with the losses of its own share of the
+batch; what comes out is, in all of them and within rounding, what one process makes of the whole batch. The
+loss of the whole batch is `L_t = sum_r (c_rt / sum_q c_qt) L_rt` over the processes r, `c_rt` being `counts`:
+the labels that the mean `L_rt` is over. Penalties are summed as they are: divide one that every process
+computes in full by their number, weigh one that is a mean by the share of what it is a mean of.
+
+- Exact scope: as soon as a task's gradients are there they are on their way, summed over the processes,
+  to the process that keeps these columns, while the next task's backward pass runs. Each process keeps,
+  averages, multiplies and combines P/W columns (2 T P/W numbers, and 3 to 5 P for rows on their way and the
+  result); the partial Gram matrices are added up, the combined columns gathered. Gradients of the other
+  parameters are weighted, then summed.
+- The other scopes: the Gram matrices of the processes are added up (representation: each has instances of
+  its own; last layer: each has columns of its own), then ONE weighted backward pass, whose gradients are summed
+  in buckets while it goes on. So are those of the steps between two statistics.
+- Weights are those of process 0, bit for bit. A process may lack a task, or all of them.
+- `task_parameters` has to name every other parameter, in every scope, in the same order everywhere.
+- The model is the bare module: `DistributedDataParallel` would sum gradients a second time, and cannot be
+  asked for the gradients of single tasks.
+- One wait for the device a step: which tasks are present has to be known. None if the group has a backend for the
+  CPU beside that of the device (`backend="cpu:gloo,cuda:nccl"`).
+
+**Half precision.** bfloat16 needs nothing. float16 parameters or losses are refused: float16 gradients need a
+loss scale that changes from step to step, averages over steps would mix the scales, and an overflow, which
+scaling provokes on purpose now and then, would stay in the averages.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from umda_fast.sgl import _gradients
 from umda_fast.sgl.balancers import Balancer, StatefulBalancer
 from umda_fast.sgl.buffers import FlatLayout, accumulate, write_row
+from umda_fast.sgl.distributed import GradientReducer, Processes, ShardedRows
 from umda_fast.sgl.graph import reached_leaves
 from umda_fast.sgl.registry import as_balancer
 from umda_fast.sgl.telemetry import DirectionVariance, cosine_matrix, gram_metrics
+
+_NO_FLOAT16 = (
+    "its gradients need a loss scale, which running averages would keep from one step to the next; use bfloat16"
+)
 
 Scope = Literal["shared_parameters", "last_shared_layer", "representation"]
 Direction = Literal["average", "gradient"]
@@ -107,6 +139,39 @@ class _Present:
     mask: Tensor
 
 
+class Representation(Protocol):
+    """What can stand for the representation: it finds the Gram matrix of the gradients on it by itself."""
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether there are gradients at all."""
+
+    def gradient_gram(self, losses: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+        """Inner products [S, S] of the gradients of S losses; keeps the graph."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The batch of all processes.
+
+    Attributes:
+        present: its tasks.
+        losses: for each of them this process's part of its loss, None where it has none.
+        penalty: this process's part of the penalty.
+        penalized: whether some process has a penalty.
+    """
+
+    present: _Present
+    losses: list[Tensor | None]
+    penalty: Tensor | None
+    penalized: bool
+
+    @property
+    def own(self) -> list[tuple[int, Tensor]]:
+        """(position among the present tasks, loss) of what this process has."""
+        return [(position, loss) for position, loss in enumerate(self.losses) if loss is not None]
+
+
 class SelfGuided:
     """Balances the tasks of a multi-task model; see the module docstring for what is computed.
 
@@ -131,11 +196,13 @@ class SelfGuided:
         control: also report the variance of an equal-weight control, `sum_t mhat_t` of the same averages on
             the same batches, without ever applying it. Exact scope only; two more buffers [P].
         backend: of the operation `task_gradients`; None is the process default.
+        process_group: processes that each hold a share of every batch (`torch.distributed.group.WORLD` for
+            all of them), see above; None, or a group of one: no communication.
 
     Raises:
         TypeError: `shared_parameters` or another list holds something that is not a Parameter.
         ValueError: an argument out of range, repeated task names, no trainable shared parameter, parameters
-            on several devices, a parameter that is both shared and a task's.
+            on several devices, float16 parameters, a parameter that is both shared and a task's.
     """
 
     def __init__(
@@ -155,6 +222,7 @@ class SelfGuided:
         variance_window: int = 100,
         control: bool = False,
         backend: str | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.tasks = tuple(tasks)
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
@@ -202,7 +270,11 @@ class SelfGuided:
         both = {id(p) for p in self._shared} & {id(p) for p in self._task_parameters}
         if both:
             raise ValueError(f"task_parameters: expected none of shared_parameters, got {len(both)} of them")
+        if any(p.dtype == torch.float16 for p in (*self._shared, *self._task_parameters, *layer)):
+            raise ValueError(f"shared_parameters: expected no float16 parameters: {_NO_FLOAT16}")
         self._scoped = layer if scope == "last_shared_layer" else self._shared
+        processes = None if process_group is None else Processes(process_group)
+        self._processes = None if processes is None or processes.size == 1 else processes
         self._calls = 0
         self._checked: set[int] = set()
         self._ready = False
@@ -225,20 +297,34 @@ class SelfGuided:
         self._cosine_ema = torch.zeros(count, count, device=device, dtype=dtype)
         self._counts = torch.zeros(count, device=device, dtype=torch.int64)
         self._pair_counts = torch.zeros(count, count, device=device, dtype=torch.int64)
+        # Which parameters a task has reached so far, and which the penalty of this step does. Over several
+        # processes: in any of them, from the exchange of the step on; once all are, nobody asks any more.
         self._reached = [False] * len(self._scoped)
+        self._penalized = [False] * len(self._scoped)
+        self._all_reached = False
         self._present: dict[tuple[int, ...], _Present] = {}
         if isinstance(self.balancer, StatefulBalancer):
             self.balancer.setup(count, device, dtype)
 
+        self._held: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        exact = self.statistics and self.scope == "shared_parameters"
+        if self._processes is not None:
+            self._reducer = GradientReducer(self._reduced_groups(), self._processes)
         if self.statistics and self.scope != "representation":
             scoped = FlatLayout(self._scoped)
-            self._gradients = scoped.zeros(count)
-            self._rows = [scoped.views(row) for row in self._gradients]
-            self._ema = scoped.zeros(count)
+            if self._processes is None:
+                self._gradients = scoped.zeros(count)
+                self._rows = [scoped.views(row) for row in self._gradients]
+            else:
+                # One row more in the exact scope, for the penalty.
+                self._sharded = ShardedRows(scoped, count + exact, self._processes)
+                self._gradients = self._sharded.rows[:count]
+            self._ema = torch.zeros_like(self._gradients)
         if self.statistics and self.scope == "representation":
             self._gram_ema = torch.zeros(count, count, device=device, dtype=dtype)
-        if self.statistics and self.scope == "shared_parameters":
-            self._direction = self._layout.zeros()
+        if exact:
+            self._gathered = self._layout.zeros() if self._processes is None else self._sharded.padded()
+            self._direction = self._gathered[: self._layout.numel]
             self._direction_views = self._layout.views(self._direction)
         self._observed: Tensor | None = None
         self._variance: dict[str, DirectionVariance] = {}
@@ -249,6 +335,12 @@ class SelfGuided:
         for name in names:
             self._variance[name] = DirectionVariance(self._layout, self.variance_window)
         self._ready = True
+
+    def _reduced_groups(self) -> list[list[Parameter]]:
+        """The parameters whose gradients are summed over the processes: shared ones, then all others."""
+        known = {id(p) for p in self._shared}
+        others = {id(p): p for p in (*self._scoped, *self._task_parameters) if id(p) not in known}
+        return [self._shared, list(others.values())]
 
     @property
     def cosine_ema(self) -> Tensor:
@@ -264,15 +356,24 @@ class SelfGuided:
         names = ["weights", "gram", "cosine_ema", "counts", "pair_counts", "ema", "gram_ema"]
         return {name: getattr(self, f"_{name}") for name in names if hasattr(self, f"_{name}")}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to continue bit for bit; clones, in the scope's full size [T, P]."""
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """Everything a resumed run needs to continue bit for bit; clones, in the scope's full size [T, P].
+
+        With a process group every process calls it, and what comes out fits any number of processes.
+        `keep=False` is for those that do not save it: they help to gather it, and get nothing.
+        """
         self._setup()
+        tensors = dict(self._state_tensors())
+        if self._processes is not None and "ema" in tensors:
+            tensors["ema"] = self._sharded.whole(self._ema, keep=keep)
+        if not keep:
+            return {}
         return {
             "tasks": list(self.tasks),
             "scope": self.scope,
             "calls": self._calls,
             "reached": list(self._reached),
-            "tensors": {name: value.clone() for name, value in self._state_tensors().items()},
+            "tensors": {name: value.clone() for name, value in tensors.items()},
             "variance": {name: value.state_dict() for name, value in self._variance.items()},
             "balancer": self.balancer.state_dict() if isinstance(self.balancer, StatefulBalancer) else {},
         }
@@ -289,6 +390,8 @@ class SelfGuided:
                 raise ValueError(f"state_dict: expected {name} {here}, got {state[name]}")
         tensors = self._state_tensors()
         expected = {name: tuple(value.shape) for name, value in tensors.items()}
+        if "ema" in tensors:
+            expected["ema"] = (len(self.tasks), sum(p.numel() for p in self._scoped))
         found = {name: tuple(value.shape) for name, value in state["tensors"].items()}
         if expected != found:
             raise ValueError(f"state_dict: expected tensors of shapes {expected}, got {found}")
@@ -297,7 +400,9 @@ class SelfGuided:
                 f"state_dict: expected variances {sorted(self._variance)}, got {sorted(state['variance'])}"
             )
         for name, value in state["tensors"].items():
-            tensors[name].copy_(value)
+            sharded = name == "ema" and self._processes is not None
+            tensors[name].copy_(self._sharded.own(value) if sharded else value)
+        self._held.clear()
         self._norms, self._cosine = cosine_matrix(self._gram)
         for name, value in state["variance"].items():
             self._variance[name].load_state_dict(value)
@@ -305,6 +410,7 @@ class SelfGuided:
             self.balancer.load_state_dict(state["balancer"])
         self._calls = state["calls"]
         self._reached = list(state["reached"])
+        self._all_reached = all(self._reached)
 
     # -- the step ------------------------------------------------------------------------------------------
 
@@ -312,35 +418,37 @@ class SelfGuided:
         self,
         losses: Mapping[str, Tensor],
         *,
+        counts: Mapping[str, float] | None = None,
         penalty: Tensor | None = None,
-        representation: Tensor | None = None,
+        representation: Tensor | Representation | None = None,
     ) -> SGLStep:
         """Adds the gradient of the balanced total loss to `.grad` of every parameter it reaches.
 
         Args:
             losses: one scalar per task present, by name.
+            counts: for several processes: how many labels (or which sum of weights) each loss is a mean over,
+                numbers on the host; None: every process that has a task counts alike. Without a process group they
+                change nothing.
             penalty: scalar, added as it is.
-            representation: the tensor, of any shape, through which the tasks reach the trunk; that scope
+            representation: the tensor, of any shape, through which the tasks reach the trunk, or an object
+                that knows the gradients on it in a shorter way (`UMDAOutput.instances`); that scope
                 only.
 
         Raises:
             TypeError: a loss or the penalty is not a Tensor.
-            ValueError: an unknown task, a loss that is not a scalar or has no gradient, a missing or constant
-                representation, a loss that reaches a parameter in neither list (exact scope).
+            ValueError: an unknown task, a loss that is not a scalar, is float16 or has no gradient, a count
+                that is missing or not positive, a missing or constant representation, a loss that reaches a parameter
+                in neither list (exact scope, or several processes).
+            ProcessLostError: another process ended, or did not answer in time.
         """
-        self._check(losses, penalty, representation)
+        self._check(losses, counts, penalty, representation)
         self._setup()
-        rows = tuple(row for row, task in enumerate(self.tasks) if task in losses)
-        present = self._present_tasks(rows)
-        if penalty is not None and not penalty.requires_grad:
-            penalty = None
-        if not rows:
-            if penalty is not None:
-                torch.autograd.backward(penalty)
+        batch = self._batch(losses, counts, penalty)
+        present = batch.present
+        if not present.rows:
+            self._backward(batch.penalty)
             return self._step(torch.zeros_like(self._weights), present)
 
-        ordered = [losses[self.tasks[row]].reshape(()) for row in rows]
-        values = torch.stack([loss.detach().to(self._layout.dtype) for loss in ordered])
         update = self._calls % self.every == 0
         self._calls += 1
         exact = update and self.statistics and self.scope == "shared_parameters"
@@ -348,30 +456,95 @@ class SelfGuided:
         before = self._snapshot() if update and self.variance_window else None
         gradients: list[tuple[Parameter, int, Tensor]] = []
         if update:
-            if self.statistics:
-                if self.scope == "representation":
-                    assert representation is not None
-                    gram = self._representation_gram(ordered, representation, present)
-                else:
-                    again = not exact or penalty is not None
-                    gradients = self._scoped_gradients(ordered, present, keep_graph=again)
-                    gram = self._smoothed_gram(present)
-                self._remember(gram, present)
+            gram: Tensor | None = None
+            if self.statistics and self.scope == "representation":
+                gram = self._instance_gram(batch, representation)
+            elif self.statistics:
+                gradients = self._scoped_gradients(batch, keep_graph=not exact)
+                gram = self._smoothed_gram(present)
+            values = self._values(batch)
+            if self._processes is not None:
+                gram, values = self._added_up(gram, values)
+            if gram is not None:
+                self._remember(self._smoothed_pairs(gram, present) if self.scope == "representation" else gram, present)
             self._balance(values, present)
 
-        weights = self._used_weights(present)
+        weights, everyone = self._step_weights(present)
         if exact:
-            self._apply(gradients, weights, present, penalty)
+            self._apply(gradients, weights, everyone, batch)
         else:
-            total = (torch.stack([loss.to(weights.dtype) for loss in ordered]) * weights).sum()
-            torch.autograd.backward(total if penalty is None else total + penalty.reshape(()).to(total.dtype))
+            self._backward(self._total(batch, weights))
         if update and self.variance_window:
             self._observe(before)
-        everyone = torch.zeros_like(self._weights).index_copy(0, present.index, weights)
         return self._step(everyone, present)
 
+    def _batch(
+        self, losses: Mapping[str, Tensor], counts: Mapping[str, float] | None, penalty: Tensor | None
+    ) -> _Batch:
+        """What all processes have. Several: one exchange of T + 1 numbers."""
+        if penalty is not None and not penalty.requires_grad:
+            penalty = None
+        if self._processes is None:
+            rows = tuple(row for row, task in enumerate(self.tasks) if task in losses)
+            parts: list[Tensor | None] = [losses[self.tasks[row]].reshape(()) for row in rows]
+            return _Batch(self._present_tasks(rows), parts, penalty, penalty is not None)
+        own = [0.0 if task not in losses else 1.0 if counts is None else float(counts[task]) for task in self.tasks]
+        *totals, penalized = self._processes.total_on_host([*own, float(penalty is not None)])
+        rows = tuple(row for row, total in enumerate(totals) if total > 0)
+        parts = []
+        for row in rows:
+            loss = losses.get(self.tasks[row])
+            parts.append(None if loss is None else loss.reshape(()) * (own[row] / totals[row]))
+        self._check_reached(rows, parts, penalty)
+        return _Batch(self._present_tasks(rows), parts, penalty, penalized > 0)
+
+    def _values(self, batch: _Batch) -> Tensor:
+        """This process's parts [A] of the losses of the tasks present, detached."""
+        zero = self._weights.new_zeros(())
+        return torch.stack([zero if loss is None else loss.detach().to(zero.dtype) for loss in batch.losses])
+
+    def _added_up(self, gram: Tensor | None, values: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Gram matrix [T, T], losses [A] and, in the exact scope, which parameters are reached: one exchange."""
+        assert self._processes is not None
+        exact = gram is not None and self.scope == "shared_parameters"
+        flags = [*self._reached, *self._penalized] if exact and not self._all_reached else []
+        small = [values.double(), torch.tensor(flags, dtype=torch.float64, device=values.device)]
+        if gram is not None:
+            small.append(gram.double().reshape(-1))
+        total = self._processes.total(torch.cat(small))
+        tasks, reached, products = total.split([len(values), len(flags), len(total) - len(values) - len(flags)])
+        if flags:
+            both: list[bool] = (reached > 0).tolist()
+            self._reached, self._penalized = both[: len(both) // 2], both[len(both) // 2 :]
+            self._all_reached = all(self._reached)
+        if gram is not None:
+            gram = products.view_as(gram).to(gram.dtype)
+        return gram, tasks.to(values.dtype)
+
+    def _total(self, batch: _Batch, weights: Tensor) -> Tensor | None:
+        """The weighted sum of this process's losses and its penalty; None where it has neither."""
+        own = batch.own
+        if not own:
+            return batch.penalty
+        losses = torch.stack([loss.to(weights.dtype) for _, loss in own])
+        if len(own) < len(batch.losses):
+            weights = torch.stack([weights[position] for position, _ in own])
+        total = (losses * weights).sum()
+        return total if batch.penalty is None else total + batch.penalty.reshape(()).to(total.dtype)
+
+    def _backward(self, total: Tensor | None) -> None:
+        """One backward pass, its gradients summed over the processes."""
+        if self._processes is not None:
+            self._reducer.backward(total)
+        elif total is not None:
+            torch.autograd.backward(total)
+
     def _check(
-        self, losses: Mapping[str, Tensor], penalty: Tensor | None, representation: Tensor | None
+        self,
+        losses: Mapping[str, Tensor],
+        counts: Mapping[str, float] | None,
+        penalty: Tensor | None,
+        representation: Tensor | Representation | None,
     ) -> None:
         unknown = [name for name in losses if name not in self.tasks]
         if unknown:
@@ -384,7 +557,11 @@ class SelfGuided:
                 raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
             if value.numel() != 1:
                 raise ValueError(f"{name}: expected a scalar, got shape {tuple(value.shape)}")
+            if value.dtype == torch.float16:
+                raise ValueError(f"{name}: expected anything but float16: {_NO_FLOAT16}")
         for name, value in losses.items():
+            if counts is not None and not 0 < counts.get(name, 0) < math.inf:
+                raise ValueError(f"counts[{name!r}]: expected a positive number, got {counts.get(name)}")
             if not value.requires_grad:
                 raise ValueError(f"losses[{name!r}]: expected a loss that requires grad, got a constant")
         wanted = self.scope == "representation" and bool(losses)
@@ -410,54 +587,90 @@ class SelfGuided:
             values = values.index_select(dim, present.index)
         return values
 
-    def _scoped_gradients(
-        self, losses: Sequence[Tensor], present: _Present, *, keep_graph: bool
-    ) -> list[tuple[Parameter, int, Tensor]]:
-        """Fills the buffer rows of the tasks present.
+    def _scoped_gradients(self, batch: _Batch, *, keep_graph: bool) -> list[tuple[Parameter, int, Tensor]]:
+        """Fills the buffer rows of the tasks present, and in the exact scope over several processes that of the
+        penalty.
 
         Returns:
             In the exact scope, the gradients of all other parameters: (parameter, position of the task,
-                gradient).
+                gradient), -1 for the penalty.
         """
-        others: list[Parameter] = []
-        if self.scope == "shared_parameters":
-            others = self._other_parameters(losses, present)
+        exact = self.scope == "shared_parameters"
+        own = batch.own
+        others = self._other_parameters([loss for _, loss in own], batch.present) if exact else []
         wanted = [*self._scoped, *others]
         kept: list[tuple[Parameter, int, Tensor]] = []
-        for position, (row, loss) in enumerate(zip(present.rows, losses, strict=True)):
-            found = torch.autograd.grad(
-                loss, wanted, retain_graph=keep_graph or position + 1 < len(losses), allow_unused=True
-            )
-            scoped = found[: len(self._scoped)]
-            write_row(self._rows[row], scoped)
-            self._reached = [old or grad is not None for old, grad in zip(self._reached, scoped, strict=True)]
+
+        def gradients(output: Tensor | None, position: int, retain: bool) -> Sequence[Tensor | None]:
+            if output is None:
+                return [None] * len(self._scoped)
+            found = torch.autograd.grad(output, wanted, retain_graph=retain, allow_unused=True)
             kept.extend(
                 (parameter, position, grad)
                 for parameter, grad in zip(others, found[len(self._scoped) :], strict=True)
                 if grad is not None
             )
+            return found[: len(self._scoped)]
+
+        last = -1 if keep_graph or batch.penalty is not None or not own else own[-1][0]
+        for position, (row, loss) in enumerate(zip(batch.present.rows, batch.losses, strict=True)):
+            scoped = gradients(loss, position, position != last)
+            if self._processes is None:
+                write_row(self._rows[row], scoped)
+            else:
+                self._sharded.put(row, scoped)
+            self._reached = [old or grad is not None for old, grad in zip(self._reached, scoped, strict=True)]
+        if self._processes is None:
+            return kept
+        if exact:
+            self._penalized = [False] * len(self._scoped)
+            if batch.penalized:
+                scoped = gradients(batch.penalty, -1, False)
+                self._penalized = [grad is not None for grad in scoped]
+                self._sharded.put(len(self.tasks), scoped)
+        self._sharded.wait()
         return kept
 
     def _other_parameters(self, losses: Sequence[Tensor], present: _Present) -> list[Parameter]:
         """Parameters outside the shared ones that the losses reach."""
-        if self._task_parameters and self._checked.issuperset(present.rows):
-            return self._task_parameters
+        if self._processes is not None or (
+            self._task_parameters and self._checked.issuperset(present.rows)
+        ):
+            return self._reduced_groups()[1] if self._processes is not None else self._task_parameters
         known = {id(p) for p in self._shared}
         found = [leaf for leaf in reached_leaves(losses) if id(leaf) not in known]
         if not self._task_parameters:
             return found
-        missing = {id(leaf) for leaf in found} - {id(p) for p in self._task_parameters}
-        if missing:
-            shapes = [tuple(leaf.shape) for leaf in found if id(leaf) in missing]
-            raise ValueError(
-                f"task_parameters: the losses reach {len(missing)} parameters (shapes {shapes[:4]}) that are "
-                "neither here nor in shared_parameters; expected all of them, or an empty list to find them"
-            )
+        self._check_listed(found, self._task_parameters)
         self._checked.update(present.rows)
         return self._task_parameters
 
+    def _check_reached(
+        self, rows: tuple[int, ...], losses: Sequence[Tensor | None], penalty: Tensor | None
+    ) -> None:
+        """Several processes: once for each task and for the penalty, that all they reach is listed."""
+        outputs = {row: loss for row, loss in zip(rows, losses, strict=True) if loss is not None}
+        if penalty is not None:
+            outputs[-1] = penalty
+        if self._checked.issuperset(outputs):
+            return
+        self._check_listed(reached_leaves(outputs.values()), [p for group in self._reduced_groups() for p in group])
+        self._checked.update(outputs)
+
+    def _check_listed(self, found: Sequence[Parameter], listed: Sequence[Parameter]) -> None:
+        missing = {id(leaf) for leaf in found} - {id(p) for p in listed}
+        if not missing:
+            return
+        shapes = [tuple(leaf.shape) for leaf in found if id(leaf) in missing]
+        alone = ", or an empty list to find them" if self._processes is None else ""
+        raise ValueError(
+            f"task_parameters: the losses reach {len(missing)} parameters (shapes {shapes[:4]}) that are "
+            f"neither here nor in shared_parameters; expected all of them{alone}"
+        )
+
     def _smoothed_gram(self, present: _Present) -> Tensor:
-        """Averages the buffer into the running gradients; Gram matrix [T, T] of these, bias-corrected."""
+        """Averages the buffer into the running gradients; Gram matrix [T, T] of these, bias-corrected, of this
+        process's columns."""
         everyone = len(present.rows) == len(self.tasks)
         self._counts += present.mask
         return _gradients.smooth(
@@ -469,23 +682,38 @@ class SelfGuided:
             self.backend,
         )
 
-    def _representation_gram(
-        self, losses: Sequence[Tensor], representation: Tensor, present: _Present
-    ) -> Tensor:
-        """Running Gram matrix [T, T] of the gradients on the representation."""
+    def _instance_gram(self, batch: _Batch, representation: Tensor | Representation | None) -> Tensor:
+        """Gram matrix [T, T] of the gradients on this process's instances, zeros where it has none."""
+        full = torch.zeros_like(self._gram_ema)
+        own = batch.own
+        if not own:
+            return full
+        assert representation is not None
+        here = self._present_tasks(tuple(batch.present.rows[position] for position, _ in own))
+        gram = self._representation_gram([loss for _, loss in own], representation)
+        if len(here.rows) == len(self.tasks):
+            return gram
+        wide = torch.zeros_like(full[here.index]).index_copy(1, here.index, gram)
+        return full.index_copy(0, here.index, wide)
+
+    def _representation_gram(self, losses: Sequence[Tensor], representation: Tensor | Representation) -> Tensor:
+        """Gram matrix [A, A] of the gradients of A losses on the representation."""
+        if not isinstance(representation, Tensor):
+            return representation.gradient_gram(losses, backend=self.backend).to(self._layout.dtype)
         gradients = []
         for loss in losses:
             (grad,) = torch.autograd.grad(loss, representation, retain_graph=True, allow_unused=True)
             gradients.append(torch.zeros_like(representation) if grad is None else grad)
-        gram = _gradients.gram(gradients, self._layout.dtype, self.backend)
+        return _gradients.gram(gradients, self._layout.dtype, self.backend)
+
+    def _smoothed_pairs(self, gram: Tensor, present: _Present) -> Tensor:
+        """Averages `gram` [T, T] into the running one, which comes back bias-corrected."""
         self._counts += present.mask
         pairs = present.mask[:, None] & present.mask[None, :]
-        wide = torch.zeros_like(self._gram_ema[present.index]).index_copy(1, present.index, gram)
-        full = torch.zeros_like(self._gram_ema).index_copy(0, present.index, wide)
-        mixed = self.beta * self._gram_ema + (1 - self.beta) * full
+        mixed = self.beta * self._gram_ema + (1 - self.beta) * gram
         self._gram_ema.copy_(torch.where(pairs, mixed, self._gram_ema))
         counts = self._pair_counts + pairs
-        return self._gram_ema * _gradients.bias_correction(counts, self.beta, full.dtype)
+        return self._gram_ema * _gradients.bias_correction(counts, self.beta, gram.dtype)
 
     def _remember(self, gram: Tensor, present: _Present) -> None:
         """Keeps the Gram matrix and takes its cosines into their running mean."""
@@ -508,6 +736,10 @@ class SelfGuided:
             name = type(self.balancer).__name__
             got = tuple(new.shape)
             raise ValueError(f"balancer: expected {losses.shape[0]} weights of {name}, got shape {got}")
+        if self._processes is not None:
+            # All processes have the same Gram matrix; their arithmetic, and a balancer that draws, may differ.
+            new = self._processes.from_first(new.contiguous())
+        self._held.clear()
         old = self._take(self._weights, present, 0)
         mixed = self.weight_beta * old + (1 - self.weight_beta) * new.to(old.dtype)
         self._weights = self._weights.index_copy(0, present.index, mixed)
@@ -519,40 +751,77 @@ class SelfGuided:
         # drifts.
         return weights * (len(present.rows) / weights.sum()) if self.balancer.normalized else weights
 
-    def _everyone(self, weights: Tensor, present: _Present) -> Tensor:
-        """Weights [A] of the tasks present, as [T] with 0 for the others."""
-        return torch.zeros_like(self._weights).index_copy(0, present.index, weights)
+    def _step_weights(self, present: _Present) -> tuple[Tensor, Tensor]:
+        """Weights of the tasks present, [A], and [T] with 0 for the others; made once between two updates."""
+        if present.rows not in self._held:
+            weights = self._used_weights(present)
+            self._held[present.rows] = (
+                weights,
+                torch.zeros_like(self._weights).index_copy(0, present.index, weights),
+            )
+        return self._held[present.rows]
 
     def _apply(
         self,
         gradients: Sequence[tuple[Parameter, int, Tensor]],
         weights: Tensor,
-        present: _Present,
-        penalty: Tensor | None,
+        everyone: Tensor,
+        batch: _Batch,
     ) -> None:
         """Exact scope: combines the running gradients and adds everything to `.grad`."""
         if self.direction == "average":
             rows, factor = self._ema, _gradients.bias_correction(self._counts, self.beta, weights.dtype)
         else:
             rows, factor = self._gradients, torch.ones_like(self._weights)
+        own: list[tuple[list[Parameter], list[Tensor]]] = []
+        for position in range(-1, len(batch.present.rows)):
+            of = [(parameter, grad) for parameter, at, grad in gradients if at == position]
+            if of:
+                found = [grad for _, grad in of]
+                scaled = found if position < 0 else list(torch._foreach_mul(found, weights[position]))
+                own.append(([parameter for parameter, _ in of], scaled))
+        if self._processes is not None:
+            self._reducer.begin(1)
+            for parameters, scaled in own:
+                self._reducer.add(parameters, scaled)
+            self._reducer.start()
         self._release_direction()
-        _gradients.combine(rows, self._everyone(weights, present) * factor, self._direction, self.backend)
+        self._combine(rows, everyone * factor, batch.present.mask.to(factor.dtype) * factor, batch.penalized)
+        reached = self._reached
+        if self._processes is not None and batch.penalized and not self._all_reached:
+            reached = [task or penalty for task, penalty in zip(reached, self._penalized, strict=True)]
+        parameters = [p for p, seen in zip(self._shared, reached, strict=True) if seen]
+        accumulate(parameters, [view for view, seen in zip(self._direction_views, reached, strict=True) if seen])
+        if self._processes is not None:
+            self._reducer.finish()
+            return
+        for parameters, scaled in own:
+            accumulate(parameters, scaled)
+        if batch.penalty is not None:
+            torch.autograd.backward(batch.penalty)
+
+    def _combine(self, rows: Tensor, weights: Tensor, equal: Tensor, penalized: bool) -> None:
+        """The direction [P], and with `control` the difference to it of the direction with equal weights."""
+        processes = self._processes
+        columns = rows.shape[1]
+        control = None
         if self.control:
             # Only the difference is kept here; `_observe` adds the update, and with it the penalty's
             # gradient.
-            ones = present.mask.to(weights.dtype)
-            _gradients.combine(rows, ones * factor, self._control_direction, self.backend)
-            self._control_direction.sub_(self._direction)
-        parameters = [p for p, seen in zip(self._shared, self._reached, strict=True) if seen]
-        views = [view for view, seen in zip(self._direction_views, self._reached, strict=True) if seen]
-        accumulate(parameters, views)
-        for position in range(len(present.rows)):
-            own = [(parameter, grad) for parameter, at, grad in gradients if at == position]
-            if own:
-                scaled = torch._foreach_mul([grad for _, grad in own], weights[position])
-                accumulate([parameter for parameter, _ in own], list(scaled))
-        if penalty is not None:
-            torch.autograd.backward(penalty)
+            control = self._control_direction if processes is None else rows.new_empty(columns)
+            _gradients.combine(rows, equal, control, self.backend)
+        out = self._direction if processes is None else rows.new_empty(columns)
+        _gradients.combine(rows, weights, out, self.backend)
+        if control is not None:
+            control.sub_(out)
+        if processes is None:
+            return
+        if control is not None:
+            processes.gather(control, self._gathered)
+            self._control_direction.copy_(self._direction)
+        if penalized:
+            out.add_(self._sharded.rows[len(self.tasks)])
+        processes.gather(out, self._gathered)
 
     def _release_direction(self) -> None:
         """Gives every `.grad` that is still a view of the direction buffer its own memory."""
