@@ -20,15 +20,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bench import results
+from bench import tables
 
 WINDOW = 25
 COMMON: dict[str, Any] = {
     "model": {"width": 32, "heads": 4, "layers": 1},
     "data": {"budget": 256},
-    "train": {"epochs": 20, "lr": 3e-3, "log_steps": WINDOW},
+    "train": {"lr": 3e-3, "log_steps": WINDOW},
 }
-EPOCHS = {"digits": 20, "birds": 15, "movies": 6}
+EPOCHS = {"digits": 12, "birds": 10, "movies": 4}
 SMOOTHED: dict[str, Any] = {"scope": "shared_parameters", "direction": "average", "beta": 0.9}
 PLAIN: dict[str, Any] = {"scope": "shared_parameters", "direction": "gradient", "beta": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
@@ -46,13 +46,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def configuration(data: dict[str, Any], method: dict[str, Any], epochs: int, seed: int) -> dict[str, Any]:
-    exact = method.get("scope") == "shared_parameters"
-    sgl = {**method, "variance_window": WINDOW, "control": exact}
-    return results.merged(COMMON, {"seed": seed, "data": data, "sgl": sgl, "train": {"epochs": epochs}})
+    guided = method["balancer"] == "sgl" and method.get("scope") == "shared_parameters"
+    sgl = {**method, "variance_window": WINDOW, "control": guided}
+    return tables.merged(COMMON, {"seed": seed, "data": data, "sgl": sgl, "train": {"epochs": epochs}})
 
 
 def measure(values: dict[str, Any]) -> dict[str, Any]:
-    found = results.fit(values)
+    found = tables.fit(values)
     steps = [record["sgl"] for record in found["log"] if record["kind"] == "step"][1:]
 
     def mean(name: str) -> float:
@@ -71,45 +71,43 @@ def measure(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def text(table: results.Table, sets: list[str]) -> str:
+def text(table: tables.Table, sets: list[str]) -> str:
     parts = [(__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]]
     for name in sets:
-        equal = results.mean_error(run["variance"] for run in table.where(data=name, method="equal"))[0]
+        equal = tables.mean_error(run["variance"] for run in table.where(data=name, method="equal"))[0]
         rows = []
         for method in METHODS:
             runs = table.where(data=name, method=method)
             if not runs:
                 continue
-            variance = results.mean_error(run["variance"] for run in runs)[0]
-            control = [
-                run["variance"] / run["control_variance"] if run["control_variance"] else None for run in runs
-            ]
+            variance = tables.mean_error(run["variance"] for run in runs)[0]
+            control = [run["variance"] / run["control_variance"] if run["control_variance"] else None for run in runs]
             rows.append(
                 [
                     method,
-                    results.plus_minus(run["mean_score"] for run in runs),
-                    results.plus_minus((run["variance"] for run in runs), 2),
+                    tables.plus_minus(run["mean_score"] for run in runs),
+                    tables.plus_minus((run["variance"] for run in runs), 2),
                     f"{variance / equal:.2f}",
-                    results.plus_minus(control, 2),
-                    results.plus_minus((run["conflict_share"] for run in runs), 2),
-                    results.plus_minus((run["cpu_seconds"] for run in runs), 1),
+                    tables.plus_minus(control, 2),
+                    tables.plus_minus((run["conflict_share"] for run in runs), 2),
+                    tables.plus_minus((run["cpu_seconds"] for run in runs), 1),
                 ]
             )
         header = ["method", "mean score", "variance", "/ equal's", "/ control's", "conflict share", "CPU s"]
-        parts.append(f"## {name}\n\n{results.markdown(header, rows)}")
+        parts.append(f"## {name}\n\n{tables.markdown(header, rows)}")
     return "\n".join(parts)
 
 
 def main() -> None:
-    parser = results.parser(__doc__ or "", "sgl.json")
+    parser = tables.parser(__doc__ or "", "sgl.json")
     parser.add_argument("--sets", default="digits,birds,movies")
     parser.add_argument("--methods", help="names separated by semicolons; default all")
     options = parser.parse_args()
-    results.start()
-    data = results.sources(options.data)
+    tables.start()
+    data = tables.sources(options.data)
     epochs = {name: options.epochs or count for name, count in EPOCHS.items()}
     settings = {"common": COMMON, "epochs": epochs, "methods": METHODS, "window": WINDOW}
-    table = results.Table(options.out, "python -m bench.results_sgl --data DIR", settings)
+    table = tables.Table(options.out, "python -m bench.results_sgl --data DIR", settings)
     sets = options.sets.split(",")
     chosen = options.methods.split(";") if options.methods else list(METHODS)
     for name in sets:

@@ -48,7 +48,7 @@ def test_every_value_is_written_and_read_back(tmp_path: Path) -> None:
         ("penalties.entropi=1", ["penalties.entropi", "unknown key", "'penalties.entropy'"]),
         ("device=gpu", ["device", "'auto', 'cpu' or 'cuda'", "'gpu'"]),
         ("precision=16-mixed", ["precision", "'bf16-mixed'", "'16-mixed'"]),
-        ("model.architecture=umd", ["model.architecture", "umda or gated_attention", "'umd'"]),
+        ("model.architecture=umd", ["model.architecture", "one of umda, mean_pooling", "'umd'"]),
         ("train=3", ["train", "got 3"]),
         ("seed.x=3", ["seed", "dict"]),
         ("model.layers", ["KEY=VALUE"]),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.train.small import small_config, small_data
@@ -11,6 +12,7 @@ from umda_fast.data import Bag, BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import UMDA, TaskSpec, ViewSpec
 from umda_fast.train import ConfigError, Trainer, evaluate, load_run, predict, train
+from umda_fast.train.config import ARCHITECTURES
 from umda_fast.train.run import build_model, make_fabric
 from umda_fast.train.rundir import RunDirectory, read_metrics
 
@@ -42,11 +44,29 @@ def test_the_baseline_trains_in_the_same_trainer(tmp_path: Path) -> None:
     assert predict(run, source="digits", split="val", out=tmp_path / "p.csv", progress=False) == 16
 
 
-def test_a_balancer_needs_a_model_that_names_its_shared_parameters(tmp_path: Path) -> None:
-    config = small_config(model={"architecture": "gated_attention"})
-    with pytest.raises(ConfigError, match=r"sgl\.balancer: expected none .* gated_attention, got 'sgl'"):
-        train(config, tmp_path / "run", progress=False)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "umda"])
+def test_every_architecture_trains_evaluates_and_predicts(name: str, tmp_path: Path) -> None:
+    config = small_config(model={"architecture": name, "width": 16}, train={"epochs": 1})
+    result = train(config, tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "plots").is_dir()
+    run = load_run(tmp_path / "run")
+    assert evaluate(run, split="test", progress=False).tasks == result.metrics["tasks"]
+    assert predict(run, source="digits", split="val", out=tmp_path / "p.csv", progress=False) == 16
 
+
+def test_a_balancer_needs_a_model_that_names_its_shared_parameters(tmp_path: Path) -> None:
+    config, run = small_config(), RunDirectory(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"sgl\.balancer: expected none .*, got 'sgl'"):
+        Trainer(config, nn.Linear(3, 3), small_data(), run, make_fabric(config), progress=False)
+
+
+def test_scores_alone_are_kept_if_asked(tmp_path: Path) -> None:
+    train(small_config(train={"keep": "scores", "epochs": 1}), tmp_path / "run", progress=False)
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
+        "config.yaml",
+        "metrics.json",
+        "metrics.jsonl",
+    ]
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Path) -> None:
     weights = {}

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from umda_fast.errors import DataError
 from umda_fast.model import UMDAConfig
-from umda_fast.model.baselines import GatedAttentionConfig
+from umda_fast.model.baselines import BASELINES
 from umda_fast.sgl import BALANCERS, Balancer
 from umda_fast.train.files import write_text
 
@@ -152,15 +152,18 @@ class RunConfig(_Section):
     backend: Backend = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
-    """`architecture` (umda or gated_attention) and its options, see `UMDAConfig` and
-    `GatedAttentionConfig`.
+    """`architecture` (umda, or a name in `umda_fast.model.baselines.BASELINES`) and its options: the fields of the
+    configuration class of that name.
     """
     sgl: SGLConfig = field(default_factory=SGLConfig)
     penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-ARCHITECTURES: dict[str, type] = {"umda": UMDAConfig, "gated_attention": GatedAttentionConfig}
+ARCHITECTURES: dict[str, type] = {
+    "umda": UMDAConfig,
+    **{name: model.config_class for name, model in BASELINES.items()},
+}
 _FROM_DATA = ("views", "tasks")  # fields of a model's configuration that the data decides
 
 
@@ -264,8 +267,8 @@ def make_config(values: Mapping[str, Any] | None = None) -> RunConfig:
     architecture = model.get("architecture", "umda") if isinstance(model, Mapping) else "umda"
     if architecture not in ARCHITECTURES:
         near = _nearest(str(architecture), list(ARCHITECTURES))
-        expected = " or ".join(ARCHITECTURES)
-        raise ConfigError(f"model.architecture: expected {expected}, got {architecture!r}{near}")
+        expected = ", ".join(ARCHITECTURES)
+        raise ConfigError(f"model.architecture: expected one of {expected}, got {architecture!r}{near}")
     known = known_keys(architecture)
     problems: list[str] = []
     # A section left empty in YAML is None; it means the defaults.

@@ -20,7 +20,7 @@ from umda_fast import ops
 from umda_fast.data import BagDataset, Splits, concat, find_format, load_source
 from umda_fast.errors import DataError
 from umda_fast.model import UMDA, UMDAConfig
-from umda_fast.model.baselines import GatedAttention, GatedAttentionConfig
+from umda_fast.model.baselines import BASELINES, Baseline
 from umda_fast.train.adapt import adapt_dataset
 from umda_fast.train.config import (
     ARCHITECTURES,
@@ -100,7 +100,7 @@ def data_seed(config: RunConfig) -> int:
 
 def build_model(
     config: RunConfig, dataset: BagDataset, encoders: Mapping[str, nn.Module] | None = None
-) -> UMDA | GatedAttention:
+) -> UMDA | Baseline:
     """The configured model for the views and tasks of `dataset`.
 
     Raises:
@@ -110,10 +110,11 @@ def build_model(
     architecture = options.pop("architecture", "umda")
     try:
         model_config = ARCHITECTURES[architecture](views=dataset.views, tasks=dataset.tasks, **options)
-        if isinstance(model_config, GatedAttentionConfig):
+        if architecture in BASELINES:
             if encoders:
-                raise ValueError("encoders: gated_attention takes none")
-            return GatedAttention(model_config)
+                raise ValueError(f"encoders: {architecture} takes none")
+            baseline: Baseline = BASELINES[architecture](model_config)
+            return baseline
         assert isinstance(model_config, UMDAConfig)
         return UMDA(model_config, encoders)
     except (ValueError, TypeError) as error:
@@ -274,7 +275,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     """
     run = RunDirectory.existing(directory)
     config = load_config(run.config)
-    kind: Any = GatedAttention if config.model["architecture"] == "gated_attention" else UMDA
+    kind: Any = BASELINES.get(config.model["architecture"], UMDA)
     try:
         model = kind.from_pretrained(run.path)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:

@@ -56,7 +56,7 @@ def fit(values: Mapping[str, Any], datasets: Mapping[str, BagDataset] | None = N
         began = time.process_time()
         result = train(make_config(settings), Path(place) / "run", datasets=datasets, progress=False, plots=False)
         seconds = time.process_time() - began
-        log = [record for record in read_metrics(Path(place) / "run" / "metrics.jsonl")]
+        log = read_metrics(Path(place) / "run" / "metrics.jsonl")
     parameters = sum(parameter.numel() for parameter in result.model.parameters())
     return {**result.metrics, "cpu_seconds": seconds, "parameters": parameters, "log": log}
 
