@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,10 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
 ]
+SkipBad = Annotated[
+    bool,
+    typer.Option("--skip-bad", help="Leave out what is bad in a directory of bags, and list it."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 
 
@@ -64,9 +69,10 @@ def _values(
     backend: str | None,
     seed: int | None,
     epochs: int | None,
+    skip_bad: bool = False,
 ) -> dict[str, Any]:
     values: dict[str, Any] = {"device": device, "backend": backend, "seed": seed}
-    values["data"] = {"source": data, "format": format}
+    values["data"] = {"source": data, "format": format, "options": {"skip_bad": skip_bad or None}}
     values["train"] = {"epochs": epochs}
     return _given(values)
 
@@ -106,6 +112,7 @@ def train(
     backend: BackendName = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the run.  [default: 0]")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training bags.")] = None,
+    skip_bad: SkipBad = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a model, measure it on the test split, and leave a run directory."""
@@ -113,11 +120,12 @@ def train(
     from umda_fast.train import ConfigError, load_config, run_config
     from umda_fast.train import train as train_run
 
-    values = _values(data, format, device, backend, seed, epochs)
+    values = _values(data, format, device, backend, seed, epochs, skip_bad)
     if resume:
         if out is None:
             raise ConfigError("--resume: say which run with --out DIR")
-        fixed = {"--data": data, "--format": format, "--config": config, "--set": set_, "--seed": seed}
+        fixed: dict[str, Any] = {"--data": data, "--format": format, "--config": config, "--set": set_, "--seed": seed}
+        fixed["--skip-bad"] = skip_bad
         given = [name for name, value in fixed.items() if value]
         if given:
             raise ConfigError(
@@ -151,6 +159,7 @@ def evaluate(
     json: JsonFile = None,
     device: Device = None,
     backend: BackendName = None,
+    skip_bad: SkipBad = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure a trained model on a split of its own data or of other data."""
@@ -166,6 +175,7 @@ def evaluate(
         split=split,
         device=device or "auto",
         backend=backend or "auto",
+        skip_bad=skip_bad,
         progress=not quiet,
     )
     console = make_console()
@@ -199,6 +209,7 @@ def predict(
     format: Format = None,
     device: Device = None,
     backend: BackendName = None,
+    skip_bad: SkipBad = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a trained model's predictions for every bag."""
@@ -215,6 +226,7 @@ def predict(
         format=format,
         device=device or "auto",
         backend=backend or "auto",
+        skip_bad=skip_bad,
         progress=not quiet,
     )
     also = f" and {attention}" if attention is not None else ""
@@ -236,6 +248,7 @@ def crossval(
     backend: BackendName = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of folds and runs.  [default: 0]")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training bags.")] = None,
+    skip_bad: SkipBad = False,
     quiet: Quiet = False,
 ) -> None:
     """Cross-validate. Started again with the same --out, it continues: finished folds are kept, a stopped one
@@ -244,7 +257,7 @@ def crossval(
     from umda_fast.cli.render import crossval_table, make_console
     from umda_fast.train import cross_validate, load_config
 
-    settings = load_config(config, set_ or (), _values(data, format, device, backend, seed, epochs))
+    settings = load_config(config, set_ or (), _values(data, format, device, backend, seed, epochs, skip_bad))
     directory = out or _default_out("crossval", settings.data.source)
     _keep_pages()
     result = cross_validate(settings, directory, folds=folds, repeats=repeats, progress=not quiet)
@@ -253,12 +266,23 @@ def crossval(
     console.print(f"every fold's result: {directory / 'crossval.json'}", soft_wrap=True)
 
 
+def _inspect_options(overrides: Sequence[str]) -> dict[str, Any]:
+    """The options of the source among `--set` values; nothing else of a configuration matters to inspect."""
+    if not overrides:
+        return {}
+    from umda_fast.train import load_config
+
+    return load_config(overrides=overrides).data.options
+
+
 @app.command(epilog="Example: umda-fast inspect slides/")
 def inspect(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="digits, a directory of bags, or an .npz file.")
     ],
     format: Format = None,
+    set_: Set = None,
+    skip_bad: SkipBad = False,
     json: JsonFile = None,
 ) -> None:
     """Say what the data holds: bags, instances, views, tasks, what is missing, and the first problem by
@@ -267,7 +291,8 @@ def inspect(
     from umda_fast.cli.render import make_console, print_inspection
     from umda_fast.data import inspect_source
 
-    report = inspect_source(source, format=format)
+    options = _inspect_options(set_ or ()) | ({"skip_bad": True} if skip_bad else {})
+    report = inspect_source(source, format=format, **options)
     print_inspection(make_console(), report)
     if json is not None:
         from umda_fast.train.files import write_json

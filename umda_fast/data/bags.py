@@ -307,7 +307,7 @@ class Positions:
 class BagStore(Protocol):
     """Where bags come from. Sizes, names and labels are known up front; features are read by `load` only.
 
-    A store may have an attribute `positions`, see `BagDataset.positions`.
+    A store may have attributes `positions` and `skipped`, see those of `BagDataset`.
     """
 
     @property
@@ -514,6 +514,11 @@ class BagDataset(Dataset[Bag]):
         positions: Positions | None = getattr(self._store, "positions", None)
         return None if positions is None else positions.take(self._rows)
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """What of the source could not be used and was left out, one line each with its file in it."""
+        return tuple(getattr(self._store, "skipped", ()))
+
     def subset(self, indices: Iterable[int] | IntArray, name: str | None = None) -> BagDataset:
         """The bags at `indices`, in that order, reading from the same store."""
         rows = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
@@ -558,6 +563,7 @@ class _ConcatStore:
             task.name: np.concatenate([part.labels[task.name] for part in parts]) for task in parts[0].tasks
         }
         self.positions = _concat_positions([part.positions for part in parts])
+        self.skipped = tuple(dict.fromkeys(line for part in parts for line in part.skipped))
 
     def load(self, index: int) -> Bag:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1

@@ -77,6 +77,7 @@ class SourceReport:
         views, tasks: in the source's order.
         non_finite: features that are NaN or infinite.
         duplicates: groups of bags with the same features, as "split: bag".
+        skipped: what of the source could not be used and was left out.
         problems: all that is wrong or suspicious, worst first, each one line with names in it.
     """
 
@@ -92,6 +93,7 @@ class SourceReport:
     tasks: list[TaskReport]
     non_finite: list[NonFinite]
     duplicates: list[list[str]]
+    skipped: list[str]
     problems: list[str]
 
     @property
@@ -151,6 +153,7 @@ def inspect_splits(splits: Splits, source: str = "", format: str = "") -> Source
         tasks=tasks,
         non_finite=found.non_finite,
         duplicates=found.duplicates,
+        skipped=list(splits.skipped),
         problems=list(_problems(splits, found, views, tasks)),
     )
 
@@ -237,6 +240,8 @@ def _task_report(task: TaskSpec, splits: Splits) -> TaskReport:
 def _problems(
     splits: Splits, found: _Pass, views: Sequence[ViewReport], tasks: Sequence[TaskReport]
 ) -> Iterator[str]:
+    for line in splits.skipped:
+        yield f"skipped: {line}"
     for item in found.non_finite:
         yield (
             f"{item.split}: bag {item.bag!r}: view {item.view!r}: {item.values} values are not finite; "

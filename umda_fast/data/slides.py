@@ -506,15 +506,18 @@ def _slide_pixel_size(slide: _Slide, given: Mapping[str, float] | float | None) 
 
 
 class SlideStore:
-    """Bags of an index with their labels."""
+    """Bags of an index with their labels; `skipped` grows as long as its source is being opened."""
 
-    def __init__(self, index: SlideIndex, tasks: Sequence[TaskSpec], labels: Mapping[str, FloatArray]) -> None:
+    def __init__(
+        self, index: SlideIndex, tasks: Sequence[TaskSpec], labels: Mapping[str, FloatArray], skipped: list[str]
+    ) -> None:
         self._index = index
         self._tasks = tuple(tasks)
         self.names: Sequence[str] = index.names
         self.sizes = index.sizes
         self.labels = labels
         self.positions = index.positions
+        self.skipped = skipped
 
     def load(self, index: int) -> Bag:
         views, mask, coords = self._index.read(index)
@@ -645,7 +648,6 @@ class _Source:
             val=datasets["val"],
             test=datasets["test"],
             whole=whole,
-            skipped=tuple(self.opened.skipped.lines),
         )
         return splits.fitted(self.class_weights, keep=fixed_tasks(self.kinds))
 
@@ -672,7 +674,7 @@ def _label(opened: OpenedSlides, kinds: KindOverrides | None, class_weights: Cla
     else:
         specs, columns = label_columns({}, len(rows), kinds, where=opened.path)
         notes.append("no table of labels (labels.csv)")
-    dataset = BagDataset(SlideStore(index, specs, columns), index.views, specs, opened.path)
+    dataset = BagDataset(SlideStore(index, specs, columns, opened.skipped.lines), index.views, specs, opened.path)
     return _Source(opened, dataset, groups, notes, kinds, class_weights)
 
 

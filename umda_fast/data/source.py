@@ -28,6 +28,7 @@ class SourceFormat:
         load: the source (if it is a path), seed and options to splits.
         fold: the source (if it is a path), folds, repeats, seed and options to one `Splits` for every fold.
         is_path: whether `load` and `fold` take the source.
+        local: options that say something about one source only, such as files beside it; they are not for another.
     """
 
     name: str
@@ -36,6 +37,7 @@ class SourceFormat:
     load: Callable[..., Splits]
     fold: Callable[..., Iterator[Splits]]
     is_path: bool = True
+    local: tuple[str, ...] = ()
 
     def options(self, folds: bool = False) -> tuple[str, ...]:
         """Names of the options that `load`, or for cross-validation `fold`, takes."""
@@ -43,6 +45,8 @@ class SourceFormat:
         names = (parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
         return tuple(name for name in names if name not in ("seed", "folds", "repeats"))
 
+
+_SLIDES_LOCAL = ("labels", "tasks", "ignore", "splits", "fold", "mpp")
 
 FORMATS: tuple[SourceFormat, ...] = (
     SourceFormat(
@@ -66,6 +70,7 @@ FORMATS: tuple[SourceFormat, ...] = (
         is_pack,
         load_slides_source,
         fold_slides_source,
+        local=_SLIDES_LOCAL,
     ),
     # The least particular kind of directory, so the last.
     SourceFormat(
@@ -74,6 +79,7 @@ FORMATS: tuple[SourceFormat, ...] = (
         is_slides,
         load_slides_source,
         fold_slides_source,
+        local=_SLIDES_LOCAL,
     ),
 )
 

@@ -207,7 +207,6 @@ class Splits(Mapping[str, BagDataset]):
         description: one sentence on what it holds.
         train, val, test: share views and tasks; regressions are standardised by the training labels.
         whole: all bags, in the source's order.
-        skipped: what of the source could not be used and was left out, one line each with its file in it.
     """
 
     name: str
@@ -216,7 +215,6 @@ class Splits(Mapping[str, BagDataset]):
     val: BagDataset
     test: BagDataset
     whole: BagDataset
-    skipped: tuple[str, ...] = ()
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:
@@ -225,6 +223,11 @@ class Splits(Mapping[str, BagDataset]):
     @property
     def tasks(self) -> tuple[TaskSpec, ...]:
         return self.train.tasks
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """As of `BagDataset.skipped`."""
+        return self.whole.skipped
 
     def __getitem__(self, split: str) -> BagDataset:
         if split not in SPLITS:

@@ -88,6 +88,8 @@ class _AdaptedStore:
         self._columns = [theirs.index(name) if name in theirs else -1 for name in self._views]
         self.names: Sequence[str] = dataset.names
         self.sizes = dataset.sizes
+        self.positions = dataset.positions
+        self.skipped = dataset.skipped
         columns = dataset.labels
         self.labels = {task.name: self._column(task, columns.get(task.name)) for task in self._tasks}
 

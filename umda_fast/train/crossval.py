@@ -14,7 +14,7 @@ from umda_fast.data import BagDataset, load_folds
 from umda_fast.errors import DataError
 from umda_fast.train.config import RunConfig, as_dict, make_config
 from umda_fast.train.files import json_ready, write_json
-from umda_fast.train.run import data_seed, train
+from umda_fast.train.run import data_seed, tell_skipped, train
 from umda_fast.train.rundir import RunDirectory
 
 __all__ = ["cross_validate"]
@@ -71,6 +71,8 @@ def cross_validate(
     results: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
     for number, parts in enumerate(datasets):
+        if number == 0:
+            tell_skipped(parts["train"].skipped)
         repeat, fold = divmod(number, folds)
         run = RunDirectory(directory / f"repeat-{repeat}-fold-{fold}")
         if run.metrics.is_file():

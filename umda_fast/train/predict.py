@@ -103,6 +103,7 @@ def predict(
     format: str | None = None,
     device: str = "auto",
     backend: str = "auto",
+    skip_bad: bool = False,
     progress: bool = True,
 ) -> int:
     """Predict for every bag of `source` (or of `datasets`), all splits unless `split` names one.
@@ -121,7 +122,7 @@ def predict(
         DataError: the data cannot be read or does not fit the model.
     """
     dataset, fabric = model_data(
-        run, source=source, datasets=datasets, split=split, format=format, device=device
+        run, source=source, datasets=datasets, split=split, format=format, device=device, skip_bad=skip_bad
     )
     tasks: Sequence[TaskSpec] = run.model.config.tasks
     with ExitStack() as stack:

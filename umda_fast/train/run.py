@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -90,7 +91,15 @@ def load_data(config: RunConfig) -> Splits:
         DataError: from the source.
     """
     data = config.data
-    return load_source(data.source, format=data.format, seed=data_seed(config), **data.options)
+    splits = load_source(data.source, format=data.format, seed=data_seed(config), **data.options)
+    tell_skipped(splits.skipped)
+    return splits
+
+
+def tell_skipped(lines: Sequence[str]) -> None:
+    """List on standard error what of a source was left out, which is done only where it was asked for."""
+    for line in lines:
+        print(f"skipped: {line}", file=sys.stderr)
 
 
 def data_seed(config: RunConfig) -> int:
@@ -156,6 +165,11 @@ def train(
         datasets = load_data(config)
     if "train" not in datasets:
         raise DataError(f"datasets: expected a split 'train', got {', '.join(datasets) or 'none'}")
+    if not datasets["train"].tasks:
+        raise DataError(
+            f"{datasets['train'].name}: expected labels of at least one task, got none; a directory of bags has "
+            "them in labels.csv, a column for each task"
+        )
     fabric = make_fabric(config)
     on_cpu = fabric.device.type == "cpu"
     deterministic = config.train.deterministic if config.train.deterministic is not None else on_cpu
@@ -253,6 +267,7 @@ def summary(
             "views": {view.name: view.width for view in datasets["train"].views},
             "bags": {name: len(dataset) for name, dataset in datasets.items()},
             "instances": {name: int(dataset.sizes.sum()) for name, dataset in datasets.items()},
+            "skipped": list(datasets["train"].skipped),
         },
         "tasks": result.tasks,
         "mean_score": result.mean_score,
@@ -305,9 +320,10 @@ def model_data(
     split: str | None,
     format: str | None,
     device: str,
+    skip_bad: bool = False,
 ) -> tuple[BagDataset, Fabric]:
     """Bags as the run's model takes them, and the device to run it on: one split, or with `split=None` all of
-    them.
+    them. `skip_bad` leaves out what is bad in the source and lists it on standard error.
 
     Raises:
         DataError: there is no such split, or the data does not fit the model.
@@ -318,14 +334,18 @@ def model_data(
         where = data.source if source is None else source
         kind = find_format(where, format if source is not None else data.format)
         understood = kind.options()
-        options = {name: value for name, value in data.options.items() if name in understood}
+        other = source is not None and source != data.source
+        foreign = kind.local if other else ()
+        options = {name: value for name, value in data.options.items() if name in understood and name not in foreign}
+        if skip_bad:
+            options["skip_bad"] = True
         if "kinds" in understood:
             # What the model was trained on decides what a label means: a file with two of ten classes is not
             # binary.
             options["kinds"] = model.tasks
-        splits: Mapping[str, BagDataset] = load_source(
-            where, format=kind.name, seed=data_seed(run.config), **options
-        )
+        loaded = load_source(where, format=kind.name, seed=data_seed(run.config), **options)
+        tell_skipped(loaded.skipped)
+        splits: Mapping[str, BagDataset] = loaded
     else:
         where, splits = "datasets", datasets
     if split is not None and split not in splits:
@@ -350,6 +370,7 @@ def evaluate(
     format: str | None = None,
     device: str = "auto",
     backend: str = "auto",
+    skip_bad: bool = False,
     progress: bool = True,
 ) -> SplitResult:
     """The model of a run on a split (None: all splits) of its own data, of `source`, or of `datasets`.
@@ -358,7 +379,7 @@ def evaluate(
         DataError: there is no such split, or the data does not fit the model.
     """
     dataset, fabric = model_data(
-        run, source=source, datasets=datasets, split=split, format=format, device=device
+        run, source=source, datasets=datasets, split=split, format=format, device=device, skip_bad=skip_bad
     )
     if len(dataset) == 0:
         raise DataError(f"{source or run.config.data.source}: split {split!r} holds no bags to evaluate on")
