@@ -33,6 +33,8 @@ _OPERATIONS = (
     "neighbor_sum_backward",
     "smoothness_energy",
     "smoothness_energy_backward",
+    "view_fusion",
+    "view_fusion_backward",
 )
 
 
