@@ -31,6 +31,8 @@ def feature_moments(dataset: BagDataset, seed: int = 0, instances: int = INSTANC
         bag = dataset[index]
         read += len(bag)
         for column, view in enumerate(dataset.views):
+            if view.name not in bag.views:  # the whole bag lacks it
+                continue
             rows = bag.views[view.name]
             rows = (rows if bag.mask is None else rows[bag.mask[:, column]]).double()
             if not len(rows):
