@@ -18,6 +18,7 @@ from umda_fast.ops import (
     knn_graph,
     neighbor_attention,
     neighbor_sum,
+    representation_gram,
     smoothness_energy,
     task_gradient_statistics,
 )
@@ -69,6 +70,14 @@ def tokens(
     cu_tokens = ptr(0, 2, 5) if cu_tokens is None else cu_tokens
     cu_segments = ptr(0, 2) if cu_segments is None else cu_segments
     return cross_view_token_attention(q, q, q, gate, cu_tokens, cu_segments, view, num_views, bias=bias)
+
+
+def gram_arguments(**changed: Tensor) -> list[Tensor]:
+    """All but the gradients, for one bag of three instances, D = 4, T = 2, H = 5."""
+    arguments = {"z": X, "attention": t(3, 2), "ptr": ptr(0, 3), "pooled": t(1, 2, 4)}
+    arguments |= {"value": t(3, 5), "gate": t(3, 5)}
+    arguments |= {"score_weight": t(2, 5), "value_weight": t(5, 4), "gate_weight": t(5, 4)}
+    return list((arguments | changed).values())
 
 
 CASES: dict[str, tuple[type[Exception], str, Call]] = {
@@ -216,6 +225,43 @@ CASES: dict[str, tuple[type[Exception], str, Call]] = {
         lambda: smoothness_energy(X, GRAPH, t(3, 2, dtype=HALF)),
     ),
     "energy rank": (ValueError, "z must have shape", lambda: smoothness_energy(t(3), GRAPH, t(3, 2))),
+    # representation_gram
+    "no loss": (ValueError, "d_pooled must hold at least one", lambda: representation_gram([], *gram_arguments())),
+    "d_pooled shape": (
+        ValueError,
+        r"d_pooled\[1\] must have shape \[1, 2, 4\], got \[1, 2, 3\]",
+        lambda: representation_gram([t(1, 2, 4), t(1, 2, 3)], *gram_arguments()),
+    ),
+    "attention rows": (
+        ValueError,
+        r"attention must have shape \[3, T\]",
+        lambda: representation_gram([t(1, 2, 4)], *gram_arguments(attention=t(2, 2))),
+    ),
+    "attention dtype": (
+        TypeError,
+        "attention must be float32, got float16",
+        lambda: representation_gram([t(1, 2, 4)], *gram_arguments(attention=t(3, 2, dtype=HALF))),
+    ),
+    "gram ptr": (
+        ValueError,
+        "ptr must end at N = 3, got 4",
+        lambda: representation_gram([t(1, 2, 4)], *gram_arguments(ptr=ptr(0, 4))),
+    ),
+    "pooled dtype": (
+        TypeError,
+        "pooled must have the dtype of z, float32, got float16",
+        lambda: representation_gram([t(1, 2, 4)], *gram_arguments(pooled=t(1, 2, 4, dtype=HALF))),
+    ),
+    "gram gate": (
+        ValueError,
+        r"gate must have shape \[3, 5\]",
+        lambda: representation_gram([t(1, 2, 4)], *gram_arguments(gate=t(3, 6))),
+    ),
+    "score_weight": (
+        ValueError,
+        r"score_weight must have shape \[2, 5\]",
+        lambda: representation_gram([t(1, 2, 4)], *gram_arguments(score_weight=t(5, 2))),
+    ),
     # task_gradients
     "ema dtype": (
         TypeError,

@@ -243,7 +243,7 @@ def neighbor_cases(shape: str, nodes: int, degree: int, heads: int, width: int, 
     ]
 
 
-# --- bag_pool, task_gradients
+# --- bag_pool, representation_gram, task_gradients
 
 
 def bag_pool_case(shape: str, sizes: Sequence[int], width: int, tasks: int) -> Case:
@@ -255,6 +255,32 @@ def bag_pool_case(shape: str, sizes: Sequence[int], width: int, tasks: int) -> C
         return ops.bag_attention_pool(x["z"], x["scores"], x["ptr"], backend=backend)._asdict()
 
     return Case("bag_pool", shape, inputs, run, ("z", "scores"), ("z", "scores"))
+
+
+def representation_gram_case(
+    shape: str, sizes: Sequence[int], width: int, tasks: int, hidden: int, losses: int
+) -> Case:
+    """Bags of these sizes; the pooling that the arguments come from is made in float64."""
+    n, bags = sum(sizes), len(sizes)
+    z, ptr = normal(n, width, seed=15), offsets(sizes)
+    weights = {
+        "score_weight": normal(tasks, hidden, seed=16),
+        "value_weight": normal(hidden, width, seed=17) / math.sqrt(width),
+        "gate_weight": normal(hidden, width, seed=18) / math.sqrt(width),
+    }
+    value, gate = (z @ weights["value_weight"].T).tanh(), (z @ weights["gate_weight"].T).sigmoid()
+    scores = (value * gate) @ weights["score_weight"].T
+    pool = ops.bag_attention_pool(z, scores, ptr, backend="reference")
+    bag = torch.repeat_interleave(torch.arange(bags), ptr.diff())
+    hidden_units = {"value": value, "gate": gate, "attention": (scores - pool.lse[bag]).exp()}
+    d_pooled = normal(losses, bags, tasks, width, seed=19)
+    inputs = {"d_pooled": d_pooled, "z": z, "pooled": pool.pooled, "ptr": ptr, **hidden_units, **weights}
+
+    def run(x: Inputs, backend: str) -> Outputs:
+        rest = {name: tensor for name, tensor in x.items() if name != "d_pooled"}
+        return {"gram": ops.representation_gram(list(x["d_pooled"]), **rest, backend=backend)}
+
+    return Case("representation_gram", shape, inputs, run, ("d_pooled", "z", "pooled", "value", "gate"))
 
 
 def task_gradient_cases(shape: str, tasks: int, pieces: Sequence[int], *, inactive: bool = False) -> list[Case]:
@@ -296,6 +322,10 @@ def all_cases() -> list[Case]:
         bag_pool_case("one bag, D=256 T=1", [70], 256, 1),
         bag_pool_case("D=1 T=8", [9, 4], 1, 8),
         bag_pool_case("empty bags only", [0, 0], 16, 3),
+        representation_gram_case("ragged, D=97 T=5 H=33", [3, 0, 40, 1, 300, 0], 97, 5, 33, 4),
+        representation_gram_case("one bag, D=64 T=8 H=32", [70], 64, 8, 32, 8),
+        representation_gram_case("D=1 T=1 H=1", [9, 4], 1, 1, 1, 1),
+        representation_gram_case("N=0", [0], 16, 2, 8, 3),
         *task_gradient_cases("T=5 P=1003", 5, [700, 1, 302]),
         *task_gradient_cases("T=4 P=300, two active", 4, [300], inactive=True),
         *task_gradient_cases("T=1 P=1", 1, [1]),
