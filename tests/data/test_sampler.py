@@ -65,14 +65,38 @@ class TestBatches:
             assert len(sampler) == sampler.num_batches(epoch) == len(sampler.batches(epoch))
 
     @pytest.mark.parametrize("replicas", [2, 3, 5])
-    def test_processes_share_the_batches(self, replicas):
-        everything = [tuple(batch) for batch in make_sampler()]
-        parts = [list(make_sampler(replicas=replicas, rank=rank)) for rank in range(replicas)]
-        assert len({len(part) for part in parts}) == 1
-        given = [tuple(batch) for part in parts for batch in part]
-        assert set(given) == set(everything)
-        assert len(given) - len(everything) < replicas
+    def test_processes_share_every_batch(self, replicas):
+        everything = make_sampler().batches(0)
+        parts = [make_sampler(replicas=replicas, rank=rank) for rank in range(replicas)]
+        assert {len(part) for part in parts} == {len(everything)}
+        for batch, *shares in zip(everything, *(part.batches(0) for part in parts), strict=True):
+            assert sorted(chain.from_iterable(shares)) == sorted(batch)
+            for share in shares:
+                assert [index for index in batch if index in share] == share
+            # Nobody has more than another by more than a bag, the last it was given.
+            loads = [SIZES[share].sum() for share in shares]
+            largest = max(SIZES[batch])
+            assert max(loads) - min(loads) <= largest
 
+    def test_shares_are_dealt_out_by_instances_not_by_bags(self):
+        shares = [
+            InstanceBudgetSampler([60, 10, 20, 5, 5, 20, 0, 0], 200, shuffle=False, replicas=2, rank=rank)
+            for rank in range(2)
+        ]
+        assert [share.batches(0) for share in shares] == [[[0, 6, 7]], [[1, 2, 3, 4, 5]]]
+
+    def test_a_process_may_have_no_bag_of_a_batch(self):
+        sampler = InstanceBudgetSampler([5, 5], 5, shuffle=False, replicas=2, rank=1)
+        assert list(sampler) == [[], []]
+
+    def test_a_position_fits_any_number_of_processes(self):
+        sampler = make_sampler(replicas=2, rank=1)
+        iterator = iter(sampler)
+        for _ in range(5):
+            next(iterator)
+        other = make_sampler()
+        other.load_state_dict(sampler.state_dict())
+        assert list(other) == make_sampler().batches(0)[5:]
 
 class TestPosition:
     def test_epochs_follow_one_another(self):

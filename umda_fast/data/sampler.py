@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,8 +37,10 @@ class InstanceBudgetSampler(Sampler[list[int]]):
         shuffle: a new order every epoch; False keeps the order given.
         seed: non-negative.
         max_bags: at most this many bags in a batch.
-        replicas, rank: this process gets every `replicas`-th batch, starting at `rank`. The first batches are
-            given twice where needed for every process to have the same number.
+        replicas, rank: with several processes, which batches are made does not change, nor what the budget means:
+            each batch is dealt out among them, and this process gets its share of every one. Whole bags, the
+            largest first, go to whoever has the fewest instances so far, so that no process waits long for
+            another; a share may be empty. The position counts batches, so it fits any number of processes.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -110,11 +113,11 @@ class InstanceBudgetSampler(Sampler[list[int]]):
         return self._epoch, self._position
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """All batches of this process in an epoch."""
+        """This process's share of every batch of an epoch."""
         return [batch.tolist() for batch in self._batches(epoch)]
 
     def num_batches(self, epoch: int) -> int:
-        """How many batches this process has in an epoch. With `shuffle` it varies a little between epochs."""
+        """How many batches an epoch has. With `shuffle` it varies a little between epochs."""
         return len(self._batches(epoch))
 
     def __len__(self) -> int:
@@ -148,10 +151,19 @@ class InstanceBudgetSampler(Sampler[list[int]]):
                 stop = min(stop, first + self.max_bags)
             batches.append(order[first:stop])
             first, before = stop, int(ends[stop - 1])
-        if batches:
-            missing = -len(batches) % self.replicas
-            batches += [batches[index % len(batches)] for index in range(missing)]
-        return batches[self.rank :: self.replicas]
+        return batches if self.replicas == 1 else [self._share(batch) for batch in batches]
+
+    def _share(self, batch: IntArray) -> IntArray:
+        """The bags of `batch` that this process gets, in the batch's order (longest-processing-time rule)."""
+        sizes = self.sizes[batch]
+        loads = [(0, 0, rank) for rank in range(self.replicas)]  # instances, bags
+        mine = []
+        for index in np.argsort(-sizes, kind="stable"):
+            instances, bags, rank = heapq.heappop(loads)
+            heapq.heappush(loads, (instances + int(sizes[index]), bags + 1, rank))
+            if rank == self.rank:
+                mine.append(index)
+        return batch[np.sort(np.array(mine, dtype=np.int64))]
 
     def _settings(self) -> dict[str, int | bool | str | None]:
         return {
@@ -159,7 +171,6 @@ class InstanceBudgetSampler(Sampler[list[int]]):
             "shuffle": self.shuffle,
             "seed": self.seed,
             "max_bags": self.max_bags,
-            "replicas": self.replicas,
             "sizes": hashlib.sha256(self.sizes.astype("<i8").tobytes()).hexdigest(),
         }
 

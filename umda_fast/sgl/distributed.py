@@ -83,6 +83,20 @@ class Processes:
             dist.broadcast(values, group=self.group, group_src=0)
         return values
 
+    def objects(self, value: Any) -> list[Any]:
+        """What every process gives, by rank, in all of them; anything that can be pickled."""
+        result: list[Any] = [None] * self.size
+        with self._watched():
+            dist.all_gather_object(result, value, group=self.group)
+        return result
+
+    def object_from_first(self, value: Any) -> Any:
+        """What process 0 gives."""
+        result = [value]
+        with self._watched():
+            dist.broadcast_object_list(result, group=self.group, group_src=0)
+        return result[0]
+
     def start_sum(self, values: Tensor) -> dist.Work:
         """Begins to replace `values` by its sum over the processes; see `wait`."""
         with self._watched():
