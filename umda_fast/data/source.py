@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from umda_fast.data.digits import fold_digits_source, load_digits_source
+from umda_fast.data.films import fold_films_source, is_films, load_films_source
 from umda_fast.data.npz import fold_npz_source, is_npz, load_npz_source
 from umda_fast.data.packed import is_pack
 from umda_fast.data.slides import fold_slides_source, is_slides, load_slides_source
@@ -71,6 +72,14 @@ FORMATS: tuple[SourceFormat, ...] = (
         load_slides_source,
         fold_slides_source,
         local=_SLIDES_LOCAL,
+    ),
+    SourceFormat(
+        "films",
+        "a directory with movies.csv and poster_features.npy",
+        is_films,
+        load_films_source,
+        fold_films_source,
+        local=("text",),
     ),
     # The least particular kind of directory, so the last.
     SourceFormat(
