@@ -4,6 +4,10 @@ The loop calls the model itself, inside `fabric.autocast()`, and not through Fab
 wrapper casts every output, which would cut `representation` out of the graph that self-guided learning
 differentiates, and wraps gradients in DistributedDataParallel, where self-guided learning reduces per-task
 gradients itself.
+
+Several processes (torchrun) train as one would: each batch of `data.budget` instances is dealt out among them,
+losses and penalties are weighted by what each process's mean is over, and all hold the same weights at every
+step. A checkpoint is written by process 0 and fits any number of processes.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -20,27 +25,48 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
-from umda_fast.errors import DataError
+from umda_fast.errors import DataError, ProcessLostError
 from umda_fast.model import UMDA, penalty_loss, task_losses
 from umda_fast.sgl import SelfGuided
+from umda_fast.sgl.distributed import GradientReducer
 from umda_fast.train.config import ConfigError, RunConfig, as_dict, make_balancer
 from umda_fast.train.evaluation import SplitResult, evaluate_dataset, to_device
 from umda_fast.train.files import save_torch
-from umda_fast.train.guard import check_batch, explain_non_finite
+from umda_fast.train.guard import NonFiniteError, check_batch, explain_non_finite
 from umda_fast.train.optim import learning_rate_factor, parameter_groups, random_state, set_random_state
 from umda_fast.train.progress import ProgressReport
 from umda_fast.train.rundir import MetricsLog, RunDirectory, save_model
+from umda_fast.train.together import label_counts, penalty_counts, processes_of, rank_seed
 from umda_fast.train.scaling import standardize_inputs
 
 __all__ = ["Trainer"]
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 class Events(Protocol):
     """What of TensorBoard's SummaryWriter the trainer uses."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one of several processes has of a batch.
+
+    Attributes:
+        counts: what its losses are means over, by task.
+        losses: its share of that, by task.
+        present: tasks that some process has, in their order.
+        penalties: its share of what each penalty is a mean over.
+        instances: of the whole batch.
+    """
+
+    counts: dict[str, float]
+    losses: dict[str, float]
+    present: list[str]
+    penalties: dict[str, float]
+    instances: int
 
 
 class Trainer:
@@ -50,11 +76,12 @@ class Trainer:
         config: the run's.
         model: takes `BagBatch.inputs()`, returns an object with `logits` and `penalties`; self-guided
             learning further needs `shared_parameters()`, `task_parameters()`, `last_shared_layer()` and
-            `representation` as `UMDA` has them.
+            `representation` (or `instances`, which knows a shorter way to the gradients on it) as `UMDA` has
+            them.
         datasets: split -> bags; "train" is needed, "val" decides which weights are best and when to stop
             early.
         run: the directory for checkpoints and metrics.
-        fabric: device and precision.
+        fabric: device, precision and processes.
         progress: show progress on standard error.
 
     Attributes:
@@ -73,9 +100,10 @@ class Trainer:
     ) -> None:
         self.config = config
         self.fabric = fabric
+        self.processes = processes_of(fabric)
         self.run = run
         self.events: Events | None = None
-        self.progress = progress
+        self.progress = progress and fabric.is_global_zero
         self.train_set = datasets["train"]
         self.val_set = datasets.get("val")
         self.tasks = self.train_set.tasks
@@ -85,7 +113,15 @@ class Trainer:
         if config.data.standardize:
             standardize_inputs(model, self.train_set, config.seed)
         self.model = cast(Any, fabric.to_device(model))
+        if self.processes is not None:
+            # The seed made them equal already, unless an encoder of the user's was made otherwise.
+            for value in self.model.state_dict().values():
+                self.processes.from_first(value)
         self.guided: SelfGuided | None = self._self_guided()
+        self.reducer: GradientReducer | None = None
+        if self.processes is not None and self.guided is None:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.reducer = GradientReducer([trained], self.processes)
         averaged: list[nn.Parameter] = []
         if self.guided is not None and adds_averages(self.guided):
             averaged = list(self.model.shared_parameters())
@@ -99,7 +135,12 @@ class Trainer:
         # The sampler and the loader's own generator, not the global one, decide on the order of the bags, so
         # the position below is all that a resumed run needs to see the same batches.
         self.sampler = InstanceBudgetSampler(
-            self.train_set.sizes, config.data.budget, shuffle=True, seed=config.seed
+            self.train_set.sizes,
+            config.data.budget,
+            shuffle=True,
+            seed=config.seed,
+            replicas=fabric.world_size,
+            rank=fabric.global_rank,
         )
         self.loader = make_loader(self.train_set, self.sampler, workers=config.data.workers)
         self.log: MetricsLog | None = None
@@ -117,6 +158,7 @@ class Trainer:
         self.best_epoch = -1
         self.best_weights: dict[str, Tensor] = {}
         self.finished = False
+        self.saved_step: int | None = None
 
     def _self_guided(self) -> SelfGuided | None:
         sgl = self.config.sgl
@@ -144,6 +186,7 @@ class Trainer:
                 statistics=sgl.statistics,
                 variance_window=sgl.variance_window,
                 control=sgl.control,
+                process_group=None if self.processes is None else self.processes.group,
             )
         except ValueError as error:
             raise ConfigError(f"sgl: {error}") from None
@@ -156,8 +199,29 @@ class Trainer:
         return self.average.module if self.average is not None else self.model
 
     def fit(self) -> None:
-        """Train to the end (or on to it, after `load`), writing metrics and checkpoints."""
-        self.log = self.log or MetricsLog(self.run.log)
+        """Train to the end (or on to it, after `load`), writing metrics and checkpoints.
+
+        Raises:
+            NonFiniteError: a loss or a gradient became NaN or infinite; the weights are untouched.
+            ProcessLostError: another process ended, or did not answer in time.
+        """
+        try:
+            self._fit()
+        except ProcessLostError as error:
+            raise self._stopped(error) from error
+
+    def _stopped(self, error: ProcessLostError) -> ProcessLostError:
+        if self.fabric.is_global_zero and self.saved_step is not None:
+            where = f"{self.run.checkpoint} holds step {self.saved_step}"
+        else:
+            where = f"the last checkpoint is in {self.run.checkpoint}"
+        return ProcessLostError(
+            f"step {self.step}: {error}; {where}; continue with --resume, with any number of processes"
+        )
+
+    def _fit(self) -> None:
+        if self.fabric.is_global_zero:
+            self.log = self.log or MetricsLog(self.run.log)
         epochs = self.config.train.epochs
         began = time.monotonic()
         before = self.total_seconds
@@ -168,7 +232,8 @@ class Trainer:
                 self._train_epoch(report, lambda: before + time.monotonic() - began)
                 self.total_seconds = before + time.monotonic() - began
                 self._end_epoch()
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
 
     def _train_epoch(self, report: ProgressReport, clock: Callable[[], float]) -> None:
         epochs = self.config.train.epochs
@@ -178,10 +243,10 @@ class Trainer:
         last = time.monotonic()
         for host in self.loader:
             check_batch(host)
-            self._train_step(host, (self.epoch + self.step_in_epoch / steps) / epochs)
+            instances = self._train_step(host, (self.epoch + self.step_in_epoch / steps) / epochs)
             self.step += 1
             self.step_in_epoch += 1
-            self.instances += host.num_instances
+            self.instances += instances
             now = time.monotonic()
             self.train_seconds += now - last
             last = now
@@ -189,31 +254,48 @@ class Trainer:
             note = f"epoch {self.epoch + 1}/{epochs}"
             if self.best_epoch >= 0:
                 note += f", best mean_score {self.best_score:.4f}"
-            report.update(share, instances=host.num_instances, note=note)
+            report.update(share, instances=instances, note=note)
             every = self.config.train.checkpoint_steps
             if every and self.step % every == 0 and self.step_in_epoch < steps:
                 self.total_seconds = clock()
                 self.save()
 
-    def _train_step(self, host: BagBatch, progress: float) -> None:
+    def _train_step(self, host: BagBatch, progress: float) -> int:
+        """One update from this process's share of a batch; the number of instances in the whole of it."""
         options = self.config.train
         lr = options.lr * learning_rate_factor(progress, options.warmup, options.final_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
+        share = self._share(host)
         batch = to_device(host, self.fabric)
-        with self.fabric.autocast():
-            out = self._forward(batch)
-            losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
-            penalty = penalty_loss(out.penalties, self.penalty_weights) if out.penalties else None
-        if not losses:
-            return  # not one label in this batch: nothing to learn from
+        out: Any = None
+        losses: dict[str, Tensor] = {}
+        penalty: Tensor | None = None
+        if len(host) > 0:
+            with self.fabric.autocast():
+                out = self._forward(batch)
+                losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
+                weights = self.penalty_weights
+                if share is not None:
+                    weights = {name: weight * share.penalties[name] for name, weight in weights.items()}
+                penalty = penalty_loss(out.penalties, weights) if out.penalties else None
+        if not (losses if share is None else share.present):
+            return host.num_instances if share is None else share.instances  # nothing to learn from
         self.optimizer.zero_grad(set_to_none=True)
         if self.guided is not None:
-            scoped = out.representation if self.config.sgl.scope == "representation" else None
-            self.guided.backward(losses, penalty=penalty, representation=scoped)
+            scoped = None
+            if self.config.sgl.scope == "representation" and out is not None:
+                scoped = getattr(out, "instances", out.representation)
+            counts = None if share is None else share.counts
+            self.guided.backward(losses, counts=counts, penalty=penalty, representation=scoped)
         else:
-            total = torch.stack(list(losses.values())).sum()
-            (total if penalty is None else total + penalty).backward()
+            parts = [loss if share is None else loss * share.losses[name] for name, loss in losses.items()]
+            parts += [] if penalty is None else [penalty]
+            total = torch.stack([part.float() for part in parts]).sum() if parts else None
+            if self.reducer is not None:
+                self.reducer.backward(total)
+            elif total is not None:
+                total.backward()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if options.clip > 0:
@@ -221,17 +303,18 @@ class Trainer:
 
         # The one synchronisation of the step: everything that decides whether the weights may be touched, at
         # once.
-        watched = {"gradient_norm": norm, **{f"loss/{name}": loss for name, loss in losses.items()}}
+        watched = {f"loss/{name}": loss for name, loss in losses.items()}
         if penalty is not None:
             watched["penalty"] = penalty
+        if share is not None:
+            watched = self._whole(watched, share)
+        watched = {"gradient_norm": norm, **watched}
         host_values = torch.stack(
             [value.detach().double().reshape(()) for value in watched.values()]
         ).tolist()
         values = dict(zip(watched, host_values, strict=True))
         if not all(math.isfinite(value) for value in host_values):
-            raise explain_non_finite(
-                batch, out.logits, losses | out.penalties, self.model.named_parameters(), step=self.step
-            )
+            raise self._non_finite(batch, out, losses)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
@@ -240,14 +323,63 @@ class Trainer:
             entry[0] += value
             entry[1] += 1.0
         if self.step % options.log_steps == 0:
-            self._log_step(lr, values, out.penalties)
+            self._log_step(lr, values, {} if out is None else out.penalties, share)
+        return host.num_instances if share is None else share.instances
+
+    def _share(self, host: BagBatch) -> _Share | None:
+        """What this process has of the batch; None where there is one process. One exchange between them."""
+        if self.processes is None:
+            return None
+        counts = label_counts(host, self.tasks)
+        means = penalty_counts(host, self.penalty_weights)
+        own = [*(counts.get(task.name, 0.0) for task in self.tasks), *means.values(), float(host.num_instances)]
+        totals = self.processes.total_on_host(own)
+        shares = [part / total if total > 0 else 0.0 for part, total in zip(own, totals, strict=True)]
+        tasks = len(self.tasks)
+        return _Share(
+            counts=counts,
+            losses={task.name: value for task, value in zip(self.tasks, shares[:tasks], strict=True)},
+            present=[task.name for task, total in zip(self.tasks, totals[:tasks], strict=True) if total > 0],
+            penalties=dict(zip(means, shares[tasks:-1], strict=True)),
+            instances=int(totals[-1]),
+        )
+
+    def _whole(self, watched: Mapping[str, Tensor], share: _Share) -> dict[str, Tensor]:
+        """Losses and penalty of the whole batch, in the order in which one process has them."""
+        assert self.processes is not None
+        zero = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
+        parts = [
+            watched[f"loss/{name}"].detach().double() * share.losses[name] if f"loss/{name}" in watched else zero
+            for name in share.present
+        ]
+        has_penalty = torch.full_like(zero, "penalty" in watched)
+        parts += [watched.get("penalty", zero).detach().double().reshape(()), has_penalty]
+        *losses, penalty, penalized = self.processes.total(torch.stack(parts)).unbind()
+        whole = {f"loss/{name}": loss for name, loss in zip(share.present, losses, strict=True)}
+        # A penalty that no process has is 0, and one that is 0 tells nothing.
+        return whole if not penalized.is_nonzero() else {**whole, "penalty": penalty}
+
+    def _non_finite(self, batch: BagBatch, out: Any, losses: Mapping[str, Tensor]) -> NonFiniteError:
+        """The error that names what is not finite, where it is this process's."""
+        own = {} if out is None else {**out.logits, **losses, **out.penalties}
+        elsewhere = all(bool(torch.isfinite(value.detach()).all()) for value in own.values())
+        if out is None or (elsewhere and not self.fabric.is_global_zero):
+            return NonFiniteError(
+                f"step {self.step}: training stopped before the weights were touched; what is not finite came "
+                "from another process, whose message names it"
+            )
+        return explain_non_finite(
+            batch, out.logits, {**losses, **out.penalties}, self.model.named_parameters(), step=self.step
+        )
 
     def _forward(self, batch: BagBatch) -> Any:
         if self.guided is not None and isinstance(self.model, UMDA) and self.model.config.kappa_g:
             return self.model(**batch.inputs(), task_cosines=self.guided.cosine_ema)
         return self.model(**batch.inputs())
 
-    def _log_step(self, lr: float, values: Mapping[str, float], penalties: Mapping[str, Tensor]) -> None:
+    def _log_step(
+        self, lr: float, values: Mapping[str, float], penalties: Mapping[str, Tensor], share: _Share | None
+    ) -> None:
         record: dict[str, Any] = {
             "kind": "step",
             "step": self.step,
@@ -261,6 +393,14 @@ class Trainer:
                 [value.detach().double().reshape(()) for value in penalties.values()]
             ).tolist()
             record["penalties"] = dict(zip(penalties, stacked, strict=True))
+        if self.processes is not None and share is not None:
+            own = {name: value * share.penalties[name] for name, value in record.pop("penalties", {}).items()}
+            parts = self.processes.objects(own)
+            names = list(dict.fromkeys(name for part in parts for name in part))
+            if names:
+                record["penalties"] = {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+            if self.processes.rank > 0:
+                return
         if self.guided is not None:
             record["sgl"] = self.guided.metrics()
         self._write(record, step=self.step)
@@ -333,17 +473,22 @@ class Trainer:
         save_model(self.best_model(), self.run.path)
 
     def save(self) -> None:
-        """Write checkpoint.pt, whole or not at all."""
-        if not self.fabric.is_global_zero or self.config.train.keep == "scores":
+        """Write checkpoint.pt, whole or not at all. Every process calls it; process 0 writes."""
+        if self.config.train.keep == "scores":
+            return
+        zero = self.fabric.is_global_zero
+        guided = self.guided.state_dict(keep=zero) if self.guided is not None else None
+        random = [random_state()] if self.processes is None else self.processes.objects(random_state())
+        if not zero:
             return
         state = {
             "version": CHECKPOINT_VERSION,
             "config": as_dict(self.config),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "sgl": self.guided.state_dict() if self.guided is not None else None,
+            "sgl": guided,
             "average": self.average.state_dict() if self.average is not None else None,
-            "random": random_state(),
+            "random": random,
             "sampler": self.sampler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -359,16 +504,21 @@ class Trainer:
             "log_offset": self.log.sync() if self.log is not None else 0,
         }
         save_torch(self.run.checkpoint, state)
+        self.saved_step = self.step
 
     def load(self) -> None:
         """Continue from checkpoint.pt; a run killed before its first checkpoint begins anew.
+
+        With as many processes as wrote it each goes on with its own random numbers; with another number the
+        additional ones draw new numbers, so that dropout differs.
 
         Raises:
             DataError: the file is no checkpoint of this version, or of a model of another shape.
         """
         path = self.run.checkpoint
+        zero = self.fabric.is_global_zero
         if not path.is_file():
-            self.log = MetricsLog(self.run.log)
+            self.log = MetricsLog(self.run.log) if zero else None
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -402,8 +552,13 @@ class Trainer:
         self.best_weights = state["best_weights"]
         # A run that had ended goes on only if it is given more epochs than it had.
         self.finished = state["finished"] and self.config.train.epochs <= state["config"]["train"]["epochs"]
-        self.log = MetricsLog(self.run.log, offset=state["log_offset"])
-        set_random_state(state["random"])
+        self.saved_step = self.step
+        self.log = MetricsLog(self.run.log, offset=state["log_offset"]) if zero else None
+        rank = self.fabric.global_rank
+        if rank < len(state["random"]):
+            set_random_state(state["random"][rank])
+        else:
+            Fabric.seed_everything(rank_seed(self.config.seed, rank, self.step), verbose=False)
 
 
 def adds_averages(guided: SelfGuided) -> bool:
