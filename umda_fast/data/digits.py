@@ -51,7 +51,7 @@ def load_images() -> tuple[FloatArray, IntArray]:
         DataError: scikit-learn, which carries the images, is not installed.
     """
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError("digits: expected scikit-learn (pip install 'umda_fast[train]'), got none") from error
     data = load_digits()

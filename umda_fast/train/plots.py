@@ -26,7 +26,7 @@ __all__ = ["plot_run"]
 # Okabe and Ito's colours, told apart with any colour vision; lines beyond eight change their dashes.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 _DASHES = ["-", "--", ":", "-."]
-_LABELS = {
+METRIC_NAMES = {
     "auroc": "AUROC",
     "accuracy": "accuracy",
     "f1_macro": "macro F1",
@@ -121,7 +121,7 @@ def plot_metrics(epochs: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec])
         lines = 0
         for index, metric in enumerate(names):
             y = _series(epochs, lambda r, n=task.name, m=metric: r["val"]["tasks"][n][m])  # type: ignore[misc]
-            label = _LABELS.get(metric, metric)
+            label = METRIC_NAMES.get(metric, metric)
             if metric == "mae":  # its unit is not that of the others
                 other = axis.twinx()
                 other.spines["top"].set_visible(False)
