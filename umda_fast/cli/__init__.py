@@ -13,7 +13,7 @@ from importlib import import_module
 __all__ = ["main"]
 
 # Modules whose import adds their commands to `umda_fast.cli.app.app`, in the order of --help.
-_COMMANDS = ("app", "compare", "explain", "report", "pack")
+_COMMANDS = ("app", "compare", "explain", "report", "pack", "bench")
 
 # The extra that brings a package, for the message when it is missing.
 _EXTRAS = {

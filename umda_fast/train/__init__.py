@@ -3,6 +3,7 @@
 Needs the extra `train`.
 """
 
+from umda_fast.train.compare import compare_models, comparison_markdown
 from umda_fast.train.config import (
     ConfigError,
     DataConfig,
@@ -35,6 +36,8 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "build_model",
+    "compare_models",
+    "comparison_markdown",
     "cross_validate",
     "dump_config",
     "evaluate",

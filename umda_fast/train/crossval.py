@@ -17,7 +17,7 @@ from umda_fast.train.files import json_ready, write_json
 from umda_fast.train.run import data_seed, tell_skipped, train
 from umda_fast.train.rundir import RunDirectory
 
-__all__ = ["cross_validate"]
+__all__ = ["check_settings", "cross_validate", "figures", "finished_run"]
 
 
 def cross_validate(
@@ -57,7 +57,7 @@ def cross_validate(
         "repeats": repeats,
         "config": json_ready({**as_dict(config), "device": None, "backend": None}),
     }
-    _check_settings(directory, settings)
+    check_settings(directory / "crossval.json", settings, "a cross-validation")
     if datasets is None:
         data = config.data
         datasets = load_folds(
@@ -74,15 +74,8 @@ def cross_validate(
         if number == 0:
             tell_skipped(parts["train"].skipped)
         repeat, fold = divmod(number, folds)
-        run = RunDirectory(directory / f"repeat-{repeat}-fold-{fold}")
-        if run.metrics.is_file():
-            metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
-        else:
-            fold_config = make_config({**as_dict(config), "seed": config.seed + number})
-            resume = run.config.is_file()
-            metrics = train(
-                fold_config, run.path, resume=resume, datasets=parts, progress=progress, plots=False
-            ).metrics
+        fold_config = make_config({**as_dict(config), "seed": config.seed + number})
+        metrics = finished_run(fold_config, directory / f"repeat-{repeat}-fold-{fold}", parts, progress)
         bags = {split: len(dataset) for split, dataset in parts.items()}
         entry = {key: metrics[key] for key in ("tasks", "mean_score", "seconds")}
         results.append({"repeat": repeat, "fold": fold, "bags": bags, **entry})
@@ -92,27 +85,40 @@ def cross_validate(
     return plain
 
 
-def _check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
-    path = directory / "crossval.json"
+def finished_run(
+    config: RunConfig, place: Path, datasets: Mapping[str, BagDataset], progress: bool
+) -> dict[str, Any]:
+    """The content of metrics.json of the run at `place`, which is trained, or resumed, where it has none."""
+    run = RunDirectory(place)
+    if run.metrics.is_file():
+        metrics: dict[str, Any] = json.loads(run.metrics.read_text(encoding="utf-8"))
+        return metrics
+    resume = run.config.is_file()
+    return train(config, place, resume=resume, datasets=datasets, progress=progress, plots=False).metrics
+
+
+def check_settings(path: Path, settings: Mapping[str, Any], what: str) -> None:
+    """Raise DataError if the report at `path`, if there is one, was made with other `settings`."""
     if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for key, value in settings.items():
         if before.get(key) != value:
-            what = f"{key} {before.get(key)!r}" if key != "config" else "another configuration"
-            raise DataError(f"{directory}: holds a cross-validation with {what}; choose another --out")
+            other = f"{key} {before.get(key)!r}" if key != "config" else "another configuration"
+            raise DataError(f"{path.parent}: holds {what} with {other}; choose another --out")
 
 
 def _report(settings: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     tasks = {
-        task: {metric: _figures([r["tasks"][task][metric] for r in results]) for metric in metrics}
+        task: {metric: figures([r["tasks"][task][metric] for r in results]) for metric in metrics}
         for task, metrics in results[0]["tasks"].items()
     }
-    scores = _figures([r["mean_score"] for r in results])
+    scores = figures([r["mean_score"] for r in results])
     return {**settings, "tasks": tasks, "mean_score": scores, "results": list(results)}
 
 
-def _figures(values: Sequence[float | None]) -> dict[str, float | int | None]:
+def figures(values: Sequence[float | None]) -> dict[str, float | int | None]:
+    """Mean, standard deviation of a sample, min, max and number (`folds`) of the finite values."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return {"mean": None, "std": None, "min": None, "max": None, "folds": 0}
