@@ -256,7 +256,9 @@ def brief(result: Record) -> str:
         for entry in step["contenders"]:
             figure = f"{entry['seconds']['median'] * 1e3:10.1f} ms" if entry["seconds"] else entry["status"]
             lines.append(f"{STEP:<25} {step['instances']:>9,} {entry['name']:<45} {figure}")
-    lines += [f"aim: {x['aim']}: {x['verdict']} ({x['detail']})" for x in result["aims"]]
+    judged = [x for x in result["aims"] if x["verdict"] != "not measured"]
+    lines += [f"aim: {x['aim']}: {x['verdict']} ({x['detail']})" for x in judged]
+    lines.append(f"{len(result['aims']) - len(judged)} of {len(result['aims'])} aims not measured")
     lines += [f"note: {text}" for text in result["notes"]]
     return "\n".join(lines)
 

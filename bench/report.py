@@ -105,8 +105,9 @@ def _machine(result: Mapping[str, Any]) -> str:
 def _parity(result: Mapping[str, Any]) -> str:
     rows = []
     for op, text in result["parity"].items():
-        judged = [row for row in result["parity_rows"] if row["op"] == op and row["allowed"]]
-        worst = max((row["error"] / row["allowed"] for row in judged if row["error"] is not None), default=None)
+        judged = [row for row in result["parity_rows"] if row["op"] == op and row["allowed"] is not None]
+        shares = [row["error"] / row["allowed"] for row in judged if row["error"] is not None and row["allowed"]]
+        worst = max(shares, default=None)
         rows.append([escape(op), _verdict(text), str(len(judged)), _number(worst)])
     failed = [row for row in result["parity_rows"] if row["verdict"] == "fail"]
     page = _table(("operation", "", "checks", "worst error / allowed"), rows, (2, 3))
@@ -151,7 +152,7 @@ def _bars(contenders: Sequence[Mapping[str, Any]]) -> str:
             )
             text = f"{_time(entry['seconds']['median'])}, {_number(entry['rate'])} {entry['rate_unit']}, {share:.1%}"
             if entry["name"] != OURS and entry["ratio"] is not None:
-                text += f", {entry['ratio']:.2f}x ours"
+                text += f", {entry['ratio']:.2f}x our time"
         else:
             text = entry["status"] + (f": {entry['detail']}" if entry["detail"] else "")
         short = text if len(text) <= 110 else text[:109] + "…"

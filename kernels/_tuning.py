@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 import triton
 
-__all__ = ["Config", "configured", "trying", "tuning_file", "write"]
+from umda_fast.errors import DataError
+
+__all__ = ["Config", "configured", "measured", "pinned_configurations", "trying", "tuning_file", "write"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Config:
 
 
 _trying: dict[str, Config] = {}
+_asked: list[dict[str, Config]] = []
 
 
 def tuning_file() -> Path:
@@ -47,11 +50,20 @@ def _machine(device: torch.device) -> str:
     return f"{name}, triton {triton.__version__}"
 
 
-@functools.lru_cache(maxsize=8)
-def _measured(file: Path, machine: str) -> dict[str, Config]:
+def _read(file: Path) -> dict[str, dict[str, Config]]:
+    """GPU and Triton -> key -> configuration."""
     if not file.exists():
         return {}
-    return {key: Config(**value) for key, value in json.loads(file.read_text()).get(machine, {}).items()}
+    try:
+        table = json.loads(file.read_text())
+        return {machine: {key: Config(**value) for key, value in keys.items()} for machine, keys in table.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: expected what umda-fast tune writes, got {error}; remove it to start anew") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _measured(file: Path, machine: str) -> dict[str, Config]:
+    return _read(file).get(machine, {})
 
 
 @functools.lru_cache(maxsize=8)
@@ -61,11 +73,33 @@ def _table(device: torch.device) -> dict[str, Config]:
 
 def configured(device: torch.device, key: str, pinned: Config) -> Config:
     """The configuration being tried for ``key``, else the one measured on ``device``, else ``pinned``."""
+    for asked in _asked:
+        asked[key] = pinned
     if key in _trying:
         return _trying[key]
     if device.type == "meta":
         return pinned
     return _table(device).get(key, pinned)
+
+
+@contextlib.contextmanager
+def pinned_configurations() -> Iterator[dict[str, Config]]:
+    """Collects what is pinned for every key that a kernel asks for inside."""
+    asked: dict[str, Config] = {}
+    _asked.append(asked)
+    try:
+        yield asked
+    finally:
+        _asked.remove(asked)
+
+
+def measured() -> dict[str, dict[str, Config]]:
+    """What `tuning_file` holds: GPU and Triton -> key -> configuration.
+
+    Raises:
+        DataError: something else is in it.
+    """
+    return _read(tuning_file())
 
 
 @contextlib.contextmanager
@@ -81,7 +115,7 @@ def trying(key: str, config: Config) -> Iterator[None]:
 def write(device: torch.device, key: str, config: Config) -> None:
     """Keeps ``config`` for ``key`` on ``device``, for this process and later ones."""
     file = tuning_file()
-    table = json.loads(file.read_text()) if file.exists() else {}
+    table = {machine: {k: asdict(c) for k, c in keys.items()} for machine, keys in _read(file).items()}
     table.setdefault(_machine(device), {})[key] = asdict(config)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}")

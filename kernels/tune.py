@@ -1,10 +1,10 @@
 """Measures the configurations of a kernel on this GPU and keeps the fastest. Nothing runs unless it is
 asked for:
 
-    python -m umda_fast.kernels.tune cross_view --dtype bfloat16 --views 3 --heads 4 --head-dim 64
+    umda-fast tune cross_view --dtype bfloat16 --views 3 --heads 4 --head-dim 64
 
-Another configuration sums in another order: results are the same bits on one GPU between two calls of this,
-not across one.
+(or ``python -m umda_fast.kernels.tune`` with the same words). Another configuration sums in another order:
+results are the same bits on one GPU between two calls of this, not across one.
 """
 
 from __future__ import annotations
@@ -12,21 +12,60 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 from triton.errors import TritonError
 
+from umda_fast.errors import DataError
+
 from . import cross_view as _cross_view
 from . import cross_view_tokens as _cross_view_tokens
 from . import knn as _knn
 from ._launch import Launch, run_all
-from ._tuning import Config, trying, write
+from ._tuning import Config, measured, pinned_configurations, trying, tuning_file, write
 
-__all__ = ["Measure", "main", "tune", "tune_cross_view", "tune_cross_view_tokens", "tune_knn"]
+__all__ = [
+    "KERNELS",
+    "Listed",
+    "Measure",
+    "Tunable",
+    "command",
+    "cross_view",
+    "cross_view_tokens",
+    "describe",
+    "knn",
+    "listing",
+    "main",
+    "select",
+    "tune",
+    "tune_all",
+]
+
+KERNELS = ("cross_view", "cross_view_tokens", "knn")
 
 Measure = Callable[[Callable[[], None]], float]
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """One kernel at one shape: what its configuration is kept for, the choices, the launches to measure."""
+
+    key: str
+    candidates: list[Config]
+    plan: Callable[[], list[Launch]]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What is known about one key."""
+
+    key: str
+    pinned: Config
+    candidates: int  #: that tuning would measure
+    measured: dict[str, Config]  #: by GPU and Triton
 
 
 def _milliseconds(run: Callable[[], None]) -> float:
@@ -67,16 +106,9 @@ def _normal(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
     return torch.randn(shape, device=device).to(dtype)
 
 
-def tune_cross_view(
-    dtype: torch.dtype,
-    views: int,
-    heads: int,
-    head_dim: int,
-    *,
-    n: int = 1 << 18,
-    device: torch.device,
-    measure: Measure = _milliseconds,
-) -> None:
+def cross_view(
+    dtype: torch.dtype, views: int, heads: int, head_dim: int, *, n: int = 1 << 18, device: torch.device
+) -> Iterator[Tunable]:
     """Forward and backward of ``cross_view``, with every gradient."""
     q, k, v = _normal(n, views, 3, heads, head_dim, dtype=dtype, device=device).unbind(2)
     gate = _normal(n, views, heads, dtype=dtype, device=device)
@@ -84,18 +116,19 @@ def tune_cross_view(
     d_out = _normal(n, views, heads, head_dim, dtype=dtype, device=device)
     d_mass = _normal(n, views, views, dtype=torch.float32, device=device)
     d_entropy = _normal(n, views, heads, dtype=torch.float32, device=device)
-    for backward in (False, True):
-        key = _cross_view.key(dtype, views, head_dim, heads, backward)
+    candidates = _cross_view.candidates(dtype, views, head_dim, heads)
 
-        def plan(backward: bool = backward) -> list[Launch]:
-            if backward:
-                return _cross_view.plan_backward(d_out, d_mass, d_entropy, q, k, v, gate, bias, None)[0]
-            return _cross_view.plan_forward(q, k, v, gate, bias, None)[0]
+    def forward() -> list[Launch]:
+        return _cross_view.plan_forward(q, k, v, gate, bias, None)[0]
 
-        tune(key, _cross_view.candidates(dtype, views, head_dim, heads), plan, device, measure)
+    def backward() -> list[Launch]:
+        return _cross_view.plan_backward(d_out, d_mass, d_entropy, q, k, v, gate, bias, None)[0]
+
+    yield Tunable(_cross_view.key(dtype, views, head_dim, heads, False), candidates, forward)
+    yield Tunable(_cross_view.key(dtype, views, head_dim, heads, True), candidates, backward)
 
 
-def tune_cross_view_tokens(
+def cross_view_tokens(
     dtype: torch.dtype,
     views: int,
     heads: int,
@@ -104,8 +137,7 @@ def tune_cross_view_tokens(
     length: int = 1024,
     instances: int = 16,
     device: torch.device,
-    measure: Measure = _milliseconds,
-) -> None:
+) -> Iterator[Tunable]:
     """The three large kernels of ``cross_view_tokens`` on segments of ``length`` tokens."""
     segments = views * instances
     tokens = segments * length
@@ -118,7 +150,6 @@ def tune_cross_view_tokens(
     d_out = _normal(tokens, heads, head_dim, dtype=dtype, device=device)
     lse = torch.full((tokens, heads), math.log(length * views), device=device)
     for place, kernel in enumerate(("forward", "queries", "keys")):
-        key = _cross_view_tokens.key(kernel, dtype, head_dim, tokens, segments)
 
         def plan(place: int = place) -> list[Launch]:
             if place == 0:
@@ -127,57 +158,139 @@ def tune_cross_view_tokens(
             # The keys' kernel reads what the queries' kernel writes, of which only the values matter.
             return launches[place - 1 : place]
 
-        tune(key, _cross_view_tokens.candidates(kernel, dtype, head_dim), plan, device, measure)
+        key = _cross_view_tokens.key(kernel, dtype, head_dim, tokens, segments)
+        yield Tunable(key, _cross_view_tokens.candidates(kernel, dtype, head_dim), plan)
 
 
-def tune_knn(
-    dtype: torch.dtype,
-    width: int,
-    k: int,
-    metric: str,
-    *,
-    n: int = 20_000,
-    device: torch.device,
-    measure: Measure = _milliseconds,
-) -> None:
+def knn(
+    dtype: torch.dtype, width: int, k: int, metric: str, *, n: int = 20_000, device: torch.device
+) -> Iterator[Tunable]:
     """The search of ``knn`` in one bag of ``n`` instances."""
     x = _normal(n, width, dtype=dtype, device=device)
-    ptr = torch.tensor([0, n], device=device)
-    tune(
-        _knn.key(dtype, width, k, metric),
-        _knn.candidates(dtype, width),
-        lambda: _knn.plan(x, ptr, k, metric)[0],
-        device,
-        measure,
+    ptr = torch.arange(2, device=device) * n
+    yield Tunable(
+        _knn.key(dtype, width, k, metric), _knn.candidates(dtype, width), lambda: _knn.plan(x, ptr, k, metric)[0]
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line above."""
-    parser = argparse.ArgumentParser(prog="umda_fast.kernels.tune", description=__doc__)
-    commands = parser.add_subparsers(dest="kernel", required=True)
-    for name in ("cross_view", "cross_view_tokens", "knn"):
-        command = commands.add_parser(name)
-        command.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
-        if name == "knn":
-            command.add_argument("--width", type=int, default=64)
-            command.add_argument("--k", type=int, default=8)
-            command.add_argument("--metric", choices=["cosine", "euclidean"], default="cosine")
+def tune_all(
+    tunables: Iterable[Tunable],
+    device: torch.device,
+    measure: Measure = _milliseconds,
+    tell: Callable[[str], None] = lambda text: None,
+) -> None:
+    """``tune`` of each, one line about each.
+
+    Raises:
+        RuntimeError: no candidate of one of them runs.
+    """
+    for tunable in tunables:
+        times = tune(tunable.key, tunable.candidates, tunable.plan, device, measure)
+        best = min(times)
+        tell(f"{tunable.key}: {best:.4g} ms, {describe(times[best])}; slowest of {len(times)} {max(times):.4g} ms")
+
+
+def listing(tunables: Iterable[Tunable]) -> list[Listed]:
+    """What is pinned, what was measured, how much there is to measure; tunables on ``meta`` run nothing."""
+    kept = measured()
+    rows = []
+    for tunable in tunables:
+        with pinned_configurations() as pinned:
+            tunable.plan()
+        found = {machine: table[tunable.key] for machine, table in kept.items() if tunable.key in table}
+        rows.append(Listed(tunable.key, pinned[tunable.key], len(tunable.candidates), found))
+    return rows
+
+
+def describe(config: Config) -> str:
+    """``BN=4 BD=64, 4 warps``."""
+    tile = " ".join(f"{name}={size}" for name, size in sorted(config.tile.items()))
+    most = "" if config.max_registers is None else f", at most {config.max_registers} registers"
+    return f"{tile}, {config.num_warps} warps{most}"
+
+
+def select(
+    kernels: Sequence[str],
+    dtype: torch.dtype,
+    *,
+    views: int,
+    heads: int,
+    head_dim: int,
+    width: int,
+    k: int,
+    metric: str,
+    device: torch.device,
+) -> Iterator[Tunable]:
+    """The tunables of ``kernels``, out of `KERNELS`, at one shape; on ``meta`` they can only be listed."""
+    for kernel in kernels:
+        if kernel == "knn":
+            yield from knn(dtype, width, k, metric, device=device)
+        elif kernel == "cross_view":
+            yield from cross_view(dtype, views, heads, head_dim, device=device)
         else:
-            command.add_argument("--views", type=int, default=3)
-            command.add_argument("--heads", type=int, default=4)
-            command.add_argument("--head-dim", type=int, default=64)
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device")
-    device = torch.device("cuda", torch.cuda.current_device())
-    dtype = getattr(torch, options.dtype)
-    if options.kernel == "knn":
-        tune_knn(dtype, options.width, options.k, options.metric, device=device)
-    elif options.kernel == "cross_view":
-        tune_cross_view(dtype, options.views, options.heads, options.head_dim, device=device)
+            yield from cross_view_tokens(dtype, views, heads, head_dim, device=device)
+
+
+def command(
+    kernels: Sequence[str] = (),
+    *,
+    dtype: str = "bfloat16",
+    views: int = 3,
+    heads: int = 4,
+    head_dim: int = 64,
+    width: int = 64,
+    k: int = 8,
+    metric: str = "cosine",
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Tunes ``kernels`` (none: all of `KERNELS`) at one shape, or with ``dry_run`` lists what is known about them.
+
+    Raises:
+        DataError: an argument that is none of the choices, or no GPU to measure on.
+    """
+    for name, value, choices in (
+        ("--dtype", dtype, ("bfloat16", "float16", "float32")),
+        ("--metric", metric, ("cosine", "euclidean")),
+        *(("KERNEL", kernel, KERNELS) for kernel in kernels),
+    ):
+        if value not in choices:
+            raise DataError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
+    if not dry_run and not torch.cuda.is_available():
+        raise DataError("tune: torch finds no CUDA device, and tuning measures on one; --dry-run lists what there is")
+    tunables = select(
+        kernels or KERNELS,
+        getattr(torch, dtype),
+        views=views,
+        heads=heads,
+        head_dim=head_dim,
+        width=width,
+        k=k,
+        metric=metric,
+        device=torch.device("meta") if dry_run else torch.device("cuda", torch.cuda.current_device()),
+    )
+    if dry_run:
+        for row in listing(tunables):
+            say(f"{row.key}: pinned {describe(row.pinned)}; {row.candidates} candidates")
+            for machine, config in row.measured.items():
+                say(f"    measured on {machine}: {describe(config)}")
     else:
-        tune_cross_view_tokens(dtype, options.views, options.heads, options.head_dim, device=device)
+        tune_all(tunables, torch.device("cuda", torch.cuda.current_device()), tell=say)
+    say(f"kept in {tuning_file()}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line above, where the package's own is not installed."""
+    parser = argparse.ArgumentParser(prog="python -m umda_fast.kernels.tune", description=__doc__)
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(KERNELS)}; default: all")
+    for name, default in (("dtype", "bfloat16"), ("views", 3), ("heads", 4), ("head-dim", 64), ("width", 64), ("k", 8)):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
+    parser.add_argument("--metric", default="cosine", help="cosine or euclidean")
+    parser.add_argument("--dry-run", action="store_true", help="list, measure nothing, need no GPU")
+    try:
+        command(**vars(parser.parse_args(arguments)))
+    except DataError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Configurations: every one that may be measured is right, the fastest is kept, nothing happens unasked."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from triton.errors import TritonError
 
 from tests.kernels import test_cross_view, test_cross_view_tokens
 from tests.kernels._parity import normal
+from umda_fast.errors import DataError
 from umda_fast.kernels import _tuning, cross_view, cross_view_tokens, knn, tune
 from umda_fast.kernels._tuning import Config, trying
 from umda_fast.reference.knn import knn as knn_reference
@@ -102,11 +104,44 @@ def test_every_kernel_can_be_tuned(own_file: Path) -> None:
     def measure(run: Callable[[], None]) -> float:
         return float(len(repr(run)))
 
-    tune.tune_cross_view(torch.float32, 3, 1, 8, n=2, device=CPU, measure=measure)
-    tune.tune_cross_view_tokens(torch.float16, 2, 1, 8, length=2, instances=1, device=CPU, measure=measure)
-    tune.tune_knn(torch.float32, 4, 2, "cosine", n=5, device=CPU, measure=measure)
+    told: list[str] = []
+    tunables = [
+        *tune.cross_view(torch.float32, 3, 1, 8, n=2, device=CPU),
+        *tune.cross_view_tokens(torch.float16, 2, 1, 8, length=2, instances=1, device=CPU),
+        *tune.knn(torch.float32, 4, 2, "cosine", n=5, device=CPU),
+    ]
+    tune.tune_all(tunables, CPU, measure, told.append)
     [table] = json.loads(own_file.read_text()).values()
-    assert len(table) == 2 + 3 + 1
+    assert len(table) == len(told) == 2 + 3 + 1
+    # What was measured is listed beside what is pinned.
+    for row, line in zip(tune.listing(tunables), told, strict=True):
+        [found] = row.measured.values()
+        assert tune.describe(found) in line
+        assert table[row.key]["tile"] == found.tile
+
+
+def test_every_configuration_is_listed_without_a_gpu(own_file: Path) -> None:
+    """By planning on tensors that hold nothing; no key knows a length."""
+    shape = {"views": 3, "heads": 4, "head_dim": 64, "width": 64, "k": 8, "metric": "cosine"}
+    rows = tune.listing(tune.select(tune.KERNELS, torch.bfloat16, **shape, device=torch.device("meta")))
+    assert len(rows) == 2 + 3 + 1
+    case = test_cross_view.make(2, 3, 4, 64, dtype=torch.bfloat16)
+    assert rows[0].pinned == cross_view._config(case.q, False)
+    assert rows[1].pinned == cross_view._config(case.q, True)
+    for row in rows:
+        assert row.candidates > 5
+        assert not row.measured
+        assert not any(str(length) in row.key for length in (1 << 18, 1024, 20_000))
+    assert not own_file.exists()
+
+
+def test_a_foreign_file_is_named(own_file: Path) -> None:
+    own_file.parent.mkdir()
+    own_file.write_text('{"GPU": {"key": 3}}')
+    with pytest.raises(DataError, match=re.escape(str(own_file))):
+        test_cross_view.make(2, 2, 1, 8).forward()
+    with pytest.raises(DataError, match="remove it"):
+        _tuning.measured()
 
 
 def test_nothing_is_written_unasked(own_file: Path) -> None:
@@ -119,3 +154,11 @@ def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tune.main(["cross_view"])
     assert "no CUDA device" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune.main(["cross", "--dry-run"])
+    assert "KERNEL: expected cross_view or" in capsys.readouterr().err
+    tune.main(["cross_view", "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("cross_view forward torch.bfloat16 V=3 H=4 Dh=64: pinned BD=64 ")
+    assert lines[-1] == f"kept in {_tuning.tuning_file()}"
