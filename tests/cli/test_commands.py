@@ -91,6 +91,7 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
         "metrics.json",
         "model.safetensors",
         "config.json",
+        "calibration.json",
         "checkpoint.pt",
         "plots",
         "tensorboard",

@@ -206,6 +206,12 @@ def predict(
         typer.Option("--attention", metavar="FILE.h5", help="Also write each instance's attention."),
     ] = None,
     split: Annotated[str | None, typer.Option("--split", help="Only this part of the data.")] = None,
+    refer_below: Annotated[
+        float | None,
+        typer.Option(
+            "--refer-below", min=0.0, max=1.0, help="Add calibrated confidences; name the tasks below this one."
+        ),
+    ] = None,
     format: Format = None,
     device: Device = None,
     backend: BackendName = None,
@@ -223,6 +229,7 @@ def predict(
         out=out,
         attention=attention,
         split=split,
+        refer_below=refer_below,
         format=format,
         device=device or "auto",
         backend=backend or "auto",

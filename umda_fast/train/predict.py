@@ -19,12 +19,14 @@ from umda_fast import ops
 from umda_fast.data import BagBatch, BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec, decode
+from umda_fast.train.calibration import Calibration, confidence
 from umda_fast.train.evaluation import batches_in_order, to_device
 from umda_fast.train.files import atomic_file
 from umda_fast.train.guard import check_batch
 from umda_fast.train.metrics import THRESHOLD
 from umda_fast.train.progress import ProgressReport
 from umda_fast.train.run import Run, model_data
+from umda_fast.train.rundir import RunDirectory
 
 __all__ = ["predict", "predict_batches"]
 
@@ -51,6 +53,38 @@ def columns(tasks: Sequence[TaskSpec]) -> list[str]:
             header += [f"{task.name}_probability_{name}" for name in class_names(task)]
         header.append(f"{task.name}_predicted")
     return header
+
+
+def confidence_columns(tasks: Sequence[TaskSpec], calibration: Calibration) -> list[str]:
+    """What `refer_below` adds to the header."""
+    header = []
+    for task in tasks:
+        if task.kind != "regression":
+            header.append(f"{task.name}_confidence")
+        elif task.name in calibration.half_widths:
+            header += [f"{task.name}_low", f"{task.name}_high"]
+    return [*header, "refer"]
+
+
+def confidence_rows(
+    tasks: Sequence[TaskSpec], logits: Mapping[str, Tensor], calibration: Calibration, refer_below: float
+) -> list[list[str]]:
+    """The cells under `confidence_columns` for the bags of a batch."""
+    calibrated = calibration.apply({name: value.float().cpu() for name, value in logits.items()})
+    lines: list[list[str]] = [[] for _ in range(len(next(iter(calibrated.values()))))]
+    refer: list[list[str]] = [[] for _ in lines]
+    for task in tasks:
+        if task.kind == "regression":
+            half = calibration.half_widths.get(task.name)
+            if half is not None:
+                for line, value in zip(lines, decode(task, calibrated[task.name])[:, 0].tolist(), strict=True):
+                    line += [f"{value - half:.6g}", f"{value + half:.6g}"]
+            continue
+        sure = confidence(task, calibrated[task.name]).tolist()
+        for line, referred, value in zip(lines, refer, sure, strict=True):
+            line.append(f"{value:.6g}")
+            referred += [task.name] * (value < refer_below)
+    return [[*line, ";".join(referred)] for line, referred in zip(lines, refer, strict=True)]
 
 
 def rows(names: Sequence[str], tasks: Sequence[TaskSpec], logits: Mapping[str, Tensor]) -> list[list[str]]:
@@ -103,6 +137,7 @@ def predict(
     format: str | None = None,
     device: str = "auto",
     backend: str = "auto",
+    refer_below: float | None = None,
     skip_bad: bool = False,
     progress: bool = True,
 ) -> int:
@@ -115,12 +150,22 @@ def predict(
     several views) and `coords` [n, 2] if the data has them; the file's attributes `tasks` and `views` name
     the columns.
 
+    With `refer_below`, a number between 0 and 1, the CSV further holds each task's calibrated confidence (see
+    `calibration.confidence`), the ends of a regression's interval, and in its last column `refer` the tasks, joined by
+    `;`, whose confidence is below that number: a human should look at those. This needs the calibration.json that
+    training writes when it has a validation split.
+
     Returns:
         The number of bags.
 
     Raises:
-        DataError: the data cannot be read or does not fit the model.
+        DataError: the data cannot be read or does not fit the model; `refer_below` out of range, or no calibration.
     """
+    calibration = None
+    if refer_below is not None:
+        if not 0.0 <= refer_below <= 1.0:
+            raise DataError(f"refer_below: expected a number between 0 and 1, got {refer_below}")
+        calibration = Calibration.load(RunDirectory(run.directory).calibration)
     dataset, fabric = model_data(
         run, source=source, datasets=datasets, split=split, format=format, device=device, skip_bad=skip_bad
     )
@@ -131,10 +176,14 @@ def predict(
         text = io.TextIOWrapper(table, encoding="utf-8", newline="", write_through=True)
         stack.callback(text.detach)
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns(tasks))
+        writer.writerow(columns(tasks) + ([] if calibration is None else confidence_columns(tasks, calibration)))
         store = stack.enter_context(_attention_file(attention, run)) if attention is not None else None
         for batch, result in predict_batches(run, dataset, fabric, progress=progress):
-            writer.writerows(rows(batch.names, tasks, result.logits))
+            lines = rows(batch.names, tasks, result.logits)
+            if calibration is not None and refer_below is not None:
+                more = confidence_rows(tasks, result.logits, calibration, refer_below)
+                lines = [line + cells for line, cells in zip(lines, more, strict=True)]
+            writer.writerows(lines)
             if store is not None:
                 _write_attention(store, batch, result)
     return len(dataset)

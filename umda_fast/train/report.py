@@ -7,13 +7,11 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
@@ -24,12 +22,13 @@ from umda_fast.data import BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec, decode
 from umda_fast.train.calibration import calibration_error, confidence, fit_calibration, risk_coverage
+from umda_fast.train.collect import Predictions, collect
 from umda_fast.train.files import write_text
 from umda_fast.train.intervals import bootstrap_interval, primary_score
 from umda_fast.train.maps import BagMap, attention_maps, plot_maps, relative
 from umda_fast.train.metrics import PRIMARY, THRESHOLD, TaskMetrics
 from umda_fast.train.plots import METRIC_NAMES
-from umda_fast.train.predict import class_names, predict_batches
+from umda_fast.train.predict import class_names
 from umda_fast.train.run import Run, model_data
 from umda_fast.train.rundir import RunDirectory
 
@@ -48,31 +47,6 @@ img { max-width: 100%; height: auto; } .note { color: #555; } figure { margin: 1
 .scroll { overflow-x: auto; } details { margin: 1rem 0; }
 pre { white-space: pre-wrap; background: #f6f6f6; padding: 1rem; }
 """
-
-
-@dataclass
-class _Predictions:
-    """Logits and labels of a split, one row a bag."""
-
-    logits: dict[str, Tensor] = field(default_factory=dict)
-    labels: dict[str, Tensor] = field(default_factory=dict)
-    masks: dict[str, Tensor] = field(default_factory=dict)
-
-    def of(self, task: TaskSpec) -> tuple[Tensor, Tensor]:
-        """Logits and labels of the bags that carry the task's label."""
-        keep = self.masks[task.name]
-        return self.logits[task.name][keep], self.labels[task.name][keep]
-
-
-def _collect(run: Run, dataset: BagDataset, fabric: Any, title: str, progress: bool) -> _Predictions:
-    logits, labels, masks = ({task.name: [] for task in dataset.tasks} for _ in range(3))  # type: ignore[var-annotated]
-    for batch, out in predict_batches(run, dataset, fabric, progress=progress, title=title):
-        for task in dataset.tasks:
-            logits[task.name].append(out.logits[task.name].float().cpu())
-            labels[task.name].append(batch.labels[task.name].cpu())
-            masks[task.name].append(batch.label_mask[task.name].cpu())
-    joined = ({name: torch.cat(parts) for name, parts in columns.items()} for columns in (logits, labels, masks))
-    return _Predictions(*joined)
 
 
 def write_report(
@@ -110,19 +84,23 @@ def write_report(
     def data(part: str) -> tuple[BagDataset, Any]:
         return model_data(run, source=source, datasets=datasets, split=part, format=format, device=device)
 
+    def measure(part: BagDataset, fabric: Any) -> Predictions:
+        model = fabric.to_device(run.model)
+        return collect(model, part, fabric, run.config.data, title="report", progress=progress)
+
     with ops.use_backend(backend):
         dataset, fabric = data(split)
         if not len(dataset):
             raise DataError(f"{source or run.config.data.source}: split {split!r} holds no bags to report on")
-        found = _collect(run, dataset, fabric, f"report, {split}", progress)
-        held_out: _Predictions | None = None
+        found = measure(dataset, fabric)
+        held_out: Predictions | None = None
         if split != "val":
             try:
                 validation, fabric = data("val")
             except DataError:  # there is no such split
                 validation = dataset.subset(np.zeros(0, dtype=np.int64))
             if len(validation):
-                held_out = _collect(run, validation, fabric, "report, val", progress)
+                held_out = measure(validation, fabric)
         bags = _largest_with_coords(run, dataset, fabric, maps)
     tasks = dataset.tasks
     sections = [
@@ -210,7 +188,7 @@ def _header(run: Run, dataset: BagDataset, split: str, files: RunDirectory) -> s
     return f"<h1>{escape(run.directory.name)}</h1>\n<table>{body}</table>"
 
 
-def _scores(tasks: Sequence[TaskSpec], found: _Predictions, samples: int) -> str:
+def _scores(tasks: Sequence[TaskSpec], found: Predictions, samples: int) -> str:
     metrics = TaskMetrics(tasks)
     metrics.update(found.logits, found.labels, found.masks)
     values = metrics.compute()
@@ -239,7 +217,7 @@ def _scores(tasks: Sequence[TaskSpec], found: _Predictions, samples: int) -> str
     )  # fmt: skip
 
 
-def _errors(tasks: Sequence[TaskSpec], found: _Predictions) -> str:
+def _errors(tasks: Sequence[TaskSpec], found: Predictions) -> str:
     parts = ["<h2>Errors</h2>"]
     for task in tasks:
         logits, target = found.of(task)
@@ -296,7 +274,7 @@ def _confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
-def _calibration(tasks: Sequence[TaskSpec], found: _Predictions, held_out: _Predictions | None) -> str:
+def _calibration(tasks: Sequence[TaskSpec], found: Predictions, held_out: Predictions | None) -> str:
     classified = [task for task in tasks if task.kind != "regression" and len(found.of(task)[1])]
     if not classified:
         return ""

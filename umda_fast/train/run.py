@@ -23,6 +23,7 @@ from umda_fast.errors import DataError
 from umda_fast.model import UMDA, UMDAConfig
 from umda_fast.model.baselines import BASELINES, Baseline
 from umda_fast.train.adapt import adapt_dataset
+from umda_fast.train.collect import calibrate
 from umda_fast.train.config import (
     ARCHITECTURES,
     ConfigError,
@@ -37,6 +38,7 @@ from umda_fast.train.files import write_json
 from umda_fast.train.plots import plot_run
 from umda_fast.train.progress import peak_memory_mb
 from umda_fast.train.rundir import RunDirectory, read_metrics, save_model
+from umda_fast.train.together import one_decides, processes_of, rank_seed, started_together, strategy
 from umda_fast.train.trainer import Trainer
 
 __all__ = [
@@ -73,7 +75,7 @@ class Run:
 
 
 def make_fabric(config: RunConfig) -> Fabric:
-    """Fabric on the configured device, one process.
+    """Fabric on the configured device; under torchrun, with the process group of all that it started.
 
     Raises:
         ConfigError: a GPU is asked for and there is none.
@@ -81,7 +83,18 @@ def make_fabric(config: RunConfig) -> Fabric:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: expected a device of this machine, got 'cuda', but torch sees no GPU")
     accelerator = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return Fabric(accelerator=accelerator, devices=1, precision=config.precision)
+    local, world = started_together()
+    if world == 1:
+        return Fabric(accelerator=accelerator, devices=1, precision=config.precision)
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy(),
+        precision=config.precision,
+    )
+    fabric.launch()
+    return fabric
 
 
 def load_data(config: RunConfig) -> Splits:
@@ -154,13 +167,22 @@ def train(
         progress: show progress on standard error.
         plots: draw plots/ at the end.
 
+    Under torchrun all processes train one model together, as one of them would: `data.budget` is that of the
+    whole batch, and the weights come out the same within rounding (with dropout, each draws numbers of its
+    own). Process 0 alone writes; the result is the same in all.
+
     Raises:
         DataError, ConfigError: the configuration, the directory or the data cannot be used.
         NonFiniteError: a loss or a gradient became NaN or infinite; the weights and the last checkpoint are
         untouched.
+        ProcessLostError: another process ended or did not answer in time; the last checkpoint is whole.
     """
-    run = RunDirectory(out)
-    run.begin(resume=resume)
+    fabric = make_fabric(config)
+    processes = processes_of(fabric)
+    zero = fabric.is_global_zero
+    # The default name of a run directory has the time in it, which two processes may read differently.
+    run = RunDirectory(out if processes is None else processes.object_from_first(os.fspath(out)))
+    one_decides(processes, lambda: run.begin(resume=resume))
     if datasets is None:
         datasets = load_data(config)
     if "train" not in datasets:
@@ -170,25 +192,31 @@ def train(
             f"{datasets['train'].name}: expected labels of at least one task, got none; a directory of bags has "
             "them in labels.csv, a column for each task"
         )
-    fabric = make_fabric(config)
     on_cpu = fabric.device.type == "cpu"
     deterministic = config.train.deterministic if config.train.deterministic is not None else on_cpu
     with _deterministic(deterministic), ops.use_backend(config.backend):
         Fabric.seed_everything(config.seed, verbose=False)
         model = build_model(config, datasets["train"], encoders)
         trainer = Trainer(config, model, datasets, run, fabric, progress=progress)
+        if not zero:
+            Fabric.seed_everything(rank_seed(config.seed, fabric.global_rank, 0), verbose=False)
         if resume:
             trainer.load()
-        if fabric.is_global_zero:
+        if zero:
             dump_config(config, run.config)
         keep_all = config.train.keep == "all"
-        with _events(run, trainer.step) if keep_all else contextlib.nullcontext() as trainer.events:
+        with _events(run, trainer.step) if keep_all and zero else contextlib.nullcontext() as trainer.events:
             trainer.fit()
         best = trainer.best_model()
         split = next((name for name in ("test", "val") if name in datasets and len(datasets[name])), "train")
         result = trainer.evaluate(datasets[split], best)
-    metrics = summary(config, datasets, split, result, run, trainer)
-    if fabric.is_global_zero:
+        if keep_all and zero and len(datasets.get("val", ())):
+            calibrate(best, datasets["val"], fabric, config.data).save(run.calibration)
+    peak = peak_memory_mb(fabric.device)
+    if processes is not None:
+        peak = max(processes.objects(peak))
+    metrics = one_decides(processes, lambda: summary(config, datasets, split, result, run, trainer, peak))
+    if zero:
         if keep_all:
             save_model(best, run.path)
         write_json(run.metrics, metrics)
@@ -249,6 +277,7 @@ def summary(
     result: SplitResult,
     run: RunDirectory,
     trainer: Trainer,
+    peak_memory: float,
 ) -> dict[str, Any]:
     """The content of metrics.json."""
     stability = [
@@ -276,7 +305,8 @@ def summary(
         "conflict_share": mean("conflict_share"),
         "seconds": trainer.total_seconds,
         "instances_per_second": trainer.instances / max(trainer.train_seconds, 1e-9),
-        "peak_memory_mb": peak_memory_mb(trainer.fabric.device),
+        "peak_memory_mb": peak_memory,
+        "processes": trainer.fabric.world_size,
         "versions": versions(),
         "backend": ops.backends_used(),
     }

@@ -26,6 +26,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.json"
         self.weights = self.path / "model.safetensors"
         self.checkpoint = self.path / "checkpoint.pt"
+        self.calibration = self.path / "calibration.json"
         self.plots = self.path / "plots"
         self.events = self.path / "tensorboard"
 

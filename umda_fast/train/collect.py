@@ -1,0 +1,83 @@
+"""Logits and labels of a whole split, for what needs them all at once: calibration, intervals, error tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from umda_fast.data import BagDataset
+from umda_fast.model import TaskSpec
+from umda_fast.train.calibration import Calibration, fit_calibration
+from umda_fast.train.config import DataConfig
+from umda_fast.train.evaluation import batches_in_order, to_device
+from umda_fast.train.guard import check_batch
+from umda_fast.train.progress import ProgressReport
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["Predictions", "calibrate", "collect"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Logits and labels of B bags, on the CPU.
+
+    Attributes:
+        logits: task -> float32 [B, outputs].
+        labels, masks: task -> as `BagBatch.labels` and `BagBatch.label_mask`.
+    """
+
+    logits: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    masks: dict[str, Tensor]
+
+    def of(self, task: TaskSpec) -> tuple[Tensor, Tensor]:
+        """Logits and labels of the bags that carry the task's label."""
+        keep = self.masks[task.name]
+        return self.logits[task.name][keep], self.labels[task.name][keep]
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    dataset: BagDataset,
+    fabric: Fabric,
+    data: DataConfig,
+    *,
+    title: str = "predict",
+    progress: bool = False,
+) -> Predictions:
+    """The model's logits, in evaluation mode, and the labels of all bags of `dataset`, which is not empty.
+
+    Raises:
+        DataError: a feature or a label is NaN or infinite; names bag, view and instance.
+    """
+    was_training = model.training
+    model.eval()
+    names = [task.name for task in dataset.tasks]
+    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
+    done = 0
+    with ProgressReport(title, device=fabric.device, enabled=progress) as report:
+        for host in batches_in_order(dataset, data):
+            check_batch(host)
+            with fabric.autocast():
+                logits = model(**to_device(host, fabric).inputs()).logits
+            for name in names:
+                parts[name].append((logits[name].float().cpu(), host.labels[name], host.label_mask[name]))
+            done += len(host)
+            report.update(done / len(dataset), instances=host.num_instances)
+    model.train(was_training)
+    logits, labels, masks = (
+        {name: torch.cat([columns[column] for columns in parts[name]]) for name in names} for column in range(3)
+    )
+    return Predictions(logits, labels, masks)
+
+
+def calibrate(model: nn.Module, dataset: BagDataset, fabric: Fabric, data: DataConfig) -> Calibration:
+    """`fit_calibration` on `dataset`, which the weights were not trained on."""
+    found = collect(model, dataset, fabric, data)
+    return fit_calibration(dataset.tasks, found.logits, found.labels, found.masks)
