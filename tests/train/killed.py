@@ -22,10 +22,10 @@ RESUMED_RUN: dict[str, Any] = {
 def main(directory: str, step: int) -> None:
     original = Trainer._train_step
 
-    def train_step(self: Trainer, *args: Any) -> None:
+    def train_step(self: Trainer, *args: Any) -> int:
         if self.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        original(self, *args)
+        return original(self, *args)
 
     Trainer._train_step = train_step  # type: ignore[method-assign]
     train(small_config(**RESUMED_RUN), directory, progress=False, plots=False)

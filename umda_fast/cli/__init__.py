@@ -6,6 +6,7 @@ themselves import torch and everything that needs it only when they run, so that
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,6 +15,9 @@ __all__ = ["main"]
 
 # Modules whose import adds their commands to `umda_fast.cli.app.app`, in the order of --help.
 _COMMANDS = ("app", "compare", "explain", "report", "pack", "bench")
+
+# Commands that several processes, started by torchrun, do together.
+_TOGETHER = ("train", "evaluate", "crossval")
 
 # The extra that brings a package, for the message when it is missing.
 _EXTRAS = {
@@ -39,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 on success, 2 for bad usage or bad data, 1 for anything else."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    _speak_once(arguments)
     try:
         for module in _COMMANDS:
             import_module(f"umda_fast.cli.{module}")
@@ -65,12 +70,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         _stop(str(error), code)
 
 
+def _speak_once(arguments: Sequence[str]) -> None:
+    """Several processes of torchrun: one of them prints results. Only some commands know of each other."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    command = next((item for item in arguments if not item.startswith("-")), None)
+    if command is not None and command not in _TOGETHER:
+        _stop(
+            f"{command}: runs in one process, got {os.environ['WORLD_SIZE']} of torchrun; "
+            f"several are for {', '.join(_TOGETHER)}",
+            2,
+        )
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process runs
+
+
 def _code(error: Exception) -> int | None:
     """The exit code for an error that one line explains, None for any other."""
-    from umda_fast.errors import BackendUnavailableError, DataError
+    from umda_fast.errors import BackendUnavailableError, DataError, ProcessLostError
 
     if isinstance(error, DataError | BackendUnavailableError):
         return 2
+    if isinstance(error, ProcessLostError):
+        return 1
     if (
         type(error).__name__ == "NonFiniteError"
     ):  # by name: its module imports torch, which may be what failed

@@ -14,8 +14,9 @@ from umda_fast.data import BagDataset, load_folds
 from umda_fast.errors import DataError
 from umda_fast.train.config import RunConfig, as_dict, make_config
 from umda_fast.train.files import json_ready, write_json
-from umda_fast.train.run import data_seed, tell_skipped, train
+from umda_fast.train.run import data_seed, make_fabric, tell_skipped, train
 from umda_fast.train.rundir import RunDirectory
+from umda_fast.train.together import one_decides, processes_of
 
 __all__ = ["check_settings", "cross_validate", "figures", "finished_run"]
 
@@ -50,14 +51,17 @@ def cross_validate(
     Raises:
         DataError: too many folds, or `out` holds a cross-validation with other settings.
     """
-    directory = Path(out)
+    processes = processes_of(make_fabric(config))
+    directory = Path(out if processes is None else processes.object_from_first(os.fspath(out)))
     settings = {
         "source": config.data.source,
         "folds": folds,
         "repeats": repeats,
         "config": json_ready({**as_dict(config), "device": None, "backend": None}),
     }
-    check_settings(directory / "crossval.json", settings, "a cross-validation")
+    one_decides(
+        processes, lambda: check_settings(directory / "crossval.json", settings, "a cross-validation")
+    )
     if datasets is None:
         data = config.data
         datasets = load_folds(
@@ -80,7 +84,8 @@ def cross_validate(
         entry = {key: metrics[key] for key in ("tasks", "mean_score", "seconds")}
         results.append({"repeat": repeat, "fold": fold, "bags": bags, **entry})
         report = _report(settings, results)
-        write_json(directory / "crossval.json", report)
+        if processes is None or processes.rank == 0:
+            write_json(directory / "crossval.json", report)
     plain: dict[str, Any] = json_ready(report)
     return plain
 
@@ -90,10 +95,15 @@ def finished_run(
 ) -> dict[str, Any]:
     """The content of metrics.json of the run at `place`, which is trained, or resumed, where it has none."""
     run = RunDirectory(place)
-    if run.metrics.is_file():
-        metrics: dict[str, Any] = json.loads(run.metrics.read_text(encoding="utf-8"))
+
+    def begun() -> tuple[dict[str, Any] | None, bool]:
+        if run.metrics.is_file():
+            return json.loads(run.metrics.read_text(encoding="utf-8")), False
+        return None, run.config.is_file()
+
+    metrics, resume = one_decides(processes_of(make_fabric(config)), begun)
+    if metrics is not None:
         return metrics
-    resume = run.config.is_file()
     return train(config, place, resume=resume, datasets=datasets, progress=progress, plots=False).metrics
 
 

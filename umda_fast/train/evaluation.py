@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
-from umda_fast.model import task_losses
+from umda_fast.model import TaskSpec, task_losses
+from umda_fast.sgl.distributed import Processes
 from umda_fast.train.config import DataConfig
 from umda_fast.train.guard import check_batch
 from umda_fast.train.metrics import TaskMetrics, mean_score
 from umda_fast.train.progress import ProgressReport
+from umda_fast.train.together import processes_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -52,18 +54,29 @@ class _Mean:
     def add(self, value: Tensor | None, weight: float = 1.0) -> None:
         if value is None or weight == 0:
             return
-        scaled = value.detach().double() * weight
-        self.total = scaled if self.total is None else self.total + scaled
+        self.merge(value.detach().double() * weight, weight)
+
+    def merge(self, total: Tensor | None, weight: float) -> None:
+        """Takes in a sum of weighted values and the sum of their weights."""
+        if total is None:
+            return
+        self.total = total if self.total is None else self.total + total
         self.weight += weight
 
     def value(self) -> Tensor | None:
         return None if self.total is None else (self.total / self.weight).cpu()
 
 
-def batches_in_order(dataset: BagDataset, data: DataConfig) -> Iterable[BagBatch]:
-    """All bags of `dataset` in its order, batched by `data.budget`."""
-    sampler = InstanceBudgetSampler(dataset.sizes, data.budget, shuffle=False)
-    return make_loader(dataset, sampler, workers=data.workers)
+def batches_in_order(
+    dataset: BagDataset, data: DataConfig, processes: Processes | None = None
+) -> Iterable[BagBatch]:
+    """All bags of `dataset` in its order, batched by `data.budget`; this process's share of each batch."""
+    return make_loader(dataset, _sampler(dataset, data, processes), workers=data.workers)
+
+
+def _sampler(dataset: BagDataset, data: DataConfig, processes: Processes | None) -> InstanceBudgetSampler:
+    size, rank = (1, 0) if processes is None else (processes.size, processes.rank)
+    return InstanceBudgetSampler(dataset.sizes, data.budget, shuffle=False, replicas=size, rank=rank)
 
 
 def to_device(host: BagBatch, fabric: Fabric) -> BagBatch:
@@ -71,6 +84,79 @@ def to_device(host: BagBatch, fabric: Fabric) -> BagBatch:
     batch = host.to(fabric.device, non_blocking=fabric.device.type == "cuda")
     batch.views = {name: features.float() for name, features in batch.views.items()}
     return batch
+
+
+# Logits, labels and label masks of some bags, each task -> [B, ...].
+_Outputs = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+
+
+class _Found:
+    """What is summed up over the batches of a split, and over processes."""
+
+    def __init__(self, tasks: Sequence[TaskSpec]) -> None:
+        self.tasks = tuple(tasks)
+        self.losses = {task.name: _Mean() for task in tasks}
+        self.consistency, self.influence = _Mean(), _Mean()
+        self.mass_sum, self.mass_rows = _Mean(), _Mean()
+        self.bags = self.instances = 0
+
+    def add(self, host: BagBatch, batch: BagBatch, out: Any) -> None:
+        losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
+        for name, loss in losses.items():
+            self.losses[name].add(loss, float(host.label_mask[name].sum()))
+        self.consistency.add(getattr(out, "view_consistency", None), host.num_instances)
+        self.influence.add(getattr(out, "influence", None), len(host))
+        mass = getattr(out, "view_mass", None)
+        if mass is not None:
+            self.mass_sum.add(mass.double().sum(dim=0))  # rows of missing views are zero
+            self.mass_rows.add(batch.mask.double().sum(dim=0))
+        self.bags += len(host)
+        self.instances += host.num_instances
+
+    def _means(self) -> list[_Mean]:
+        return [*self.losses.values(), self.consistency, self.influence, self.mass_sum, self.mass_rows]
+
+    def state(self) -> tuple[list[tuple[Tensor | None, float]], int, int]:
+        """Plain values, on the host."""
+        means = [(None if m.total is None else m.total.cpu(), m.weight) for m in self._means()]
+        return means, self.bags, self.instances
+
+    def merge(self, state: tuple[list[tuple[Tensor | None, float]], int, int]) -> None:
+        """Takes in what another process found."""
+        means, bags, instances = state
+        for mean, (total, weight) in zip(self._means(), means, strict=True):
+            mean.merge(total, weight)
+        self.bags += bags
+        self.instances += instances
+
+    def result(self, values: dict[str, dict[str, float]]) -> SplitResult:
+        means = {name: mean.value() for name, mean in self.losses.items()}
+        consistency = self.consistency.value()
+        view_mass = None
+        if self.mass_sum.total is not None and self.mass_rows.total is not None:
+            view_mass = (self.mass_sum.total / self.mass_rows.total.clamp(min=1.0).unsqueeze(1)).cpu()
+        return SplitResult(
+            tasks=values,
+            mean_score=mean_score(self.tasks, values),
+            losses={name: math.nan if value is None else float(value) for name, value in means.items()},
+            bags=self.bags,
+            instances=self.instances,
+            view_consistency=None if consistency is None else float(consistency),
+            view_mass=view_mass,
+            influence=self.influence.value(),
+        )
+
+
+def _in_order(indices: Sequence[int], outputs: Sequence[_Outputs]) -> list[_Outputs]:
+    """Outputs of all bags as one, bag after bag; `indices` says which rows they are."""
+    if not outputs:
+        return []
+    order = torch.tensor(indices).argsort()
+    logits, labels, masks = (
+        {name: torch.cat([part[kind][name] for part in outputs])[order] for name in outputs[0][kind]}
+        for kind in range(3)
+    )
+    return [(logits, labels, masks)]
 
 
 @torch.no_grad()
@@ -85,53 +171,48 @@ def evaluate_dataset(
 ) -> SplitResult:
     """Run `model` in evaluation mode over `dataset` on `fabric`'s device.
 
+    Several processes share the bags; process 0 gathers the outputs of all of them, each bag once and in the
+    dataset's order, computes the metrics as one process would, and tells the others.
+
     Raises:
         DataError: a feature or a label is NaN or infinite; names bag, view and instance.
     """
     tasks = dataset.tasks
+    processes = processes_of(fabric)
     was_training = model.training
     model.eval()
     metrics = TaskMetrics(tasks).to(fabric.device)
-    losses = {task.name: _Mean() for task in tasks}
-    consistency, influence = _Mean(), _Mean()
-    mass_sum: Tensor | None = None
-    mass_rows: Tensor | None = None
-    bags = instances = 0
-    with ProgressReport(title, device=fabric.device, enabled=progress) as report:
-        for host in batches_in_order(dataset, data):
+    found = _Found(tasks)
+    outputs: list[_Outputs] = []
+    with ProgressReport(title, device=fabric.device, enabled=progress and fabric.is_global_zero) as report:
+        for host in batches_in_order(dataset, data, processes):
+            if len(host) == 0:
+                continue
             check_batch(host)
             batch = to_device(host, fabric)
             with fabric.autocast():
                 out: Any = model(**batch.inputs())
-                batch_losses = task_losses(tasks, out.logits, batch.labels, batch.label_mask)
-            metrics.update(out.logits, batch.labels, batch.label_mask)
-            for name, loss in batch_losses.items():
-                losses[name].add(loss, float(host.label_mask[name].sum()))
-            consistency.add(getattr(out, "view_consistency", None), host.num_instances)
-            influence.add(getattr(out, "influence", None), len(host))
-            mass = getattr(out, "view_mass", None)
-            if mass is not None:
-                present = batch.mask.double().sum(dim=0)
-                summed = mass.double().sum(dim=0)  # rows of missing views are zero
-                mass_sum = summed if mass_sum is None else mass_sum + summed
-                mass_rows = present if mass_rows is None else mass_rows + present
-            bags += len(host)
-            instances += host.num_instances
-            report.update(bags / max(len(dataset), 1), instances=host.num_instances)
+                found.add(host, batch, out)
+            if processes is None:
+                metrics.update(out.logits, batch.labels, batch.label_mask)
+            else:
+                logits = {name: value.float().cpu() for name, value in out.logits.items()}
+                outputs.append((logits, host.labels, host.label_mask))
+            report.update(found.bags / max(len(dataset), 1), instances=host.num_instances)
     model.train(was_training)
-    values = metrics.compute()
-    view_mass = None
-    if mass_sum is not None and mass_rows is not None:
-        view_mass = (mass_sum / mass_rows.clamp(min=1.0).unsqueeze(1)).cpu()
-    means = {name: mean.value() for name, mean in losses.items()}
-    consistent = consistency.value()
-    return SplitResult(
-        tasks=values,
-        mean_score=mean_score(tasks, values),
-        losses={name: math.nan if value is None else float(value) for name, value in means.items()},
-        bags=bags,
-        instances=instances,
-        view_consistency=None if consistent is None else float(consistent),
-        view_mass=view_mass,
-        influence=influence.value(),
-    )
+    if processes is None:
+        return found.result(metrics.compute())
+    indices = [index for batch in _sampler(dataset, data, processes).batches(0) for index in batch]
+    parts = processes.objects((indices, outputs, found.state()))
+    result: SplitResult | None = None
+    if processes.rank == 0:
+        found = _Found(tasks)
+        for *_, state in parts:
+            found.merge(state)
+        merged = _in_order([index for rows, *_ in parts for index in rows], [o for _, part, _ in parts for o in part])
+        for logits, labels, label_mask in merged:
+            moved = ({name: value.to(fabric.device) for name, value in x.items()} for x in (logits, labels, label_mask))
+            metrics.update(*moved)
+        result = found.result(metrics.compute())
+    told: SplitResult = processes.object_from_first(result)
+    return told

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,22 +31,24 @@ THRESHOLD = 0.5
 
 
 def _metrics(task: TaskSpec) -> dict[str, Metric]:
+    # Processes share the work before, by bags (evaluation.py); left to itself every process would ask the others.
+    alone: dict[str, Any] = {"sync_on_compute": False}
     if task.kind == "binary":
-        return {"auroc": BinaryAUROC(), "accuracy": BinaryAccuracy(threshold=THRESHOLD)}
+        return {"auroc": BinaryAUROC(**alone), "accuracy": BinaryAccuracy(threshold=THRESHOLD, **alone)}
     if task.kind == "multiclass":
         # Per class, because a class without a single positive (or negative) has no AUROC; torchmetrics would
         # count it as 0.
         return {
-            "auroc": MulticlassAUROC(task.classes, average=None),
-            "accuracy": MulticlassAccuracy(task.classes, average="micro"),
+            "auroc": MulticlassAUROC(task.classes, average=None, **alone),
+            "accuracy": MulticlassAccuracy(task.classes, average="micro", **alone),
         }
     if task.kind == "multilabel":
         return {
-            "f1_macro": MultilabelF1Score(task.classes, average="macro", threshold=THRESHOLD),
-            "f1_micro": MultilabelF1Score(task.classes, average="micro", threshold=THRESHOLD),
-            "map": MultilabelAveragePrecision(task.classes, average=None),
+            "f1_macro": MultilabelF1Score(task.classes, average="macro", threshold=THRESHOLD, **alone),
+            "f1_micro": MultilabelF1Score(task.classes, average="micro", threshold=THRESHOLD, **alone),
+            "map": MultilabelAveragePrecision(task.classes, average=None, **alone),
         }
-    return {"mae": MeanAbsoluteError(), "r2": R2Score()}
+    return {"mae": MeanAbsoluteError(**alone), "r2": R2Score(**alone)}
 
 
 class TaskMetrics(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -19,7 +20,7 @@ from umda_fast.sgl.distributed import Processes
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
 __all__ = [
     "label_counts",
@@ -53,8 +54,9 @@ def strategy() -> DDPStrategy:
     Raises:
         DataError: it is not a positive number.
     """
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # says that processes have found each other
     text = os.environ.get("UMDA_FAST_TIMEOUT", "")
     try:
         seconds = float(text) if text else TIMEOUT

@@ -36,8 +36,8 @@ from umda_fast.train.guard import NonFiniteError, check_batch, explain_non_finit
 from umda_fast.train.optim import learning_rate_factor, parameter_groups, random_state, set_random_state
 from umda_fast.train.progress import ProgressReport
 from umda_fast.train.rundir import MetricsLog, RunDirectory, save_model
-from umda_fast.train.together import label_counts, penalty_counts, processes_of, rank_seed
 from umda_fast.train.scaling import standardize_inputs
+from umda_fast.train.together import label_counts, penalty_counts, processes_of, rank_seed
 
 __all__ = ["Trainer"]
 
@@ -279,6 +279,9 @@ class Trainer:
                 if share is not None:
                     weights = {name: weight * share.penalties[name] for name, weight in weights.items()}
                 penalty = penalty_loss(out.penalties, weights) if out.penalties else None
+        elif self._guides_influence:
+            assert self.guided is not None
+            self.model.atsb.task_cosines.copy_(self.guided.cosine_ema)  # as the forward pass does it elsewhere
         if not (losses if share is None else share.present):
             return host.num_instances if share is None else share.instances  # nothing to learn from
         self.optimizer.zero_grad(set_to_none=True)
@@ -373,9 +376,14 @@ class Trainer:
         )
 
     def _forward(self, batch: BagBatch) -> Any:
-        if self.guided is not None and isinstance(self.model, UMDA) and self.model.config.kappa_g:
+        if self._guides_influence:
+            assert self.guided is not None
             return self.model(**batch.inputs(), task_cosines=self.guided.cosine_ema)
         return self.model(**batch.inputs())
+
+    @property
+    def _guides_influence(self) -> bool:
+        return self.guided is not None and isinstance(self.model, UMDA) and bool(self.model.config.kappa_g)
 
     def _log_step(
         self, lr: float, values: Mapping[str, float], penalties: Mapping[str, Tensor], share: _Share | None
@@ -394,8 +402,9 @@ class Trainer:
             ).tolist()
             record["penalties"] = dict(zip(penalties, stacked, strict=True))
         if self.processes is not None and share is not None:
-            own = {name: value * share.penalties[name] for name, value in record.pop("penalties", {}).items()}
-            parts = self.processes.objects(own)
+            own = record.pop("penalties", {})
+            weighted = {name: own[name] * part for name, part in share.penalties.items() if name in own}
+            parts = self.processes.objects(weighted)
             names = list(dict.fromkeys(name for part in parts for name in part))
             if names:
                 record["penalties"] = {name: sum(part.get(name, 0.0) for part in parts) for name in names}
