@@ -23,6 +23,7 @@ from umda_fast.errors import DataError
 from umda_fast.model import UMDA, UMDAConfig
 from umda_fast.model.baselines import BASELINES, Baseline
 from umda_fast.train.adapt import adapt_dataset
+from umda_fast.train.collect import calibrate
 from umda_fast.train.config import (
     ARCHITECTURES,
     ConfigError,
@@ -209,6 +210,8 @@ def train(
         best = trainer.best_model()
         split = next((name for name in ("test", "val") if name in datasets and len(datasets[name])), "train")
         result = trainer.evaluate(datasets[split], best)
+        if keep_all and zero and len(datasets.get("val", ())):
+            calibrate(best, datasets["val"], fabric, config.data).save(run.calibration)
     peak = peak_memory_mb(fabric.device)
     if processes is not None:
         peak = max(processes.objects(peak))
