@@ -40,13 +40,13 @@ def measure(values: dict[str, Any]) -> dict[str, Any]:
 def text(table: tables.Table, sets: list[str]) -> str:
     parts = [(__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]]
     for name in sets:
-        whole = {run["key"]["seed"]: run["mean_score"] for run in table.where(data=name, variant="UMDA")}
+        whole = table.where(data=name, variant="UMDA")
         if not whole:
             continue
         rows = []
         for variant in VARIANTS:
             runs = table.where(data=name, variant=variant)
-            apart = [run["mean_score"] - whole[run["key"]["seed"]] for run in runs if run["key"]["seed"] in whole]
+            apart = tables.paired(runs, whole, "mean_score")
             row = [
                 variant,
                 tables.plus_minus(run["mean_score"] for run in runs),
@@ -69,6 +69,7 @@ def main() -> None:
     epochs = {name: options.epochs or count for name, count in EPOCHS.items()}
     settings = {"common": COMMON, "epochs": epochs, "variants": VARIANTS}
     table = tables.Table(options.out, "python -m bench.results_ablation --data DIR", settings)
+    table.content["data"] = {name: section.get("options", {}) for name, section in data.items()}
     for seed in range(options.seeds):
         for name in options.sets.split(","):
             for variant, change in VARIANTS.items():

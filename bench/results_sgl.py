@@ -10,9 +10,9 @@ representation` is the trainer's default, at the cost of about one backward pass
 
 Variance: tr Var(d) / ||mean d||^2 of the update d on the shared parameters, every d scaled to norm 1 first, over
 windows of 25 updates, the first window left out, mean over the windows. `/ control's` divides by the same figure for
-equal weights on the same task gradients with the same smoothing, on the same batches (never applied). Conflict
-share: of the pairs of gradients that the weights are made from. CPU s: of the whole run, with this telemetry.
-± is the standard error over the seeds.
+equal weights on the same task gradients with the same smoothing, on the same batches (never applied). Conflicts: share
+of the pairs of gradients that the weights are made from. CPU s: of the whole run, with this telemetry. ± is the
+standard error over the seeds; "to SGL": mean over the seeds of the difference to SGL with the same seed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any
 from bench import tables
 
 WINDOW = 25
+TITLE = "Self-guided learning against other balancers"
+OURS = "SGL"
 COMMON: dict[str, Any] = {
     "model": {"width": 32, "heads": 4, "layers": 1},
     "data": {"budget": 256},
@@ -75,6 +77,7 @@ def text(table: tables.Table, sets: list[str]) -> str:
     parts = [(__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]]
     for name in sets:
         equal = tables.mean_error(run["variance"] for run in table.where(data=name, method="equal"))[0]
+        ours = table.where(data=name, method=OURS)
         rows = []
         for method in METHODS:
             runs = table.where(data=name, method=method)
@@ -86,6 +89,8 @@ def text(table: tables.Table, sets: list[str]) -> str:
                 [
                     method,
                     tables.plus_minus(run["mean_score"] for run in runs),
+                    "" if method == OURS else tables.plus_minus(tables.paired(runs, ours, "mean_score")),
+                    str(len(runs)),
                     tables.plus_minus((run["variance"] for run in runs), 2),
                     f"{variance / equal:.2f}",
                     tables.plus_minus(control, 2),
@@ -93,8 +98,9 @@ def text(table: tables.Table, sets: list[str]) -> str:
                     tables.plus_minus((run["cpu_seconds"] for run in runs), 1),
                 ]
             )
-        header = ["method", "mean score", "variance", "/ equal's", "/ control's", "conflict share", "CPU s"]
-        parts.append(f"## {name}\n\n{tables.markdown(header, rows)}")
+        header = ["method", "score", "to SGL", "seeds", "variance", "/ equal's", "/ control's", "conflicts", "CPU s"]
+        if rows:
+            parts.append(f"## {name}\n\n{tables.markdown(header, rows)}")
     return "\n".join(parts)
 
 
@@ -108,6 +114,8 @@ def main() -> None:
     epochs = {name: options.epochs or count for name, count in EPOCHS.items()}
     settings = {"common": COMMON, "epochs": epochs, "methods": METHODS, "window": WINDOW}
     table = tables.Table(options.out, "python -m bench.results_sgl --data DIR", settings)
+    table.content["data"] = {name: section.get("options", {}) for name, section in data.items()}
+    table.write(TITLE, text(table, list(data)))
     sets = options.sets.split(",")
     chosen = options.methods.split(";") if options.methods else list(METHODS)
     for name in sets:
@@ -115,7 +123,7 @@ def main() -> None:
             for method in chosen:
                 values = configuration(data[name], METHODS[method], epochs[name], seed)
                 table.run({"data": name, "method": method, "seed": seed}, lambda values=values: measure(values))
-            table.write("Self-guided learning against other balancers", text(table, list(data)))
+            table.write(TITLE, text(table, list(data)))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def sources(folder: Path) -> dict[str, Values]:
     return {
         "digits": {"source": "digits", "options": {"train_bags": 400, "val_bags": 200, "test_bags": 1000}},
         "birds": {"source": str(folder / "birds.npz")},
-        "movies": {"source": str(folder / "movies")},
+        "movies": {"source": str(folder / "movies"), "options": {"text_width": 1024}},
     }
 
 
@@ -111,9 +111,8 @@ class Table:
             "",
             f"Commit {', '.join(commits) or '-'}; {self.content['machine']}; one thread; {len(self.runs)} runs, "
             f"{total:,.0f} s of processor time.",
-            "",
         ]
-        write_text(self.path.with_suffix(".md"), "\n".join(head) + text.strip() + "\n")
+        write_text(self.path.with_suffix(".md"), "\n".join(head) + "\n\n" + text.strip() + "\n")
 
 
 def brief(entry: Mapping[str, Any]) -> str:
@@ -147,6 +146,12 @@ def mean_error(values: Iterable[float | None]) -> tuple[float, float]:
         return math.nan, math.nan
     error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else math.nan
     return statistics.fmean(known), error
+
+
+def paired(runs: Iterable[Values], others: Iterable[Values], score: str) -> list[float]:
+    """For every seed that both have, the difference of `runs` to `others`."""
+    there = {other["key"]["seed"]: other[score] for other in others}
+    return [run[score] - there[run["key"]["seed"]] for run in runs if run["key"]["seed"] in there]
 
 
 def plus_minus(values: Iterable[float | None], digits: int = 4) -> str:
