@@ -193,7 +193,7 @@ class TestPt:
                 return (open, (str(tmp_path / "pwned"), "w"))
 
         path = tmp_path / "a.pt"
-        path.write_bytes(pickle.dumps(Evil()))
+        path.write_bytes(pickle.dumps(Evil(), protocol=2))
         with pytest.raises(DataError, match=r"a\.pt: corrupt, truncated or not plain tensors"):
             read_header(path)
         torch.save({"features": torch.zeros(2, 2), "x": Evil()}, path)

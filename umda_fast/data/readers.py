@@ -60,7 +60,7 @@ _UNITS: dict[str, Unit] = {
 _STAMP_TILE_PX, _STAMP_TILE_UM = 224, 256.0  # before version 2.0, with no other size possible
 _LARGEST_UM = 250_000.0  # no slide is wider than 25 cm
 _PIXEL_SIZES = (0.01, 100.0)  # micrometres; whole-slide scanners make 0.1 to 4, thumbnails up to tens
-_DTYPES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def read_header(path: Path) -> BagFile:
     Raises:
         DataError: naming the file, when it cannot be read or holds no instances.
     """
-    return _READERS[path.suffix.lower()](path, None)[0]
+    return _READERS[path.suffix.lower()][0](path)
 
 
 def read_bag(file: BagFile) -> tuple[Tensor, FloatArray | None]:
@@ -112,8 +112,9 @@ def read_bag(file: BagFile) -> tuple[Tensor, FloatArray | None]:
         DataError: naming the file: unreadable, changed since its header was read, values that are not finite,
             coordinates that cannot be in their unit.
     """
-    features, coords = _read(file, "both")
+    features, stored = _READERS[file.path.suffix.lower()][1](file, True)
     assert features is not None
+    coords = None if stored is None else _checked_coords(file, stored)
     if file.width is None:
         features = features.reshape(0, 0)
     if not torch.isfinite(features.sum(dtype=torch.float64)):
@@ -131,17 +132,17 @@ def read_bag(file: BagFile) -> tuple[Tensor, FloatArray | None]:
 
 def read_coords(file: BagFile) -> FloatArray | None:
     """Coordinates float64 [n, 2] in the file's unit, without the features. Raises as `read_bag`."""
-    return None if file.unit is None else _read(file, "coords")[1]
+    if file.unit is None:
+        return None
+    _, stored = _READERS[file.path.suffix.lower()][1](file, False)
+    return None if stored is None else _checked_coords(file, stored)
 
 
-def _read(file: BagFile, what: Literal["both", "coords"]) -> tuple[Tensor | None, FloatArray | None]:
-    now, features, stored = _READERS[file.path.suffix.lower()](file.path, what)
-    if (now.rows, now.width, now.dtype, now.unit) != (file.rows, file.width, file.dtype, file.unit):
+def _check_unchanged(file: BagFile, rows: int, width: int | None, dtype: torch.dtype, located: bool) -> None:
+    if (rows, width, dtype, located) != (file.rows, file.width, file.dtype, file.unit is not None):
         raise DataError(
-            f"{file.path}: changed while in use: expected {file.rows} rows of width {file.width}, "
-            f"got {now.rows} of {now.width}"
+            f"{file.path}: changed while in use: expected {file.rows} rows of width {file.width}, got {rows} of {width}"
         )
-    return features, None if stored is None else _checked_coords(file, stored)
 
 
 def check_pixel_size(where: str, value: object) -> float:
@@ -283,50 +284,70 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _read_hdf5(path: Path, what: Literal["both", "coords"] | None) -> tuple[BagFile, Tensor | None, Array | None]:
+@dataclass(frozen=True)
+class _HDF5:
+    """An open file: the data sets, `features` being called `name`, and what their shapes say."""
+
+    file: Any
+    name: str
+    features: Any
+    coords: Any
+    rows: int
+    width: int | None
+    dtype: torch.dtype
+
+
+@contextmanager
+def _open_hdf5(path: Path) -> Iterator[_HDF5]:
     import h5py
 
     with _hdf5(path) as file:
-        found = [name for name in _FEATURES if isinstance(file.get(name), h5py.Dataset)]
-        if not found:
+        name = next((name for name in _FEATURES if isinstance(file.get(name), h5py.Dataset)), None)
+        if name is None:
             raise DataError(
                 f"{path}: expected features [N, D] under the name {', '.join(_FEATURES)}, "
                 f"got {', '.join(file) or 'nothing'}"
             )
-        features = file[found[0]]
-        coords = file.get("coords")
+        features, coords = file[name], file.get("coords")
         if coords is not None and not isinstance(coords, h5py.Dataset):
             raise DataError(f"{path}: coords: expected numbers [N, 2], got a group")
         rows, width = _check_shapes(path, features.shape, None if coords is None else coords.shape)
-        dtype = _torch_dtype(path, features.dtype)
-        place = _hdf5_place(path, file, found[0], features, coords)
-        header = BagFile(
+        yield _HDF5(file, name, features, coords, rows, width, _torch_dtype(path, features.dtype))
+
+
+def _hdf5_header(path: Path) -> BagFile:
+    with _open_hdf5(path) as opened:
+        first = opened.features[0].tobytes() if opened.rows else b""
+        return BagFile(
             path=path,
-            rows=rows,
-            width=width,
-            dtype=dtype,
-            probe=_probe(rows, width, dtype, features[0].tobytes() if rows else b""),
-            **place,
+            rows=opened.rows,
+            width=opened.width,
+            dtype=opened.dtype,
+            probe=_probe(opened.rows, opened.width, opened.dtype, first),
+            **_hdf5_place(path, opened),
         )
-        content = stored = None
-        if what == "both":
-            content = torch.from_numpy(_rows(path, features))
-        if what is not None and coords is not None:
-            stored = _rows(path, coords).reshape(rows, 2)
-        return header, content, stored
 
 
-def _hdf5_place(path: Path, file: Any, name: str, features: Any, coords: Any) -> dict[str, Any]:
+def _hdf5_content(file: BagFile, features: bool) -> tuple[Tensor | None, Array | None]:
+    with _open_hdf5(file.path) as opened:
+        _check_unchanged(file, opened.rows, opened.width, opened.dtype, opened.coords is not None)
+        content = torch.from_numpy(_rows(file.path, opened.features)) if features else None
+        stored = None if opened.coords is None else _rows(file.path, opened.coords).reshape(file.rows, 2)
+        return content, stored
+
+
+def _hdf5_place(path: Path, opened: _HDF5) -> dict[str, Any]:
     """Who wrote the file, and everything about its coordinates."""
-    top, at = dict(file.attrs), {} if coords is None else dict(coords.attrs)
-    encoder = _text(features.attrs.get("encoder")) or _text(top.get("extractor")) or _text(top.get("encoder"))
+    top, coords = opened.file.attrs, opened.coords
+    at: Mapping[str, Any] = {} if coords is None else coords.attrs
+    encoder = _text(opened.features.attrs.get("encoder")) or _text(top.get("extractor")) or _text(top.get("encoder"))
     kind = _text(top.get("feat_type"))
     if kind in ("slide", "patient"):
         raise DataError(f"{path}: expected features of tiles, got features of a whole {kind}")
     pixel_size = _pixel_size(path, at, top)
     plain: dict[str, Any] = {"encoder": encoder, "pixel_size": pixel_size, "scale": 1.0}
     nothing = {"patch_size": math.nan, "step": math.nan}
-    if name == "feats":
+    if opened.name == "feats":
         if coords is None:
             return {**plain, **nothing, "tool": "STAMP", "unit": None}
         return {**plain, **_stamp_place(path, top, coords), "tool": "STAMP", "unit": "um"}
@@ -426,14 +447,14 @@ def _chunk_places(dataset: Any) -> tuple[IntArray, IntArray] | None:
 # ---- .pt ----
 
 
-def _read_pt(path: Path, what: Literal["both", "coords"] | None) -> tuple[BagFile, Tensor | None, Array | None]:
-    # Mapped into memory a header costs no read of the features; content is read into memory of its own.
-    content = _load_pt(path, mapped=what != "both")
+def _open_pt(path: Path, mapped: bool) -> tuple[Mapping[str, Any], Tensor, Array | None, int, int | None]:
+    """The mapping, its features and coordinates, rows and width. Mapped into memory, features are not read."""
+    content = _load_pt(path, mapped)
     named: Mapping[str, Any] = content if isinstance(content, Mapping) else {"features": content}
     found = [name for name in _FEATURES if isinstance(named.get(name), Tensor)]
     if not found:
-        what_came = f"a mapping with {', '.join(map(str, named))}" if named is content else type(content).__name__
-        raise DataError(f"{path}: expected a tensor [N, D] or a mapping with features and coords, got {what_came}")
+        came = f"a mapping with {', '.join(map(str, named))}" if named is content else type(content).__name__
+        raise DataError(f"{path}: expected a tensor [N, D] or a mapping with features and coords, got {came}")
     features: Tensor = named[found[0]].detach()
     if features.dtype not in _DTYPES or features.is_sparse:
         raise DataError(f"{path}: features: expected floating-point numbers, got {features.dtype}")
@@ -442,9 +463,20 @@ def _read_pt(path: Path, what: Literal["both", "coords"] | None) -> tuple[BagFil
         raise DataError(f"{path}: coords: expected a tensor [N, 2], got {type(coords).__name__}")
     stored = None if coords is None else coords.detach().numpy()
     rows, width = _check_shapes(path, tuple(features.shape), None if stored is None else stored.shape)
+    return named, features, None if stored is None else stored.reshape(rows, 2), rows, width
+
+
+def _pt_header(path: Path) -> BagFile:
+    named, features, stored, rows, width = _open_pt(path, mapped=True)
     first = features[0].contiguous().view(torch.uint8).numpy().tobytes() if rows else b""
-    header = _plain_header(path, ".pt", rows, width, features.dtype, first, stored, named)
-    return header, features if what == "both" else None, None if stored is None else stored.reshape(rows, 2)
+    return _plain_header(path, ".pt", rows, width, features.dtype, first, stored, named)
+
+
+def _pt_content(file: BagFile, features: bool) -> tuple[Tensor | None, Array | None]:
+    # Read, not mapped: a file that is cut short later must not end the process.
+    _, content, stored, rows, width = _open_pt(file.path, mapped=not features)
+    _check_unchanged(file, rows, width, content.dtype, stored is not None)
+    return content if features else None, stored
 
 
 def _load_pt(path: Path, mapped: bool) -> Any:
@@ -498,33 +530,52 @@ def _plain_header(
 # ---- .npz ----
 
 
-def _read_npz(path: Path, what: Literal["both", "coords"] | None) -> tuple[BagFile, Tensor | None, Array | None]:
+@contextmanager
+def _npz(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, str]]]:
+    """The archive, and name -> member of every array."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
             if "ptr" in members:
                 raise DataError(f"{path}: expected one bag, got a whole data set (it has ptr); give the file as SOURCE")
-            key = _npz_features(path, archive, members)
-            with archive.open(members[key]) as member:
-                shape, fortran, kind = _npy_header(member)
-                first = b"" if fortran or len(shape) != 2 else member.read(shape[1] * kind.itemsize)
-            small = [name for name in ("coords", "unit", "patch_size", "mpp", "encoder") if name in members]
-            named: dict[str, Any] = {name: _member(archive, members[name]) for name in small}
-            content = _member(archive, members[key]) if what == "both" else None
+            yield archive, members
     except DataError:
         raise
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise DataError(
             f"{path}: corrupt or truncated: expected a readable .npz file of plain arrays, got: {_line(error)}"
         ) from error
+
+
+def _npz_header(path: Path) -> BagFile:
+    with _npz(path) as (archive, members):
+        with archive.open(members[_npz_features(path, archive, members)]) as member:
+            shape, fortran, kind = _npy_header(member)
+            first = b"" if fortran or len(shape) != 2 else member.read(shape[1] * kind.itemsize)
+        small = [name for name in ("coords", "unit", "patch_size", "mpp", "encoder") if name in members]
+        named: dict[str, Any] = {name: _member(archive, members[name]) for name in small}
     stored = named.get("coords")
     rows, width = _check_shapes(path, shape, None if stored is None else stored.shape)
-    header = _plain_header(path, ".npz", rows, width, _torch_dtype(path, kind), first, stored, named)
-    features = None
+    return _plain_header(path, ".npz", rows, width, _torch_dtype(path, kind), first, stored, named)
+
+
+def _npz_content(file: BagFile, features: bool) -> tuple[Tensor | None, Array | None]:
+    content = stored = None
+    with _npz(file.path) as (archive, members):
+        if features:
+            content = _member(archive, members[_npz_features(file.path, archive, members)])
+        if "coords" in members:
+            stored = _member(archive, members["coords"])
     if content is not None:
-        native = content.astype(content.dtype.newbyteorder("="), order="C", copy=False)
-        features = torch.from_numpy(native)
-    return header, features, None if stored is None else stored.reshape(rows, 2)
+        rows, width = _check_shapes(file.path, content.shape, None if stored is None else stored.shape)
+        _check_unchanged(file, rows, width, _torch_dtype(file.path, content.dtype), stored is not None)
+        content = np.ascontiguousarray(content, content.dtype.newbyteorder("="))
+    if stored is not None and stored.size != 2 * file.rows:
+        raise DataError(f"{file.path}: changed while in use: expected {file.rows} coordinates, got {stored.size // 2}")
+    return (
+        None if content is None else torch.from_numpy(content),
+        None if stored is None else stored.reshape(file.rows, 2),
+    )
 
 
 def _npz_features(path: Path, archive: zipfile.ZipFile, members: Mapping[str, str]) -> str:
@@ -555,11 +606,12 @@ def _member(archive: zipfile.ZipFile, name: str) -> Array:
         return array
 
 
-_Reader: TypeAlias = Callable[[Path, Literal["both", "coords"] | None], tuple[BagFile, Tensor | None, Array | None]]
-_READERS: dict[str, _Reader] = {
-    ".h5": _read_hdf5,
-    ".hdf5": _read_hdf5,
-    ".pt": _read_pt,
-    ".pth": _read_pt,
-    ".npz": _read_npz,
+_Header: TypeAlias = Callable[[Path], BagFile]
+_Content: TypeAlias = Callable[[BagFile, bool], tuple[Tensor | None, Array | None]]
+_READERS: dict[str, tuple[_Header, _Content]] = {
+    ".h5": (_hdf5_header, _hdf5_content),
+    ".hdf5": (_hdf5_header, _hdf5_content),
+    ".pt": (_pt_header, _pt_content),
+    ".pth": (_pt_header, _pt_content),
+    ".npz": (_npz_header, _npz_content),
 }

@@ -110,7 +110,7 @@ def _assign(
     """The part of every bag; bags of one group, for example of one patient, go to the same part."""
     indicators = indicators_of(dataset.tasks, dataset.labels, len(dataset))
     if groups is None:
-        return stratify(indicators, shares, rng)
+        return _none_empty(stratify(indicators, shares, rng), shares)
     if len(groups) != len(dataset):
         raise DataError(
             f"{dataset.name}: groups: expected {len(dataset)}, one for each bag, got {len(groups)}"
@@ -118,7 +118,21 @@ def _assign(
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     together = np.zeros((int(group.max(initial=-1)) + 1, indicators.shape[1]), dtype=np.bool_)
     np.logical_or.at(together, group, indicators)
-    return stratify(together, shares, rng)[group]
+    return _none_empty(stratify(together, shares, rng), shares)[group]
+
+
+def _none_empty(part: IntArray, shares: Sequence[float]) -> IntArray:
+    """`part` with a row for every part that has a share, where there are as many rows as such parts.
+
+    Stratifying few rows by many labels may leave a small part without any; the largest part gives up its last row.
+    """
+    wanted = [index for index, share in enumerate(shares) if share > 0.0]
+    part = part.copy()
+    for index in wanted if len(part) >= len(wanted) else []:
+        if not (part == index).any():
+            counts = np.bincount(part, minlength=len(shares))
+            part[np.flatnonzero(part == counts.argmax())[-1]] = index
+    return part
 
 
 def split_bags(
