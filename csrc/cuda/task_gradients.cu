@@ -13,6 +13,7 @@
 #include "cuda/task_gradients.h"
 
 #include "cuda/device.h"
+#include "cuda/products.h"
 
 namespace umda::cuda {
 namespace {
@@ -67,9 +68,6 @@ int64_t shared_bytes(int tasks) {
   const int64_t sums = static_cast<int64_t>(sizeof(double)) * kThreads / smaller(slices(tasks), kWarp) * kTile * kTile;
   return larger(rows, sums);
 }
-
-// Where the product of tasks s <= t is kept.
-__host__ __device__ constexpr int product_index(int s, int t) { return t * (t + 1) / 2 + s; }
 
 __device__ __forceinline__ void load4(float (&x)[4], const void* from, int64_t i, int count, DType type, bool aligned) {
   if (aligned && count == 4) {
@@ -223,11 +221,7 @@ __global__ void __launch_bounds__(kThreads)
   UMDA_SHARED_ARRAY(double, sums, kThreads / kWarp);
   const int thread = static_cast<int>(threadIdx.x);
   for (int index = static_cast<int>(blockIdx.x); index < tasks * (tasks + 1) / 2; index += static_cast<int>(gridDim.x)) {
-    int t = 0;
-    while (product_index(0, t + 1) <= index) {
-      ++t;
-    }
-    const int s = index - product_index(0, t);
+    const int t = product_row(index), s = index - product_index(0, t);
     double sum = 0.0;
     for (int64_t chunk = thread; chunk < chunks; chunk += kThreads) {
       sum += products[index * chunks + chunk];
@@ -242,7 +236,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int w = 0; w < kThreads / kWarp; ++w) {
         total += sums[w];
       }
-      const float value = static_cast<float>(total * correction[s] * correction[t]);
+      const float value = static_cast<float>(correction == nullptr ? total : total * correction[s] * correction[t]);
       gram[s * tasks + t] = value;
       gram[t * tasks + s] = value;
     }
@@ -294,6 +288,11 @@ bool aligned_ema(const float* ema, int64_t stride) { return aligned_to(ema, 16) 
 
 }  // namespace
 
+void launch_sum_products(const double* products, int64_t chunks, int count, const float* correction, float* gram,
+                         const Launch& launch) {
+  run(launch, sum_products, product_index(0, count), 1, kThreads, 0, products, chunks, count, correction, gram);
+}
+
 int64_t task_gradient_statistics_workspace(const TaskGradientStatistics& a) {
   return total_chunks(a) * a.tasks * (a.tasks + 1) / 2 * static_cast<int64_t>(sizeof(double));
 }
@@ -334,8 +333,7 @@ int task_gradient_statistics(const TaskGradientStatistics& a, const Launch& laun
     run(launch, slices(tasks) < 16 ? smooth_and_multiply<true> : smooth_and_multiply<false>, chunk - first_chunk, 1,
         kThreads, shared_bytes(tasks), table, common);
   }
-  run(launch, sum_products, tasks * (tasks + 1) / 2, 1, kThreads, 0, products, common.chunks, tasks, a.correction,
-      a.gram);
+  launch_sum_products(products, common.chunks, tasks, a.correction, a.gram, launch);
   return static_cast<int>(cudaGetLastError());
 }
 

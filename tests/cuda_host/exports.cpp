@@ -1,6 +1,7 @@
 // What ctypes calls: the launchers, by C names, and the sizes of their arguments.
 #include "cuda/bag_pool.h"
 #include "cuda/neighbors.h"
+#include "cuda/representation_gram.h"
 #include "cuda/task_gradients.h"
 
 using namespace umda::cuda;
@@ -27,6 +28,7 @@ EXPORT int call_combine_task_gradients(const TaskGradientCombination* a, const L
   EXPORT int call_##name(const Arguments* a, const Launch* launch) { return name(*a, *launch); }
 
 EXPORT_OPERATION(task_gradient_statistics, TaskGradientStatistics)
+EXPORT_OPERATION(representation_gram, RepresentationGram)
 EXPORT_OPERATION(graph_transpose, GraphTranspose)
 EXPORT_OPERATION(edge_cosine_forward, EdgeCosineForward)
 EXPORT_OPERATION(edge_cosine_backward, EdgeCosineBackward)

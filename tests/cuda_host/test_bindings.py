@@ -14,9 +14,11 @@ from torch import Tensor
 
 import umda_fast.ops
 from tests.cuda_host import _host
+from umda_fast.parity.cases import representation_gram_case
 from umda_fast.reference import bag_pool as reference_bag_pool
 from umda_fast.reference import neighbors as reference
 from umda_fast.reference import task_gradients as reference_task_gradients
+from umda_fast.reference.representation_gram import representation_gram as reference_representation_gram
 
 GRAPH = "Tensor neighbors, Tensor? indptr"
 FORWARD_GRAPH = f"{GRAPH}, Tensor? t_ptr, Tensor? t_edge"
@@ -39,6 +41,8 @@ SCHEMAS = {
     "smoothness_energy": f"(Tensor z, Tensor weight, {FORWARD_GRAPH}) -> (Tensor energy, Tensor weight_sum)",
     "smoothness_energy_backward": f"(Tensor d_energy, Tensor z, Tensor weight, {BACKWARD_GRAPH}, "
     "Tensor energy, Tensor weight_sum) -> (Tensor dz, Tensor d_weight)",
+    "representation_gram": "(Tensor[] d_pooled, Tensor z, Tensor attention, Tensor ptr, Tensor pooled, Tensor value, "
+    "Tensor gate, Tensor score_weight, Tensor value_weight, Tensor gate_weight) -> Tensor",
     "task_gradient_statistics": "(Tensor[] grads, Tensor(a!) ema, Tensor correction, Tensor? active, "
     "float beta) -> Tensor",
     "combine_task_gradients": "(Tensor ema, Tensor weights, Tensor(a!) out) -> ()",
@@ -165,6 +169,18 @@ def test_neighbor_attention(ops: Any, graph: tuple[Tensor, Tensor | None], weigh
     leaves = [q, k, v] if log_weight is None else [q, k, v, log_weight]
     close(got[: len(leaves)], grads(exact, [d, None], leaves))
     assert got[3].shape == graph[0].shape
+
+
+def test_representation_gram(ops: Any) -> None:
+    inputs = representation_gram_case("", [5, 0, 7], 6, 3, 4, 2).rounded(torch.float32, "cpu")
+    names = ("z", "attention", "ptr", "pooled", "value", "gate", "score_weight", "value_weight", "gate_weight")
+    rest = [inputs[name].T.contiguous().T if inputs[name].dim() == 2 else inputs[name] for name in names]
+    d_pooled = [d.mT.contiguous().mT for d in inputs["d_pooled"]]
+    close([ops.representation_gram(d_pooled, *rest)], [reference_representation_gram(d_pooled, *rest)])
+    with pytest.raises(RuntimeError, match="gate must have size 4 in dimension 1, got 2"):
+        ops.representation_gram(d_pooled, *rest[:5], rest[5][:, :2], *rest[6:])
+    with pytest.raises(RuntimeError, match="d_pooled must hold at most 128"):
+        ops.representation_gram(d_pooled * 65, *rest)
 
 
 @pytest.mark.parametrize("matrix", [True, False])

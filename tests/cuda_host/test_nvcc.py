@@ -23,7 +23,7 @@ CUDA_SYMBOLS = {
 }
 
 OPERATIONS = [
-    *("graph_transpose", "task_gradient_statistics", "combine_task_gradients"),
+    *("graph_transpose", "representation_gram", "task_gradient_statistics", "combine_task_gradients"),
     *(
         name + suffix
         for name in ("bag_pool", "edge_cosine", "neighbor_attention", "neighbor_sum", "smoothness_energy")
