@@ -27,14 +27,12 @@ COMMON: dict[str, Any] = {
     "train": {"epochs": 40, "lr": 1e-3, "weight_decay": 0.05, "log_steps": 1000},
 }
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "no graph": {"model": {"graph": False}},
-    "width 128": {"model": {"width": 128}},
-    "dropout 0.5": {"model": {"dropout": 0.5}},
-    "dropout 0.5, weight decay 0.5": {"model": {"dropout": 0.5}, "train": {"weight_decay": 0.5}},
+    "width 64, graph, dropout 0.25, lr 1e-3, 256 instances, 40 epochs": {},
     "20 epochs": {"train": {"epochs": 20}},
-    "lr 3e-3": {"train": {"lr": 3e-3}},
-    "mean of weights": {"train": {"ema": 0.95}},
+    "20 epochs, 64 instances": {"train": {"epochs": 20}, "data": {"budget": 64}},
+    "20 epochs, no graph": {"train": {"epochs": 20}, "model": {"graph": False}},
+    "20 epochs, width 32, dropout 0.5": {"train": {"epochs": 20}, "model": {"width": 32, "dropout": 0.5}},
+    "20 epochs, lr 5e-4, 64 instances": {"train": {"epochs": 20, "lr": 5e-4}, "data": {"budget": 64}},
     "mean pooling": {"model": {"architecture": "mean_pooling"}},
     "gated attention": {"model": {"architecture": "gated_attention"}},
 }
@@ -121,7 +119,7 @@ def main() -> None:
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--tune-folds", type=int, default=5)
+    parser.add_argument("--tune-folds", type=int, default=10)
     options = parser.parse_args()
     tables.start()
     if options.tune:
