@@ -42,7 +42,11 @@ def write_clam(root: Path, name: str, features: Array, coords: Array, *, pt: boo
                 part = whole[start : start + batch]
                 if start == 0:
                     file.create_dataset(
-                        key, shape=part.shape, maxshape=(None, part.shape[1]), chunks=(32, part.shape[1]), dtype=part.dtype
+                        key,
+                        shape=part.shape,
+                        maxshape=(None, part.shape[1]),
+                        chunks=(32, part.shape[1]),
+                        dtype=part.dtype,
                     )[:] = part
                 else:
                     file[key].resize(len(file[key]) + len(part), axis=0)

@@ -181,7 +181,12 @@ class TestPt:
 
     def test_mapping(self, tmp_path, features, coords):
         path = tmp_path / "a.pt"
-        content = {"feats": torch.from_numpy(features), "coords": torch.from_numpy(coords), "patch_size": 512, "mpp": 0.5}
+        content = {
+            "feats": torch.from_numpy(features),
+            "coords": torch.from_numpy(coords),
+            "patch_size": 512,
+            "mpp": 0.5,
+        }
         torch.save(content, path)
         file = read_header(path)
         assert (file.unit, file.patch_size, file.pixel_size) == ("px", 512, 0.5)

@@ -51,7 +51,7 @@ class TestRecognition:
             load_source(tmp_path)
 
     def test_format_and_options(self, generated):
-        with pytest.raises(DataError, match="format: expected one of digits, npz, .*got 'hdf5'"):
+        with pytest.raises(DataError, match=r"format: expected one of digits, npz, .*got 'hdf5'"):
             load_source("x", format="hdf5")
         with pytest.raises(DataError, match="digits: option 'kinds': expected one of train_bags, val_bags"):
             load_source(kinds={})

@@ -183,7 +183,7 @@ def _read(splits: Splits) -> _Pass:
                 if wrong:
                     non_finite.append(NonFinite(split, bag.name, view.name, wrong))
                 digest.update(present.numpy().tobytes())
-                digest.update(features.contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(features.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             same.setdefault(digest.digest(), []).append(f"{split}: {bag.name}")
     return _Pass(
         missing=missing,

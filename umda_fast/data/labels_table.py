@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Protocol
 
 import numpy as np
 
@@ -142,43 +143,64 @@ def plain_name(text: str) -> str:
     return name.removesuffix(suffix) if suffix.lower() in _SLIDE_SUFFIXES else name
 
 
-class NameIndex:
+class Bags(Protocol):
+    """Bags that a table may mean: `names`, and `absent` ones, which are there and not used."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def absent(self) -> Iterable[str]: ...
+
+
+class _NameIndex:
     """Finds the bag that a table means."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._rows = {name: row for row, name in enumerate(names)}
+    def __init__(self, bags: Bags) -> None:
+        self._rows = {name: row for row, name in enumerate(bags.names)}
         self._plain: dict[str, int | None] = {}
-        for row, name in enumerate(names):
+        for row, name in enumerate(bags.names):
             short = plain_name(name)
             self._plain[short] = None if short in self._plain else row
+        self._absent = {name for bag in bags.absent for name in (bag, plain_name(bag))}
 
-    def find(self, text: str) -> int | None:
-        """The bag's index, or None; the exact name first, then without folders and suffix."""
+    def find(self, text: str, missing: list[str]) -> int | None:
+        """The bag's index, by its exact name or else by that without folders and suffix.
+
+        None if there is no such bag, which is added to `missing`, or if it is not used.
+        """
         row = self._rows.get(text)
-        return row if row is not None else self._plain.get(plain_name(text))
+        row = self._plain.get(plain_name(text)) if row is None else row
+        if row is None and text not in self._absent and plain_name(text) not in self._absent:
+            missing.append(text)
+        return row
 
 
-def match_names(table: LabelTable, names: Sequence[str], report: Report) -> list[int | None]:
+def _some(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return ", ".join(repr(text) for text in texts[:3]) + more
+
+
+def match_names(table: LabelTable, bags: Bags, report: Report) -> list[int | None]:
     """For every bag the row of its labels, None where there is none.
 
     Reports labels for bags that are missing, and bags with more than one row.
     """
-    index = NameIndex(names)
+    index = _NameIndex(bags)
+    names = bags.names
     rows: list[int | None] = [None] * len(names)
-    missing = []
+    missing: list[str] = []
     for row, text in enumerate(table.names):
-        bag = index.find(text)
+        bag = index.find(text, missing)
         if bag is None:
-            missing.append(text)
-        elif rows[bag] is not None:
-            report(f"{table.path}: slide {names[bag]!r}: expected one row, got another in row {row + 2}")
-        else:
+            continue
+        if rows[bag] is None:
             rows[bag] = row
+        else:
+            report(f"{table.path}: slide {names[bag]!r}: expected one row, got another in row {row + 2}")
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        some = ", ".join(repr(text) for text in missing[:3])
         have = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        report(f"{table.path}: labels for missing slides: {some}{more}; there are {len(names)} slides: {have}")
+        report(f"{table.path}: labels for missing slides: {_some(missing)}; there are {len(names)} slides: {have}")
     return rows
 
 
@@ -264,11 +286,11 @@ def split_files(directory: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def read_split(path: Path, names: Sequence[str], report: Report) -> dict[str, IntArray]:
+def read_split(path: Path, bags: Bags, report: Report) -> dict[str, IntArray]:
     """One of CLAM's split files: columns train, val and test, each with names of slides.
 
     Returns:
-        Split -> int64 indices into `names`, in ascending order. A slide that the file does not name is in none.
+        Split -> int64 indices into the bags' names, in ascending order. A slide that the file does not name is in none.
 
     Raises:
         DataError: naming the file: columns missing, a slide in two splits; unless `report` skips it, a missing slide.
@@ -276,9 +298,9 @@ def read_split(path: Path, names: Sequence[str], report: Report) -> dict[str, In
     header, rows = read_rows(path)
     if not {"train", "test"} <= set(header):
         raise DataError(f"{path}: expected columns train, val and test, got {', '.join(map(repr, header))}")
-    index = NameIndex(names)
+    index = _NameIndex(bags)
     part: dict[int, str] = {}
-    missing = []
+    missing: list[str] = []
     for split in SPLITS:
         if split not in header:
             continue
@@ -286,14 +308,11 @@ def read_split(path: Path, names: Sequence[str], report: Report) -> dict[str, In
         for text in (row[column] for row in rows):
             if not text or text.lower() in _MISSING:
                 continue
-            bag = index.find(text)
-            if bag is None:
-                missing.append(text)
-            elif part.setdefault(bag, split) != split:
+            bag = index.find(text, missing)
+            if bag is not None and part.setdefault(bag, split) != split:
                 raise DataError(f"{path}: slide {text!r}: expected in one split, got {part[bag]} and {split}")
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        report(f"{path}: missing slides: {', '.join(repr(text) for text in missing[:3])}{more}")
+        report(f"{path}: missing slides: {_some(missing)}")
     return {
         split: np.array(sorted(bag for bag, where in part.items() if where == split), dtype=np.int64)
         for split in SPLITS

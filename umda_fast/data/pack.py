@@ -235,7 +235,7 @@ def _write_bag(files: _Files, index: FileIndex, number: int) -> dict[str, Any]:
         elif mask is not None:
             part = part[mask[:, column]]
         rows.append(len(part))
-        checks.append(_append(files.views[column], part.contiguous().view(torch.uint8).numpy()))
+        checks.append(_append(files.views[column], part.contiguous().reshape(-1).view(torch.uint8).numpy()))
     positions = index.positions
 
     def known(values: npt.NDArray[np.float64]) -> float | None:

@@ -114,7 +114,7 @@ class PackIndex:
         self._rows, self._starts = rows, _starts(rows)
         self._coord_starts = _starts(sizes)
         self._mask_starts = _starts(np.where(masked, sizes, 0))
-        self._masked, self._sizes, self._bags = masked, sizes, bags
+        self._masked, self._bags = masked, bags
         self._dtypes = [DTYPES[view["dtype"]] for view in described]
         self._parts = [
             _Mapped(path / view_file(number), _STORED[view["dtype"]], view["width"], int(rows[:, number].sum()))
@@ -128,6 +128,10 @@ class PackIndex:
             raise DataError(f"{path}: expected at least one bag, got none that can be used")
         self._keep = keep
         self.names = [bags[index]["name"] for index in keep]
+        self.absent = {bag["name"] for bag in bags} - set(self.names)
+        if len(wanted) < len(stored):
+            # Instances that none of the chosen views has are not there.
+            sizes[masked] = [int(self._kept(index).sum()) for index in np.flatnonzero(masked).tolist()]
         self.sizes: IntArray = sizes[keep]
         self.tool = f"packed, {manifest['tool']}"
         self.notes: list[str] = []
@@ -141,16 +145,16 @@ class PackIndex:
 
     def _usable(self, index: int, path: Path, report: Report, verify: bool) -> bool:
         bag = self._bags[index]
-        if not bag["size"] or any(bag["rows"][column] for column in self._columns):
-            wrong = self._wrong_part(index) if verify else None
-            if wrong is None:
-                return not self._bare(index)
+        if bag["size"] and not any(bag["rows"][column] for column in self._columns):
+            return False  # it has other views only
+        wrong = self._wrong_part(index) if verify else None
+        if wrong is not None:
             report(f"{path / wrong}: bag {bag['name']!r}: corrupt: its checksum is not the one it was packed with")
-        return False
+        return wrong is None
 
-    def _bare(self, index: int) -> bool:
-        """Whether the chosen views leave some instance without any."""
-        return bool(self._masked[index] and not self._mask_rows(index)[:, self._columns].any(axis=1).all())
+    def _kept(self, index: int) -> npt.NDArray[np.bool_]:
+        """Which instances of a masked bag have one of the chosen views."""
+        return np.logical_or.reduce(self._mask_rows(index)[:, self._columns], axis=1)  # type: ignore[no-any-return]
 
     def _wrong_part(self, index: int) -> str | None:
         bag = self._bags[index]
@@ -170,10 +174,11 @@ class PackIndex:
     def read(self, index: int) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
         """Features by view, mask bool [n, V] (None: all there), coordinates float32 [n, 2] or None."""
         row = self._keep[index]
-        size = int(self._sizes[row])
-        present = None
+        size = int(self.sizes[index])
+        kept = present = None
         if self._masked[row]:
-            present = torch.from_numpy(self._mask_rows(row)[:, self._columns].copy())
+            kept = self._kept(row)
+            present = torch.from_numpy(self._mask_rows(row)[kept][:, self._columns])
         views = {}
         for number, (part, view) in enumerate(zip(self._parts, self.views, strict=True)):
             column = self._columns[number]
@@ -187,7 +192,8 @@ class PackIndex:
             views[view.name] = stored
         coords = None
         if self._coords is not None:
-            coords = torch.from_numpy(self._coords.rows(*self._coord_starts[row : row + 2]))
+            where = self._coords.rows(*self._coord_starts[row : row + 2])
+            coords = torch.from_numpy(where if kept is None else where[kept])
         return views, present, coords
 
 

@@ -169,6 +169,7 @@ class SlideIndex(Protocol):
         names, sizes, views, positions: as of a dataset; `positions` is None without coordinates.
         tool: who wrote the files, for messages.
         notes: what is worth knowing, one line each.
+        absent: names of bags that are there and not used: bad, or without one of the views chosen.
     """
 
     names: list[str]
@@ -177,6 +178,7 @@ class SlideIndex(Protocol):
     positions: Positions | None
     tool: str
     notes: list[str]
+    absent: set[str]
 
     def read(self, index: int) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
         """Features by view, mask bool [n, V] (None: all there), coordinates float32 [n, 2] or None."""
@@ -215,8 +217,10 @@ class FileIndex:
         if not tolerance > 0:
             raise DataError(f"tolerance: expected a positive number of micrometres, got {tolerance!r}")
         self._match, self._tolerance = match, tolerance
-        found = {view: self._headers(files, skipped) for view, files in find_files(path).items()}
+        paths = find_files(path)
+        found = {view: self._headers(files, skipped) for view, files in paths.items()}
         found = _named(found)
+        there = {file.stem for files in paths.values() for file in files}
         if views is not None:
             unknown = [view for view in views if view not in found]
             if unknown:
@@ -252,6 +256,7 @@ class FileIndex:
         if not self._slides:
             raise DataError(f"{path}: expected at least one bag, got none that can be used")
         self.names = [slide.name for slide in self._slides]
+        self.absent = there - set(self.names)
         self.sizes: IntArray = np.array([slide.size for slide in self._slides], dtype=np.int64)
         tools = Counter(file.tool for slide in self._slides for file in slide.files.values())
         self.tool = " and ".join(sorted(tools))
@@ -551,7 +556,7 @@ class OpenedSlides:
     def read_splits(self, fold: int | None = None) -> list[dict[str, IntArray]]:
         """The parts of every split file, or of one."""
         chosen = self.split_files if fold is None else self.split_files[fold : fold + 1]
-        return [read_split(file, self.index.names, self.skipped) for file in chosen]
+        return [read_split(file, self.index, self.skipped) for file in chosen]
 
 
 def find_labels(path: Path) -> list[Path]:
@@ -606,11 +611,11 @@ def open_slides(
     rows: list[int | None] = [None] * len(index.names)
     if table is not None:
         # A table beside the directory may be another directory's.
-        if beside and all(row is None for row in match_names(table, index.names, Skipped(True))):
+        if beside and all(row is None for row in match_names(table, index, Skipped(True))):
             table = None
         else:
-            rows = match_names(table, index.names, skipped)
-    return OpenedSlides(path, index, table, rows, _split_files(where, splits, index.names), skipped)
+            rows = match_names(table, index, skipped)
+    return OpenedSlides(path, index, table, rows, _split_files(where, splits, index), skipped)
 
 
 def _list(argument: str, value: Sequence[str] | None) -> list[str] | None:
@@ -717,7 +722,7 @@ def _split_column(opened: OpenedSlides) -> dict[str, IntArray] | None:
     return {split: np.flatnonzero(said == split) for split in SPLITS}
 
 
-def _split_files(path: Path, given: str | None, names: Sequence[str]) -> list[Path]:
+def _split_files(path: Path, given: str | None, index: SlideIndex) -> list[Path]:
     if given is not None:
         directory = Path(given)
         if directory.is_file():
@@ -732,7 +737,7 @@ def _split_files(path: Path, given: str | None, names: Sequence[str]) -> list[Pa
     files = split_files(directory_found)
     if directory_found.parent == path.parent and directory_found != path:
         # Beside the directory: may be another directory's.
-        parts = read_split(files[0], names, Skipped(True))
+        parts = read_split(files[0], index, Skipped(True))
         return files if any(len(rows) for rows in parts.values()) else []
     return files
 
