@@ -14,7 +14,7 @@ from importlib import import_module
 __all__ = ["main"]
 
 # Modules whose import adds their commands to `umda_fast.cli.app.app`, in the order of --help.
-_COMMANDS = ("app", "compare", "explain", "report", "pack", "bench")
+_COMMANDS = ("app", "compare", "explain", "report", "adapt", "pack", "bench")
 
 # Commands that several processes, started by torchrun, do together.
 _TOGETHER = ("train", "evaluate", "crossval")

@@ -177,7 +177,7 @@ def _header(run: Run, dataset: BagDataset, split: str, files: RunDirectory) -> s
         ("tasks", ", ".join(f"{task.name} ({task.kind})" for task in dataset.tasks)),
         ("model", f"{run.config.model['architecture']}, {parameters:,} parameters"),
     ]
-    if metrics:
+    if "versions" in metrics:  # not of a model with new heads
         rows += [
             ("training", f"{metrics['seconds']:.0f} s, {metrics['instances_per_second']:,.0f} instances per second"),
             ("versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import sys
@@ -22,6 +23,7 @@ from umda_fast.data import BagDataset, Splits, concat, find_format, load_source
 from umda_fast.errors import DataError
 from umda_fast.model import UMDA, UMDAConfig
 from umda_fast.model.baselines import BASELINES, Baseline
+from umda_fast.model.readout import Readout
 from umda_fast.train.adapt import adapt_dataset
 from umda_fast.train.collect import calibrate
 from umda_fast.train.config import (
@@ -320,8 +322,10 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     """
     run = RunDirectory.existing(directory)
     config = load_config(run.config)
-    kind: Any = BASELINES.get(config.model["architecture"], UMDA)
     try:
+        # Not the configuration's: a model with new heads keeps that of its trunk.
+        architecture = json.loads((run.path / "config.json").read_text(encoding="utf-8"))["architecture"]
+        kind: Any = {**BASELINES, "readout": Readout}.get(architecture, UMDA)
         model = kind.from_pretrained(run.path)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise DataError(

@@ -1,0 +1,122 @@
+"""New tasks on the frozen trunk of a trained model: linear heads on its branches."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from umda_fast.model.config import UMDAConfig
+from umda_fast.model.output import UMDAOutput
+from umda_fast.model.specs import TaskSpec, ViewSpec, check_distinct
+from umda_fast.model.umda import UMDA
+
+__all__ = ["Readout", "ReadoutConfig"]
+
+ARCHITECTURE = "readout"
+
+
+@dataclass(frozen=True)
+class ReadoutConfig:
+    """Options of `Readout`.
+
+    Attributes:
+        trunk: of the trained model.
+        tasks: the new ones.
+    """
+
+    trunk: UMDAConfig
+    tasks: tuple[TaskSpec, ...]
+
+    @property
+    def views(self) -> tuple[ViewSpec, ...]:
+        return self.trunk.views
+
+
+class Readout(nn.Module):
+    """`logits_t = W_t f + b_t`, f the trunk's branches of all ITS tasks side by side, [B, T_trunk D].
+
+    Attention, and what else `UMDAOutput` reports by task, is the mean over the trunk's tasks, the same for every new
+    task; the influence matrix is the identity.
+
+    Args:
+        trunk: a trained model; frozen here.
+        tasks: the new tasks. Heads start at zero; they are fitted in closed form (`umda_fast.train.readapt`).
+    """
+
+    def __init__(self, trunk: UMDA, tasks: Sequence[TaskSpec]) -> None:
+        super().__init__()
+        check_distinct("tasks", tasks)
+        self.config = ReadoutConfig(trunk.config, tuple(tasks))
+        self.trunk = trunk.requires_grad_(False)
+        features = len(trunk.config.tasks) * trunk.config.width
+        self.heads = nn.ModuleList(nn.Linear(features, task.outputs) for task in tasks)
+        for parameter in self.heads.parameters():
+            nn.init.zeros_(parameter)
+
+    @staticmethod
+    def features(output: UMDAOutput) -> Tensor:
+        """f [B, T_trunk D] from what the trunk returned."""
+        return output.branches.flatten(1)
+
+    def forward(
+        self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None = None, **inputs: Any
+    ) -> UMDAOutput:
+        """Arguments as of `UMDA.forward`; nothing in the trunk gets a gradient."""
+        with torch.no_grad():
+            out: UMDAOutput = self.trunk(views, ptr, mask, **inputs)
+        features = self.features(out)
+        count = len(self.heads)
+
+        def alike(values: Tensor) -> Tensor:
+            return values.mean(1, keepdim=True).expand(-1, count)
+
+        return replace(
+            out,
+            logits={task.name: head(features) for task, head in zip(self.config.tasks, self.heads, strict=True)},
+            attention=alike(out.attention),
+            attention_entropy=alike(out.attention_entropy),
+            influence=torch.eye(count, dtype=out.influence.dtype, device=out.influence.device),
+            branches=out.branches.mean(1, keepdim=True).expand(-1, count, -1),
+        )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write model.safetensors and config.json into `directory`; needs the package safetensors."""
+        from safetensors.torch import save_file
+
+        place = Path(directory)
+        place.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().cpu().contiguous().clone() for name, value in self.state_dict().items()}
+        save_file(weights, place / "model.safetensors")
+        content = {
+            "architecture": ARCHITECTURE,
+            "trunk": self.config.trunk.to_dict(),
+            "tasks": [asdict(task) for task in self.config.tasks],
+        }
+        (place / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Readout:
+        """The model that `save_pretrained` wrote, on the CPU.
+
+        Raises:
+            OSError: a file is missing. ValueError: config.json is of another architecture.
+        """
+        from safetensors.torch import load_file
+
+        place = Path(directory)
+        values = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        if values.get("architecture") != ARCHITECTURE:
+            raise ValueError(
+                f"config.json: architecture: expected {ARCHITECTURE}, got {values.get('architecture')!r}"
+            )
+        trunk = UMDA(UMDAConfig.from_dict(values["trunk"]))
+        model = cls(trunk, [TaskSpec(**task) for task in values["tasks"]])
+        model.load_state_dict(load_file(place / "model.safetensors"))
+        return model
