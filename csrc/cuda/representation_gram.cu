@@ -138,11 +138,9 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_units(const __grid_const
           }
           __syncthreads();
         }
+#pragma unroll
         for (int i = 0; i < kOwn; ++i) {
-          const int row = row0 + row_of + i, r = row % rows;
-          if (row >= all) {
-            break;
-          }
+          const int row = smaller(row0 + row_of + i, all - 1), r = row % rows;  // past the last, that one again
           const Z* p = static_cast<const Z*>(c.d_pooled[row / rows]) + bags[r] * tasks * width;
           for (int t = 0; t < tasks; ++t, p += width) {
             const float weight = a.attention[(first + r) * tasks + t];
@@ -155,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_units(const __grid_const
 #pragma unroll
           for (int j = 0; j < kOwn; ++j) {
             const int column = column0 + column_of + j;
-            if (column < width) {
+            if (column < width && row0 + row_of + i < all) {
               gradients[static_cast<int64_t>(row) * width + column] = sums[i][j];
             }
           }

@@ -116,7 +116,9 @@ def test_more_units_than_slots() -> None:
     check(*inputs([1000, 0, 8500], 1, 1, 1, 4))
 
 
-@pytest.mark.parametrize("ptr", [[0, 90, 30, 200], [0, 10, 20, 30], [5, 5, 5, 5], [300, 200, 100, 0], [-7, 250, 999, 64]])
+@pytest.mark.parametrize(
+    "ptr", [[0, 90, 30, 200], [0, 10, 20, 30], [5, 5, 5, 5], [300, 200, 100, 0], [-7, 250, 999, 64]]
+)
 def test_a_ptr_that_is_wrong_hangs_nothing(ptr: list[int]) -> None:
     d_pooled, rest = inputs([60, 70, 70], 8, 2, 3, 2)
     kernel(d_pooled, {**rest, "ptr": torch.tensor(ptr)})
