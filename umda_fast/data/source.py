@@ -11,6 +11,7 @@ from typing import Any
 
 from umda_fast.data.digits import fold_digits_source, load_digits_source
 from umda_fast.data.films import fold_films_source, is_films, load_films_source
+from umda_fast.data.mmimdb import fold_mmimdb_source, is_mmimdb, load_mmimdb_source
 from umda_fast.data.npz import fold_npz_source, is_npz, load_npz_source
 from umda_fast.data.packed import is_pack
 from umda_fast.data.slides import fold_slides_source, is_slides, load_slides_source
@@ -80,6 +81,13 @@ FORMATS: tuple[SourceFormat, ...] = (
         load_films_source,
         fold_films_source,
         local=("text",),
+    ),
+    SourceFormat(
+        "mmimdb",
+        "MM-IMDb's multimodal_imdb.hdf5",
+        is_mmimdb,
+        load_mmimdb_source,
+        fold_mmimdb_source,
     ),
     # The least particular kind of directory, so the last.
     SourceFormat(
