@@ -62,7 +62,7 @@ def time_operations(task: Task, emit: Emit) -> None:
     wanted = [op for op in task.ops if op not in task.refused]
     for op in task.ops:
         if op in task.refused:
-            emit({"kind": "note", "value": f"{op}: not timed, it is not right on this device"})
+            emit({"kind": "note", "value": f"{op}: not timed, it is not known to be right on this device"})
     for place, op in enumerate(wanted):
         time_operation(op, task, timer, clock.share(1 / (len(wanted) - place)), emit)
         torch.compiler.reset()
@@ -73,7 +73,7 @@ def time_step(task: Task, emit: Emit) -> None:
     """A whole training step at several sizes, then the largest bag, once."""
     device, clock, quick = torch.device(task.device), Clock(task.seconds), task.profile == "quick"
     if task.refused:
-        emit({"kind": "note", "value": f"{STEP}: not timed, these are not right: {', '.join(task.refused)}"})
+        emit({"kind": "note", "value": f"{STEP}: not timed, these are not known to be right: {', '.join(task.refused)}"})
         return
     timer = make_timer(device)
     training_step.allow_several_backwards()
@@ -208,20 +208,24 @@ def directions(
     if problem.backward is None:
         return
     wanted = [x for x in problem.leaves if x.requires_grad]
-    like = problem.contenders[OURS](*problem.leaves).detach()
-    cotangent = torch.ones_like(like) if like.dim() == 0 else torch.randn_like(like)
+    like = _outputs(problem.contenders[OURS](*problem.leaves))
+    cotangents = [torch.ones_like(x) if x.dim() == 0 else torch.randn_like(x) for x in like]
 
-    def prepare(function: Callable[..., Any]) -> Callable[[], tuple[Tensor, Tensor]]:
-        def run() -> tuple[Tensor, Tensor]:
-            out = function(*problem.leaves)
-            return out, cotangent.to(out.dtype)
+    def prepare(function: Callable[..., Any]) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
+        def run() -> tuple[list[Tensor], list[Tensor]]:
+            outputs = _outputs(function(*problem.leaves))
+            return outputs, [c.to(x.dtype) for c, x in zip(cotangents, outputs, strict=True)]
 
         return run
 
-    def backward(state: tuple[Tensor, Tensor]) -> object:
+    def backward(state: tuple[list[Tensor], list[Tensor]]) -> object:
         return torch.autograd.grad(state[0], wanted, state[1], allow_unused=True)
 
     yield "backward", problem.backward, [Contender(name, backward, prepare(f)) for name, f in functions.items()]
+
+
+def _outputs(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
 
 
 def relative(records: list[Record]) -> list[Record]:

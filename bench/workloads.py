@@ -26,8 +26,10 @@ from umda_fast.reference.neighbors import graph_transpose as reference_transpose
 from umda_fast.reference.neighbors import neighbor_attention as reference_attention
 from umda_fast.reference.neighbors import neighbor_sum as reference_sum
 from umda_fast.reference.neighbors import smoothness_energy as reference_energy
+from umda_fast.reference.representation_gram import representation_gram as reference_gram
 from umda_fast.reference.task_gradients import combine_task_gradients as reference_combine
 from umda_fast.reference.task_gradients import task_gradient_statistics as reference_statistics
+from umda_fast.reference.view_fusion import view_fusion as reference_fusion
 
 OURS = "umda_fast"
 EAGER = "eager reference"
@@ -65,7 +67,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Problem:
-    """One operation on one shape. A contender is called with ``leaves`` and returns the main output."""
+    """One operation on one shape. A contender is called with ``leaves`` and returns one output or a tuple."""
 
     op: str
     shape: str
@@ -225,6 +227,38 @@ def _flex(length: int, batched: Callable[[Tensor], Tensor], heads: int) -> Funct
         return out
 
     return flex
+
+
+# --- view_fusion
+
+
+def view_fusion(n: int, place: Place) -> Problem:
+    """Fusion, moments and cosines, all views present."""
+    width = 64  # of the projections
+    y, scores = place.normal(n, VIEWS, WIDTH), place.normal(n, VIEWS)
+    projected = place.normal(n, VIEWS, width)
+
+    def ours(y: Tensor, scores: Tensor, projected: Tensor) -> tuple[Tensor, ...]:
+        found = ops.fuse_views(y, scores, projected)
+        return found.z, found.mean, found.variance, found.cosine_sum
+
+    def eager(y: Tensor, scores: Tensor, projected: Tensor) -> tuple[Tensor, ...]:
+        z, _, mean, variance, _, cosine_sum, _ = reference_fusion(y, scores, projected)
+        return z, mean, variance, cosine_sum
+
+    fused = n * WIDTH * y.element_size()
+    read = y.nbytes + projected.nbytes + scores.nbytes
+    return Problem(
+        "view_fusion",
+        f"N = {n:,}, V = {VIEWS}, D = {WIDTH}, P = {width}",
+        n,
+        place.dtype,
+        (y, scores, projected),
+        {OURS: ours, EAGER: eager},
+        Floor(read + fused + 4.0 * n * VIEWS),
+        Floor(2 * read + fused),
+        EAGER,
+    )
 
 
 # --- knn
@@ -528,6 +562,52 @@ def bag_pool(n: int, place: Place) -> Problem:
     )
 
 
+# --- representation_gram
+
+
+def representation_gram(n: int, place: Place) -> Problem:
+    """As many losses as tasks, on the representation of the default model, in one bag."""
+    tasks, width = 4, 128
+    hidden = width // 2
+    z = place.normal(n, width)
+    value_weight, gate_weight = (place.normal(hidden, width, dtype=torch.float32, grad=False) for _ in "ab")
+    score_weight = place.normal(tasks, hidden, dtype=torch.float32, grad=False)
+    ptr = torch.tensor([0, n], device=place.device)
+
+    def scored(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, gate = (z @ value_weight.to(z.dtype).T).tanh(), (z @ gate_weight.to(z.dtype).T).sigmoid()
+        return value, gate, (value * gate) @ score_weight.to(z.dtype).T
+
+    with torch.no_grad():
+        value, gate, scores = scored(z)
+        pool = ops.bag_attention_pool(z, scores, ptr)
+        attention = (scores.float() - pool.lse).exp()
+    d_pooled = [place.normal(1, tasks, width, grad=False) for _ in range(tasks)]
+    arguments = (attention, ptr, pool.pooled, value, gate, score_weight, value_weight, gate_weight)
+
+    def autograd(z: Tensor) -> Tensor:
+        pooled = reference_bag_pool(z, scored(z)[2], ptr)[0]
+        rows = [torch.autograd.grad(pooled, z, p, retain_graph=True)[0].flatten() for p in d_pooled]
+        stacked = torch.stack(rows).float()
+        return stacked @ stacked.T
+
+    products = 2 * tasks * tasks * width + tasks * tasks * hidden + 2 * tasks * hidden * width + tasks**2 * width
+    moved = sum(x.nbytes for x in (z, attention, value, gate))
+    return Problem(
+        "representation_gram",
+        f"N = {n:,}, D = {width}, H = {hidden}, {tasks} losses, T = {tasks}",
+        n,
+        place.dtype,
+        (z,),
+        {
+            OURS: lambda z: ops.representation_gram(d_pooled, z, *arguments),
+            EAGER: lambda z: reference_gram(d_pooled, z, *arguments),
+            "autograd for each loss + matmul": autograd,
+        },
+        Floor(moved, 2.0 * n * products, "float32"),
+    )
+
+
 # --- task_gradients
 
 
@@ -614,6 +694,7 @@ _COLUMNS = ((100, 1_000, 10_000), (10_000, 100_000, 1_000_000), (1_000_000, 10_0
 #: Every native operation, in the order of docs/performance.md.
 WORKLOADS: dict[str, Workload] = {
     "cross_view": Workload(cross_view, *_INSTANCES),
+    "view_fusion": Workload(view_fusion, *_INSTANCES),
     "cross_view_tokens": Workload(
         cross_view_tokens,
         ((8, 16), (16, 16), (32, 16)),
@@ -632,6 +713,7 @@ WORKLOADS: dict[str, Workload] = {
     "neighbor_sum": Workload(neighbor_sum, *_INSTANCES),
     "smoothness_energy": Workload(smoothness_energy, *_INSTANCES),
     "bag_pool": Workload(bag_pool, (32, 64, 128), (1_000, 10_000, 100_000), (100_000, 1_000_000, 4_000_000)),
+    "representation_gram": Workload(representation_gram, *_INSTANCES),
     "task_gradient_statistics": Workload(task_gradient_statistics, *_COLUMNS),
     "combine_task_gradients": Workload(combine_task_gradients, *_COLUMNS),
 }

@@ -124,6 +124,32 @@ def cross_view_tokens_case(
     return Case("cross_view_tokens", shape, inputs, run, ("q", "k", "v", "gate"), ("q", "k", "v", "gate", "bias"))
 
 
+# --- view_fusion
+
+
+def view_fusion_case(shape: str, n: int, views: int, width: int, projection: int, *, missing: bool = False) -> Case:
+    """All outputs; with ``missing``, views that are absent hold NaN."""
+    inputs = {
+        "y": normal(n, views, width, seed=20),
+        "scores": normal(n, views, seed=21),
+        "projected": normal(n, views, projection, seed=22),
+    }
+    if missing:
+        mask = torch.rand(n, views, generator=torch.Generator().manual_seed(23)) < 0.6
+        mask[torch.arange(n), torch.arange(n) % views] = True
+        for x in list(inputs.values()):
+            x[~mask] = math.nan
+        inputs["mask"] = mask
+
+    def run(x: Inputs, backend: str) -> Outputs:
+        found = ops.fuse_views(x["y"], x["scores"], x["projected"], mask=x.get("mask"), backend=backend)
+        counts = {"count": found.count.double(), "pairs": found.pairs.double()}  # whole numbers: held to equality
+        return {**found._asdict(), **counts}
+
+    features = ("y", "scores", "projected")
+    return Case("view_fusion", shape, inputs, run, features, features)
+
+
 # --- knn
 
 
@@ -318,6 +344,9 @@ def all_cases() -> list[Case]:
         cross_view_tokens_case("ragged, H=2 Dh=32", [5, 9, 3, 1, 17, 2, 0], [3, 1, 0, 3], 2, 32, views=3),
         cross_view_tokens_case("one view, Dh=59", [7, 4], [1, 1], 1, 59, views=1),
         cross_view_tokens_case("no token", [], [], 1, 16, views=2),
+        view_fusion_case("N=700 V=3 D=97 P=33", 700, 3, 97, 33),
+        view_fusion_case("N=19 V=4 D=59 P=8, missing views", 19, 4, 59, 8, missing=True),
+        view_fusion_case("N=5 V=1 D=1 P=1", 5, 1, 1, 1),
         bag_pool_case("ragged, D=97 T=5", [3, 0, 40, 1, 300, 0], 97, 5),
         bag_pool_case("one bag, D=256 T=1", [70], 256, 1),
         bag_pool_case("D=1 T=8", [9, 4], 1, 8),
