@@ -125,10 +125,10 @@ UMDA_INLINE void row_pointers(const ViewFusionInput& in, const ViewRows& rows, i
 
 // Arrays of a tile are [views][kTile].
 
-// 1 or 0: whether the view is present. Unused lanes keep what they hold.
+// 1 or 0: whether the view is present.
 void load_mask(const ViewFusionInput& in, int64_t begin, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t u = 0; u < in.views; ++u) {
+  for (int64_t u = 0; u < in.views; ++u) {
+    for (int64_t i = 0; i < count; ++i) {
       to[u * kTile + i] = in.mask == nullptr || in.mask[(begin + i) * in.views + u] ? 1.0f : 0.0f;
     }
   }
@@ -136,18 +136,19 @@ void load_mask(const ViewFusionInput& in, int64_t begin, int64_t count, float* t
 
 template <class S>
 void load_scores(const ViewFusionInput& in, int64_t begin, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    const S* const from = static_cast<const S*>(in.scores.data) + (begin + i) * in.scores.instance_stride;
-    for (int64_t u = 0; u < in.views; ++u) {
-      to[u * kTile + i] = to_float(from[u * in.scores.view_stride]);
+  const int64_t stride = in.scores.instance_stride;
+  for (int64_t u = 0; u < in.views; ++u) {
+    const S* const from = static_cast<const S*>(in.scores.data) + begin * stride + u * in.scores.view_stride;
+    for (int64_t i = 0; i < count; ++i) {
+      to[u * kTile + i] = to_float(from[i * stride]);
     }
   }
 }
 
 // [instances, views] from and to a tile.
 void load_lanes(const float* from, int64_t views, int64_t begin, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t u = 0; u < views; ++u) {
+  for (int64_t u = 0; u < views; ++u) {
+    for (int64_t i = 0; i < count; ++i) {
       to[u * kTile + i] = from[(begin + i) * views + u];
     }
   }
@@ -155,8 +156,8 @@ void load_lanes(const float* from, int64_t views, int64_t begin, int64_t count, 
 
 template <class S>
 void store_lanes(const float* from, int64_t views, int64_t begin, int64_t count, S* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t u = 0; u < views; ++u) {
+  for (int64_t u = 0; u < views; ++u) {
+    for (int64_t i = 0; i < count; ++i) {
       to[(begin + i) * views + u] = from_float<S>(from[u * kTile + i]);
     }
   }
@@ -185,27 +186,57 @@ void softmax(int64_t views, int64_t count, const float* present, float* x) {
   }
 }
 
-// to[lane of i, view u] = left[i].right[i,u] for kCount instances; left is [views][kCount] as well where kOwn.
-template <int kCount, bool kOwn, class T>
-UMDA_INLINE void dot_rows(const T* const* left, const T* const* right, int64_t views, int64_t width, float* to) {
-  for (int64_t u = 0; u < views; ++u) {
-    Vec sums_of[kCount];
+// to[lane of r, view u] = left[r].right[u][r] for kViews views from u on and kCount instances; right is [views][kCount].
+// kSquare: right's own squares. Asks for what comes `ahead` elements later.
+template <int kViews, int kCount, bool kSquare, class T>
+UMDA_INLINE void dot_views(const T* const* left, const T* const* right, int64_t u, int64_t width, int64_t ahead,
+                           float* to) {
+  Vec dots[kViews][kCount];
+  for (int w = 0; w < kViews; ++w) {
     for (int r = 0; r < kCount; ++r) {
-      sums_of[r] = zero();
+      dots[w][r] = zero();
     }
-    in_blocks<1>(width, false, [&](int64_t d, auto, auto&& read, auto&&, auto&&) UMDA_LAMBDA_INLINE {
+  }
+  in_blocks<kVecsPerLine<T>>(width, false, [&](int64_t d, auto vecs, auto&& read, auto&&, auto&&) UMDA_LAMBDA_INLINE {
+    for (int v = 0; v < decltype(vecs)::value; ++v) {
+      Vec factor[kCount];
       for (int r = 0; r < kCount; ++r) {
-        const Vec x = read(right[u * kCount + r] + d);
-        sums_of[r] = fma(kOwn ? x : read(left[r] + d), x, sums_of[r]);
+        factor[r] = kSquare ? zero() : read(left[r] + d + v * kWidth);
       }
-    });
+      for (int w = 0; w < kViews; ++w) {
+        for (int r = 0; r < kCount; ++r) {
+          const T* const from = right[(u + w) * kCount + r] + d + v * kWidth;
+          if (v == 0) {
+            prefetch(from + ahead);
+          }
+          const Vec x = read(from);
+          dots[w][r] = fma(kSquare ? x : factor[r], x, dots[w][r]);
+        }
+      }
+    }
+  });
+  for (int w = 0; w < kViews; ++w) {
+    float* const lane = to + (u + w) * kTile;
     if constexpr (kCount == 4) {
-      sums(sums_of[0], sums_of[1], sums_of[2], sums_of[3], to + u * kTile);
+      sums(dots[w][0], dots[w][1], dots[w][2], dots[w][3], lane);
     } else {
       for (int r = 0; r < kCount; ++r) {
-        to[u * kTile + r] = sum(sums_of[r]);
+        lane[r] = sum(dots[w][r]);
       }
     }
+  }
+}
+
+template <int kCount, bool kSquare, class T>
+UMDA_INLINE void dot_rows(const T* const* left, const T* const* right, int64_t views, int64_t width, float* to) {
+  constexpr int kTogether = kWidth == 16 ? 3 : 1;  // what the registers hold
+  const int64_t ahead = 2 * kCount * views * width;
+  int64_t u = 0;
+  for (; u + kTogether <= views; u += kTogether) {
+    dot_views<kTogether, kCount, kSquare>(left, right, u, width, ahead, to);
+  }
+  for (; u < views; ++u) {
+    dot_views<1, kCount, kSquare>(left, right, u, width, ahead, to);
   }
 }
 
@@ -265,8 +296,10 @@ void find_shift(const ViewFusionInput& in, int64_t begin, int64_t end, float* wo
 template <int kCount, class T>
 UMDA_INLINE void fuse_rows(const T* const* rows, const T* shift, const float* beta, int64_t views, int64_t width, T* z,
                            float* sums_of, bool past_cache) {
-  constexpr int kVecs = kWidth == 16 ? 4 : 2;
+  constexpr int kVecs = 2;
   float* const squares_of = sums_of + views * width;
+  // The same place two groups on, which the machine does not ask for in time; past the end it is harmless.
+  const int64_t ahead = 2 * kCount * views * width;
   in_blocks<kVecs>(width, past_cache, [&](int64_t d, auto vecs, auto&& read, auto&& write, auto&& put) UMDA_LAMBDA_INLINE {
     constexpr int kBlock = decltype(vecs)::value;
     Vec fused[kCount][kBlock];
@@ -285,6 +318,9 @@ UMDA_INLINE void fuse_rows(const T* const* rows, const T* shift, const float* be
         const Vec base = read(shift + at);
         Vec first = zero(), second = zero();
         for (int r = 0; r < kCount; ++r) {
+          if (v % kVecsPerLine<T> == 0) {
+            prefetch(rows[u * kCount + r] + d + v * kWidth + ahead);
+          }
           const Vec x = read(rows[u * kCount + r] + d + v * kWidth);
           fused[r][v] = fma(weight[r], x, fused[r][v]);
           const Vec off = x - base;
