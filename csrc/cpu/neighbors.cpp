@@ -583,28 +583,41 @@ bool smooth_backward(const SmoothnessBackward& a) {
 }
 
 // ---- neighbor_attention ----------------------------------------------------------------------------------
+//
+// Between the dot products and the weighted sums, the numbers of an edge are kept together: head h of edge n of a tile is
+// lane n * kLanes + h, so that a vector holds several edges, and a reduction over edges serves all heads at once.
 
 // Edges handled at once: their rows of k (and of v) are in cache for the second use.
 constexpr int kTile = 32;
+constexpr int kMostHeads = 16;  // handled at once; more are several rounds
 static_assert(kTile % kWidth == 0);
 
+// Numbers of one edge or node, kLanes of them: a vector or several, or a part of one.
+template <int kLanes>
+struct Lanes {
+  static constexpr int vecs = kLanes > kWidth ? kLanes / kWidth : 1;
+  static constexpr int room = kLanes > kWidth ? kLanes : kWidth;  // of a whole vector
+};
+
 // Some edges of one row or column of the graph.
+template <int kLanes>
 struct EdgeList {
   int32_t node[kTile];
-  int32_t next[kTile];            // a node needed some edges later
-  alignas(64) float bias[kTile];  // -inf behind the last edge
+  int32_t next[kTile];                              // a node needed some edges later
+  alignas(64) float bias[kTile * kLanes + kWidth];  // -inf behind the last edge
   int count = 0;
 
   UMDA_INLINE void add(int64_t at, int64_t later, float log_weight) {
     node[count] = static_cast<int32_t>(at);
     next[count] = static_cast<int32_t>(later);
-    bias[count++] = log_weight;
-  }
-  UMDA_INLINE void close() {
-    for (int n = count; n % kWidth != 0; ++n) {
-      bias[n] = -__builtin_inff();
+    for (int h = 0; h < kLanes; ++h) {
+      bias[count * kLanes + h] = log_weight;
     }
+    ++count;
   }
+  UMDA_INLINE void close() { store(bias + count * kLanes, splat(-__builtin_inff())); }
+  // Lanes in whole vectors.
+  UMDA_INLINE int lanes() const { return (count * kLanes + kWidth - 1) / kWidth * kWidth; }
   // The next edges of row i, from e on, its self loop first; e and own are moved on.
   UMDA_INLINE void fill(const NeighborTable& g, int64_t i, int64_t& e, int64_t end, bool& own, int64_t ahead,
                         const float* log_weight) {
@@ -629,12 +642,12 @@ struct HeadsOf {
   static constexpr int heads = kVecs / vecs;
 };
 
-template <int kHeadVecs, class X>
-void list_dots_vectors(const X* own, Rows rows, const EdgeList& list, int64_t heads, int64_t width, float* to) {
+template <int kHeadVecs, int kLanes, class X>
+void list_dots_vectors(const X* own, Rows rows, const EdgeList<kLanes>& list, int64_t heads, int64_t width, float* to) {
   for_blocks<kMaxVecs>(heads * width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
     using Split = HeadsOf<kHeadVecs, block.vecs>;
     const bool first = d % width == 0;
-    float* const at = to + d / width * kTile;
+    float* const at = to + d / width;
     Vec query[block.vecs];
     for (int v = 0; v < block.vecs; ++v) {
       query[v] = block.read(own + d + v * kWidth);
@@ -642,6 +655,7 @@ void list_dots_vectors(const X* own, Rows rows, const EdgeList& list, int64_t he
     for (int n = 0; n < list.count; ++n) {
       const X* const from = row_of<X>(rows, list.node[n]) + d;
       block.ahead(row_of<X>(rows, list.next[n]) + d);
+      float* const lane = at + n * kLanes;
       if constexpr (Split::heads == 1) {
         constexpr int kChains = block.vecs < 4 ? block.vecs : 4;
         Vec chains[4] = {zero(), zero(), zero(), zero()};
@@ -649,7 +663,7 @@ void list_dots_vectors(const X* own, Rows rows, const EdgeList& list, int64_t he
           chains[v % kChains] = fma(query[v], block.read(from + v * kWidth), chains[v % kChains]);
         }
         const float dot = sum((chains[0] + chains[1]) + (chains[2] + chains[3]));
-        at[n] = first ? dot : at[n] + dot;
+        *lane = first ? dot : *lane + dot;
       } else {
         Vec chains[Split::heads < 4 ? 4 : Split::heads];
         UMDA_UNROLL
@@ -657,14 +671,16 @@ void list_dots_vectors(const X* own, Rows rows, const EdgeList& list, int64_t he
           const Vec before = v % Split::vecs == 0 ? zero() : chains[v / Split::vecs];
           chains[v / Split::vecs] = fma(query[v], block.read(from + v * kWidth), before);
         }
-        for (int h = 0; h < Split::heads; h += 4) {
-          float four[4];
-          if constexpr (Split::heads < 4) {
-            chains[2] = chains[3] = zero();
+        if constexpr (Split::heads >= 4) {
+          for (int h = 0; h < Split::heads; h += 4) {
+            sums(chains[h], chains[h + 1], chains[h + 2], chains[h + 3], lane + h);
           }
-          sums(chains[h], chains[h + 1], chains[h + 2], chains[h + 3], four);
-          for (int i = 0; i < 4 && h + i < Split::heads; ++i) {
-            at[(h + i) * kTile + n] = four[i];
+        } else {
+          float four[4];
+          chains[2] = chains[3] = zero();
+          sums(chains[0], chains[1], chains[2], chains[3], four);
+          for (int h = 0; h < Split::heads; ++h) {
+            lane[h] = four[h];
           }
         }
       }
@@ -697,28 +713,27 @@ UMDA_INLINE Rows from_head(Rows rows, int64_t h, int64_t width) {
   return {static_cast<const X*>(rows.data) + h * width, rows.stride};
 }
 
-// to[h * kTile + n] = own[h].rows[node[n], h] for the edges of the list.
-template <class X>
-void list_dots(const X* own, Rows rows, const EdgeList& list, int64_t heads, int64_t width, float* to) {
-  by_head_size(heads, width, [&](auto head_vecs, int64_t h, int64_t count) UMDA_LAMBDA_INLINE {
-    list_dots_vectors<head_vecs.value>(own + h * width, from_head<X>(rows, h, width), list, count, width, to + h * kTile);
-  });
+// to[n * kLanes + h] = own[h].rows[node[n], h] for the edges of the list.
+template <int kLanes, class X>
+void list_dots(const X* own, Rows rows, const EdgeList<kLanes>& list, int64_t heads, int64_t width, float* to) {
   // What lies behind the last edge takes part in vector arithmetic and must not be a NaN.
-  for (int n = list.count; n % kWidth != 0; ++n) {
-    for (int64_t h = 0; h < heads; ++h) {
-      to[h * kTile + n] = 0.0f;
-    }
+  if (kLanes < kWidth && list.count > 0) {
+    store(to + list.lanes() - kWidth, zero());
   }
   if (width == 0) {
-    __builtin_memset(to, 0, static_cast<size_t>(heads * kTile) * sizeof(float));
+    __builtin_memset(to, 0, static_cast<size_t>(list.lanes()) * sizeof(float));
   }
+  by_head_size(heads, width, [&](auto head_vecs, int64_t h, int64_t count) UMDA_LAMBDA_INLINE {
+    list_dots_vectors<head_vecs.value>(own + h * width, from_head<X>(rows, h, width), list, count, width, to + h);
+  });
 }
 
-template <bool kAhead, int kHeadVecs, class X>
-void list_add_vectors(float* acc, const float* weight, Rows rows, const EdgeList& list, int64_t heads, int64_t width) {
+template <bool kAhead, int kHeadVecs, int kLanes, class X>
+void list_add_vectors(float* acc, const float* weight, Rows rows, const EdgeList<kLanes>& list, int64_t heads,
+                      int64_t width) {
   for_blocks<kMaxVecs>(heads * width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
     using Split = HeadsOf<kHeadVecs, block.vecs>;
-    const float* const w = weight + d / width * kTile;
+    const float* const w = weight + d / width;
     Vec total[block.vecs];
     for (int v = 0; v < block.vecs; ++v) {
       total[v] = block.read(acc + d + v * kWidth);
@@ -729,7 +744,7 @@ void list_add_vectors(float* acc, const float* weight, Rows rows, const EdgeList
         block.ahead(row_of<X>(rows, list.next[n]) + d);
       }
       for (int v = 0; v < block.vecs; ++v) {
-        total[v] = fma(splat(w[v / Split::vecs * kTile + n]), block.read(from + v * kWidth), total[v]);
+        total[v] = fma(splat(w[n * kLanes + v / Split::vecs]), block.read(from + v * kWidth), total[v]);
       }
     }
     for (int v = 0; v < block.vecs; ++v) {
@@ -738,21 +753,21 @@ void list_add_vectors(float* acc, const float* weight, Rows rows, const EdgeList
   });
 }
 
-// acc[h] += sum over the list of weight[h * kTile + n] rows[node[n], h]. kAhead: whether to ask for the rows needed later.
-template <bool kAhead, class X>
-void list_add(float* acc, const float* weight, Rows rows, const EdgeList& list, int64_t heads, int64_t width) {
+// acc[h] += sum over the list of weight[n * kLanes + h] rows[node[n], h]. kAhead: whether to ask for the rows needed later.
+template <bool kAhead, class X, int kLanes>
+void list_add(float* acc, const float* weight, Rows rows, const EdgeList<kLanes>& list, int64_t heads, int64_t width) {
   by_head_size(heads, width, [&](auto head_vecs, int64_t h, int64_t count) UMDA_LAMBDA_INLINE {
-    list_add_vectors<kAhead, head_vecs.value, X>(acc + h * width, weight + h * kTile, from_head<X>(rows, h, width), list,
-                                                 count, width);
+    list_add_vectors<kAhead, head_vecs.value, kLanes, X>(acc + h * width, weight + h, from_head<X>(rows, h, width), list,
+                                                         count, width);
   });
 }
 
-// to = from, in to's type.
+// to = factor * from, in to's type.
 template <class X>
-UMDA_INLINE void convert_row(X* to, const float* from, int64_t width) {
+UMDA_INLINE void convert_row(X* to, const float* from, float factor, int64_t width) {
   for_blocks<4>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
     for (int v = 0; v < block.vecs; ++v) {
-      block.write(to + d + v * kWidth, block.read(from + d + v * kWidth));
+      block.write(to + d + v * kWidth, block.read(from + d + v * kWidth) * splat(factor));
     }
   });
 }
@@ -761,73 +776,101 @@ UMDA_INLINE void fill_zero(float* p, int64_t count) {
   __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(float));
 }
 
-template <class X>
-void attention_forward(const NeighborAttentionForward& a) {
+// f(Constant<lanes>, first head, number of heads) for at most kMostHeads heads at a time, with lanes for all of them.
+template <class F>
+UMDA_INLINE void by_heads(int64_t heads, F&& f) {
+  for (int64_t h = 0; h < heads; h += kMostHeads) {
+    const int64_t count = smaller<int64_t>(kMostHeads, heads - h);
+    if (count == 1) {
+      f(Constant<1>{}, h, count);
+    } else if (count <= 4) {
+      f(Constant<4>{}, h, count);
+    } else if (count <= 8) {
+      f(Constant<8>{}, h, count);
+    } else {
+      f(Constant<16>{}, h, count);
+    }
+  }
+}
+
+// Heads [head, head + heads).
+template <int kLanes, class X>
+void attention_forward(const NeighborAttentionForward& a, int64_t head, int64_t heads) {
+  constexpr int kVecs = Lanes<kLanes>::vecs, kRoom = Lanes<kLanes>::room;
   const NeighborTable& g = a.graph;
-  const int64_t heads = a.heads, width = a.width;
+  const int64_t width = a.width;
   const float scale = width == 0 ? 0.0f : 1.0f / __builtin_sqrtf(static_cast<float>(width));
+  const Rows q = from_head<X>(a.q, head, width), k = from_head<X>(a.k, head, width), v = from_head<X>(a.v, head, width);
   const int64_t ahead = edges_ahead(heads * width * static_cast<int64_t>(sizeof(X)));
   const Chunks chunks(g.nodes, g.indptr, g.degree);
   parallel_items(chunks.count, [&](int64_t chunk) {
-    const Scratch<float> acc(heads * width), p(heads * kTile), peak(heads), total(heads);
-    EdgeList list;
+    const Scratch<float> acc(heads * width);
+    EdgeList<kLanes> list;
+    alignas(64) float p[kTile * kLanes] = {}, tops[kRoom], totals[kRoom];
     for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); ++i) {
       const int64_t end = row_begin(g, i + 1);
       int64_t e = row_begin(g, i);
       fill_zero(acc.data(), heads * width);
-      fill_zero(total.data(), heads);
-      for (int64_t h = 0; h < heads; ++h) {
-        peak[h] = -__builtin_inff();
+      Vec peak[kVecs], total[kVecs];  // of the lanes' heads: the largest score, and each lane's share of the sum
+      for (int u = 0; u < kVecs; ++u) {
+        peak[u] = splat(-__builtin_inff());
+        total[u] = zero();
       }
       bool own = a.self_loop, first = true;
-      prefetch_row<X>(g, a.q, i + 1, heads * width);
+      prefetch_row<X>(g, q, i + 1, heads * width);
       prefetch_values(g.neighbors, end + ahead);
       prefetch_values(a.log_weight, end);
       while (own || e < end) {
         list.fill(g, i, e, end, own, ahead, a.log_weight);
-        list_dots(row_of<X>(a.q, i), a.k, list, heads, width, p.data());
-        for (int64_t h = 0; h < heads; ++h) {
-          float* const s = &p[h * kTile];
-          Vec tops = splat(peak[h]);
-          for (int n = 0; n < list.count; n += kWidth) {
-            const Vec score = fma(load(s + n), splat(scale), load(list.bias + n));
-            store(s + n, score);
-            tops = max(score, tops);
-          }
-          const float top = largest(tops);
-          const float shift = top == -__builtin_inff() ? 0.0f : top;
-          Vec parts = zero();
-          for (int n = 0; n < list.count; n += kWidth) {
-            const Vec probability = exp(load(s + n) - splat(shift));
-            store(s + n, probability);
-            parts = parts + probability;
-          }
-          if (!first) {
-            const Vec rescale = splat(exp(peak[h] - shift));
-            total[h] *= exp(peak[h] - shift);
-            for_blocks<1>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
-              block.write(&acc[h * width + d], block.read(&acc[h * width + d]) * rescale);
-            });
-          }
-          total[h] += sum(parts);
-          peak[h] = top;
+        list_dots(row_of<X>(q, i), k, list, heads, width, p);
+        Vec top[kVecs], shift[kVecs];
+        for (int u = 0; u < kVecs; ++u) {
+          top[u] = peak[u];
         }
-        list_add<true, X>(acc.data(), p.data(), a.v, list, heads, width);
+        for (int n = 0; n < list.lanes(); n += kVecs * kWidth) {
+          for (int u = 0; u < kVecs; ++u) {
+            const Vec score = fma(load(p + n + u * kWidth), splat(scale), load(list.bias + n + u * kWidth));
+            store(p + n + u * kWidth, score);
+            top[u] = max(score, top[u]);
+          }
+        }
+        for (int u = 0; u < kVecs; ++u) {
+          top[u] = largest_by_period<kLanes>(top[u]);
+          shift[u] = max(top[u], splat(-__FLT_MAX__));  // -inf - -inf would be a NaN
+          const Vec rescale = exp(peak[u] - shift[u]);
+          total[u] = total[u] * rescale;
+          store(totals + u * kWidth, rescale);
+          peak[u] = top[u];
+        }
+        for (int n = 0; n < list.lanes(); n += kVecs * kWidth) {
+          for (int u = 0; u < kVecs; ++u) {
+            const Vec probability = exp(load(p + n + u * kWidth) - shift[u]);
+            store(p + n + u * kWidth, probability);
+            total[u] = total[u] + probability;
+          }
+        }
+        if (!first) {
+          for (int64_t h = 0; h < heads; ++h) {
+            convert_row(&acc[h * width], &acc[h * width], totals[h], width);
+          }
+        }
+        list_add<true, X>(acc.data(), p, v, list, heads, width);
         first = false;
       }
+      for (int u = 0; u < kVecs; ++u) {
+        store(tops + u * kWidth, peak[u]);
+        store(totals + u * kWidth, sum_by_period<kLanes>(total[u]));
+      }
+      X* const out = static_cast<X*>(a.out) + (i * a.heads + head) * width;
       for (int64_t h = 0; h < heads; ++h) {
         // 0: nothing to attend to, or only weights of 0.
-        const bool nothing = total[h] == 0.0f;
-        a.lse[i * heads + h] = nothing ? -__builtin_inff() : peak[h] + __builtin_logf(total[h]);
-        const Vec factor = splat(nothing ? 0.0f : 1.0f / total[h]);
-        for_blocks<4>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
-          for (int v = 0; v < block.vecs; ++v) {
-            float* const at = &acc[h * width + d + v * kWidth];
-            block.write(at, nothing ? zero() : block.read(at) * factor);
-          }
-        });
+        const bool nothing = totals[h] == 0.0f;
+        a.lse[i * a.heads + head + h] = nothing ? -__builtin_inff() : tops[h] + __builtin_logf(totals[h]);
+        if (nothing) {
+          fill_zero(&acc[h * width], width);
+        }
+        convert_row(out + h * width, &acc[h * width], nothing ? 0.0f : 1.0f / totals[h], width);
       }
-      convert_row(static_cast<X*>(a.out) + i * heads * width, acc.data(), heads * width);
     }
   });
 }
@@ -835,37 +878,41 @@ void attention_forward(const NeighborAttentionForward& a) {
 // With alpha = exp(s - lse), delta[i] = d_out[i].out[i]:
 //   ds = alpha (d_out[i].v[j] - delta[i]);  dv[j] += alpha d_out[i];  dk[j] += scale ds q[i];  dq[i] += scale ds k[j]
 // First by target: q and d_out are gathered, dk and dv finished, ds kept ([edges, heads]); then by row: k is gathered.
-template <class X>
-bool attention_backward(const NeighborAttentionBackward& a) {
+// Heads [head, head + heads).
+template <int kLanes, class X>
+void attention_backward(const NeighborAttentionBackward& a, const Sources& sources, int64_t head, int64_t heads) {
+  constexpr int kVecs = Lanes<kLanes>::vecs, kRoom = Lanes<kLanes>::room;
   const NeighborTable& g = a.graph;
-  const Sources sources(g);
-  if (!sources.valid) {
-    return false;
-  }
-  const int64_t heads = a.heads, width = a.width, row_width = heads * width;
+  const int64_t width = a.width, row_width = heads * width, out_stride = a.heads * width;
   const float scale = width == 0 ? 0.0f : 1.0f / __builtin_sqrtf(static_cast<float>(width));
+  const Rows q = from_head<X>(a.q, head, width), k = from_head<X>(a.k, head, width), v = from_head<X>(a.v, head, width);
+  const Rows d_outs = from_head<X>(a.d_out, head, width), outs = from_head<X>(a.out, head, width);
   const int64_t ahead = edges_ahead(row_width * static_cast<int64_t>(sizeof(X)));
-  const Scratch<float> ds(g.edges * heads);
-  const Scratch<float> own_ds(a.self_loop ? g.nodes * heads : 0);
-  const Scratch<float> stats(g.nodes * heads * 2);  // lse, delta
+  const Scratch<float> ds(g.edges * kLanes);
+  const Scratch<float> own_ds(a.self_loop ? g.nodes * kLanes : 0);
+  const Scratch<float> stats(g.nodes * kLanes * 2);  // of every node lse, then delta
+  const auto copy = [](float* to, const float* from) UMDA_LAMBDA_INLINE { __builtin_memcpy(to, from, kLanes * sizeof(float)); };
 
   const Chunks rows(g.nodes, g.indptr, g.degree);
   parallel_items(rows.count, [&](int64_t chunk) {
-    const Scratch<float> scores(heads * kTile), d_alpha(heads * kTile);
-    EdgeList list;
+    EdgeList<kLanes> list;
+    alignas(64) float scores[kTile * kLanes] = {}, d_alpha[kTile * kLanes] = {};
     for (int64_t i = rows.begin(chunk); i < rows.end(chunk); ++i) {
-      float* const stat = &stats[i * heads * 2];
-      const X* const d_out = row_of<X>(a.d_out, i);
+      float* const lse = &stats[i * kLanes * 2];
+      float* const delta = lse + kLanes;
+      const X* const d_out = row_of<X>(d_outs, i);
+      fill_zero(lse, 2 * kLanes);
       for (int64_t h = 0; h < heads; ++h) {
-        const float lse = a.lse[i * heads + h];
+        const float value = a.lse[i * a.heads + head + h];
         // exp(s - inf) = 0: a row with nothing to attend to gives no gradient.
-        stat[2 * h] = lse == -__builtin_inff() ? __builtin_inff() : lse;
-        stat[2 * h + 1] = 0.0f;
+        lse[h] = value == -__builtin_inff() ? __builtin_inff() : value;
       }
       if constexpr (sizeof(X) == sizeof(float)) {
+        list.count = 0;
+        list.add(i, i + 1 < g.nodes ? i + 1 : i, 0.0f);
+        list_dots(d_out, outs, list, heads, width, scores);
         for (int64_t h = 0; h < heads; ++h) {
-          const X* const own = d_out + h * width;
-          stat[2 * h + 1] = dot(own, row_of<X>(a.out, i) + h * width, own, width);
+          delta[h] = scores[h];
         }
         continue;
       }
@@ -873,105 +920,110 @@ bool attention_backward(const NeighborAttentionBackward& a) {
       const int64_t end = row_begin(g, i + 1);
       int64_t e = row_begin(g, i);
       bool own = a.self_loop;
+      alignas(64) float of_lanes[kRoom];
+      for (int lane = 0; lane < kRoom; ++lane) {
+        of_lanes[lane] = lse[lane % kLanes];
+      }
+      Vec total[kVecs];
+      for (int u = 0; u < kVecs; ++u) {
+        total[u] = zero();
+      }
       while (own || e < end) {
         list.fill(g, i, e, end, own, ahead, a.log_weight);
-        list_dots(row_of<X>(a.q, i), a.k, list, heads, width, scores.data());
-        list_dots(d_out, a.v, list, heads, width, d_alpha.data());
-        for (int64_t h = 0; h < heads; ++h) {
-          Vec parts = zero();
-          for (int n = 0; n < list.count; n += kWidth) {
-            const Vec score = fma(load(&scores[h * kTile + n]), splat(scale), load(list.bias + n));
-            parts = fma(exp(score - splat(stat[2 * h])), load(&d_alpha[h * kTile + n]), parts);
+        list_dots(row_of<X>(q, i), k, list, heads, width, scores);
+        list_dots(d_out, v, list, heads, width, d_alpha);
+        for (int n = 0; n < list.lanes(); n += kVecs * kWidth) {
+          for (int u = 0; u < kVecs; ++u) {
+            const int at = n + u * kWidth;
+            const Vec score = fma(load(scores + at), splat(scale), load(list.bias + at));
+            total[u] = fma(exp(score - load(of_lanes + u * kWidth)), load(d_alpha + at), total[u]);
           }
-          stat[2 * h + 1] += sum(parts);
         }
+      }
+      for (int u = 0; u < kVecs; ++u) {
+        store(of_lanes + u * kWidth, sum_by_period<kLanes>(total[u]));
+      }
+      for (int64_t h = 0; h < heads; ++h) {
+        delta[h] = of_lanes[h];
       }
     }
   });
 
   const Chunks targets(g.nodes, g.t_ptr, 0);
   parallel_items(targets.count, [&](int64_t chunk) {
-    const Scratch<float> dk(row_width), dv(row_width), alpha(heads * kTile), d_score(heads * kTile);
-    EdgeList list;
+    const Scratch<float> dk(row_width), dv(row_width);
+    EdgeList<kLanes> list;
     int64_t edge[kTile];
-    alignas(64) float lse[kTile] = {}, delta[kTile] = {};
+    alignas(64) float alpha[kTile * kLanes] = {}, d_score[kTile * kLanes] = {};
+    alignas(64) float lse[kTile * kLanes] = {}, delta[kTile * kLanes] = {};
     for (int64_t j = targets.begin(chunk); j < targets.end(chunk); ++j) {
       int64_t p = g.t_ptr[j];
       const int64_t end = g.t_ptr[j + 1];
       fill_zero(dk.data(), row_width);
       fill_zero(dv.data(), row_width);
-      prefetch_row<X>(g, a.k, j + 1, row_width);
-      prefetch_row<X>(g, a.v, j + 1, row_width);
+      prefetch_row<X>(g, k, j + 1, row_width);
+      prefetch_row<X>(g, v, j + 1, row_width);
       prefetch_values(g.t_edge, end + ahead);
       prefetch_values(sources.row.data(), end + ahead);
       bool own = a.self_loop;
+      const auto add = [&](int64_t at, int64_t row, int64_t later, float log_weight) UMDA_LAMBDA_INLINE {
+        edge[list.count] = at;
+        copy(lse + list.count * kLanes, &stats[row * kLanes * 2]);
+        copy(delta + list.count * kLanes, &stats[row * kLanes * 2 + kLanes]);
+        list.add(row, later, log_weight);
+      };
       while (own || p < end) {
         list.count = 0;
         if (own) {
-          edge[0] = -1;
-          list.add(j, j, 0.0f);
+          add(-1, j, j, 0.0f);
           own = false;
         }
         for (; p < end && list.count < kTile; ++p) {
           const int64_t later = sources.ahead(p, ahead);
-          edge[list.count] = g.t_edge[p];
-          list.add(sources.row[p], sources.row[later], a.log_weight == nullptr ? 0.0f : a.log_weight[g.t_edge[p]]);
-          prefetch(&stats[sources.row[later] * heads * 2]);
-          prefetch(&ds[g.t_edge[later] * heads]);
+          add(g.t_edge[p], sources.row[p], sources.row[later], a.log_weight == nullptr ? 0.0f : a.log_weight[g.t_edge[p]]);
+          prefetch(&stats[sources.row[later] * kLanes * 2]);
+          prefetch(&ds[g.t_edge[later] * kLanes]);
           if (a.log_weight != nullptr) {
             prefetch(a.log_weight + g.t_edge[later]);
           }
         }
         list.close();
-        list_dots(row_of<X>(a.k, j), a.q, list, heads, width, alpha.data());
-        list_dots(row_of<X>(a.v, j), a.d_out, list, heads, width, d_score.data());
-        for (int64_t h = 0; h < heads; ++h) {
-          for (int n = 0; n < list.count; ++n) {
-            lse[n] = stats[(list.node[n] * heads + h) * 2];
-            delta[n] = stats[(list.node[n] * heads + h) * 2 + 1];
-          }
-          float* const probability = &alpha[h * kTile];
-          float* const slope = &d_score[h * kTile];
-          for (int n = 0; n < list.count; n += kWidth) {
-            const Vec score = fma(load(probability + n), splat(scale), load(list.bias + n));
-            const Vec weight = exp(score - load(lse + n));
-            store(probability + n, weight);
-            store(slope + n, weight * (load(slope + n) - load(delta + n)));
-          }
-          for (int n = 0; n < list.count; ++n) {
-            (edge[n] < 0 ? own_ds[j * heads + h] : ds[edge[n] * heads + h]) = slope[n];
-          }
+        list_dots(row_of<X>(k, j), q, list, heads, width, alpha);
+        list_dots(row_of<X>(v, j), d_outs, list, heads, width, d_score);
+        for (int n = 0; n < list.lanes(); n += kWidth) {
+          const Vec score = fma(load(alpha + n), splat(scale), load(list.bias + n));
+          const Vec weight = exp(score - load(lse + n));
+          store(alpha + n, weight);
+          store(d_score + n, weight * (load(d_score + n) - load(delta + n)));
         }
-        list_add<false, X>(dk.data(), d_score.data(), a.q, list, heads, width);
-        list_add<false, X>(dv.data(), alpha.data(), a.d_out, list, heads, width);
+        for (int n = 0; n < list.count; ++n) {
+          copy(edge[n] < 0 ? &own_ds[j * kLanes] : &ds[edge[n] * kLanes], d_score + n * kLanes);
+        }
+        list_add<false, X>(dk.data(), d_score, q, list, heads, width);
+        list_add<false, X>(dv.data(), alpha, d_outs, list, heads, width);
       }
-      for_blocks<1>(row_width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
-        block.write(&dk[d], block.read(&dk[d]) * splat(scale));
-      });
-      convert_row(static_cast<X*>(a.dk) + j * row_width, dk.data(), row_width);
-      convert_row(static_cast<X*>(a.dv) + j * row_width, dv.data(), row_width);
+      convert_row(static_cast<X*>(a.dk) + j * out_stride + head * width, dk.data(), scale, row_width);
+      convert_row(static_cast<X*>(a.dv) + j * out_stride + head * width, dv.data(), 1.0f, row_width);
     }
   });
 
   parallel_items(rows.count, [&](int64_t chunk) {
-    const Scratch<float> dq(row_width), weight(heads * kTile);
-    EdgeList list;
+    const Scratch<float> dq(row_width);
+    EdgeList<kLanes> list;
+    alignas(64) float weight[kTile * kLanes];
     for (int64_t i = rows.begin(chunk); i < rows.end(chunk); ++i) {
       const int64_t end = row_begin(g, i + 1);
       int64_t e = row_begin(g, i);
       fill_zero(dq.data(), row_width);
       prefetch_values(g.neighbors, end + ahead);
-      for (int64_t h = 0; h < heads; h += 2) {
-        prefetch_values(ds.data(), end * heads + h * 16);
+      for (int64_t next = end; next < 2 * end - e; next += 16 / kLanes) {
+        prefetch(&ds[next * kLanes]);
       }
       bool own = a.self_loop;
       while (own || e < end) {
         list.count = 0;
-        fill_zero(weight.data(), heads * kTile);
         if (own) {
-          for (int64_t h = 0; h < heads; ++h) {
-            weight[h * kTile] = scale * own_ds[i * heads + h];
-          }
+          copy(weight, &own_ds[i * kLanes]);
           list.add(i, i, 0.0f);
           own = false;
         }
@@ -979,18 +1031,36 @@ bool attention_backward(const NeighborAttentionBackward& a) {
           float total = 0.0f;
           if (present(g, g.neighbors[e])) {
             for (int64_t h = 0; h < heads; ++h) {
-              total += ds[e * heads + h];
-              weight[h * kTile + list.count] = scale * ds[e * heads + h];
+              total += ds[e * kLanes + h];
             }
+            copy(weight + list.count * kLanes, &ds[e * kLanes]);
             list.add(g.neighbors[e], target_ahead(g, e, ahead, i), 0.0f);
           }
-          a.d_log_weight[e] = total;
+          a.d_log_weight[e] = head == 0 ? total : a.d_log_weight[e] + total;
         }
-        list.close();
-        list_add<true, X>(dq.data(), weight.data(), a.k, list, heads, width);
+        list_add<true, X>(dq.data(), weight, k, list, heads, width);
       }
-      convert_row(static_cast<X*>(a.dq) + i * row_width, dq.data(), row_width);
+      convert_row(static_cast<X*>(a.dq) + i * out_stride + head * width, dq.data(), scale, row_width);
     }
+  });
+}
+
+template <class X>
+void attention_forward_any(const NeighborAttentionForward& a) {
+  by_heads(a.heads, [&](auto lanes, int64_t head, int64_t heads) { attention_forward<lanes.value, X>(a, head, heads); });
+}
+
+template <class X>
+bool attention_backward_any(const NeighborAttentionBackward& a) {
+  const Sources sources(a.graph);
+  if (!sources.valid) {
+    return false;
+  }
+  if (a.heads == 0) {
+    fill_zero(a.d_log_weight, a.graph.edges);
+  }
+  by_heads(a.heads, [&](auto lanes, int64_t head, int64_t heads) {
+    attention_backward<lanes.value, X>(a, sources, head, heads);
   });
   return true;
 }
@@ -1019,11 +1089,11 @@ bool smoothness_backward(const SmoothnessBackward& a) {
 }
 
 void neighbor_attention_forward(const NeighborAttentionForward& a) {
-  UMDA_DISPATCH_DTYPE(a.type, attention_forward<scalar_t>(a));
+  UMDA_DISPATCH_DTYPE(a.type, attention_forward_any<scalar_t>(a));
 }
 
 bool neighbor_attention_backward(const NeighborAttentionBackward& a) {
-  UMDA_DISPATCH_DTYPE(a.type, return attention_backward<scalar_t>(a));
+  UMDA_DISPATCH_DTYPE(a.type, return attention_backward_any<scalar_t>(a));
   return false;
 }
 

@@ -10,6 +10,8 @@
 //                                                   stream_fence() before other threads may read it
 //   to_float(x) from_float<T>(f)                    scalar conversions, round to nearest even
 //   min(a, b) at_least(a, b)                        bit i of the latter: a[i] >= b[i], false for NaN
+//   swap_lanes<n>(v)                                lane i is lane i ^ n of v
+//   largest_by_period<n>(v) sum_by_period<n>(v)     of every n-th lane, in all of them
 //
 // sum() adds in one fixed order. Only for kernel files, which are compiled with UMDA_ISA set.
 #pragma once
@@ -381,6 +383,49 @@ UMDA_INLINE float largest(Vec v) {
   }
   return result;
 #endif
+}
+
+// Lane i ^ kDistance of v, in lane i.
+template <int kDistance>
+UMDA_INLINE Vec swap_lanes(Vec v) {
+  static_assert(kDistance == 1 || kDistance == 2 || kDistance == 4 || kDistance == 8);
+#if defined(UMDA_ISA_AVX512)
+  if constexpr (kDistance == 1) {
+    return _mm512_permute_ps(v, 0xb1);
+  } else if constexpr (kDistance == 2) {
+    return _mm512_permute_ps(v, 0x4e);
+  } else {
+    return _mm512_shuffle_f32x4(v, v, kDistance == 4 ? 0xb1 : 0x4e);
+  }
+#elif defined(UMDA_ISA_AVX2)
+  if constexpr (kDistance == 4) {
+    return _mm256_permute2f128_ps(v, v, 1);
+  } else {
+    return _mm256_permute_ps(v, kDistance == 1 ? 0xb1 : 0x4e);
+  }
+#else
+  return kDistance == 1 ? Vec{v[1], v[0], v[3], v[2]} : Vec{v[2], v[3], v[0], v[1]};
+#endif
+}
+
+// In every lane, the largest of the lanes whose number leaves the same remainder by kPeriod, a power of two.
+template <int kPeriod, int kDistance = kWidth / 2>
+UMDA_INLINE Vec largest_by_period(Vec v) {
+  if constexpr (kDistance >= kPeriod && kDistance > 0) {
+    return largest_by_period<kPeriod, kDistance / 2>(max(v, swap_lanes<kDistance>(v)));
+  } else {
+    return v;
+  }
+}
+
+// The same with their sum.
+template <int kPeriod, int kDistance = kWidth / 2>
+UMDA_INLINE Vec sum_by_period(Vec v) {
+  if constexpr (kDistance >= kPeriod && kDistance > 0) {
+    return sum_by_period<kPeriod, kDistance / 2>(v + swap_lanes<kDistance>(v));
+  } else {
+    return v;
+  }
 }
 
 // exp, to 1 ulp; denormal results, 0, inf and NaN as they should be. exp(x) = 2^n exp(r), |r| <= log(2)/2,

@@ -135,6 +135,27 @@ void check_reductions() {
   }
 }
 
+template <int kPeriod>
+void check_period() {
+  if constexpr (kPeriod <= kWidth) {
+    float a[kWidth], top[kWidth], total[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      a[i] = static_cast<float>((i * 17) % 23 - 11);
+    }
+    store(top, largest_by_period<kPeriod>(load(a)));
+    store(total, sum_by_period<kPeriod>(load(a)));
+    for (int i = 0; i < kWidth; ++i) {
+      float wanted_top = -1e9f, wanted_total = 0.0f;
+      for (int other = i % kPeriod; other < kWidth; other += kPeriod) {
+        wanted_top = a[other] > wanted_top ? a[other] : wanted_top;
+        wanted_total += a[other];
+      }
+      expect(top[i] == wanted_top, "largest_by_period", top[i], wanted_top);
+      expect(total[i] == wanted_total, "sum_by_period", total[i], wanted_total);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace umda::UMDA_ISA
 
@@ -147,5 +168,10 @@ int main() {
   UMDA_ISA::check_partial<bfloat16>();
   UMDA_ISA::check_partial<float16>();
   UMDA_ISA::check_reductions();
+  UMDA_ISA::check_period<1>();
+  UMDA_ISA::check_period<2>();
+  UMDA_ISA::check_period<4>();
+  UMDA_ISA::check_period<8>();
+  UMDA_ISA::check_period<16>();
   return UMDA_ISA::failures;
 }

@@ -12,7 +12,7 @@ from umda_fast.reference import neighbors as reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 #: Nodes, degree, heads, width of a head, CSR: every remainder of the blocking, heads of 1, 2, 4 and more
-#: vectors, rows of more edges than a tile, no nodes, no edges.
+#: vectors, any number of heads (16 are handled at once), rows of more edges than a tile, no nodes, no edges.
 CASES = [
     (50, 5, 1, 59, False),
     (120, 16, 4, 64, False),
@@ -24,6 +24,10 @@ CASES = [
     (60, 4, 8, 8, False),
     (30, 6, 1, 300, False),
     (30, 6, 2, 256, True),
+    (30, 4, 12, 8, False),
+    (30, 40, 17, 4, True),
+    (20, 5, 16, 16, False),
+    (20, 5, 7, 3, True),
     (0, 4, 2, 8, False),
     (5, 0, 2, 8, False),
 ]
