@@ -1,6 +1,7 @@
 """Functions run by several processes of torch.distributed (gloo) at once."""
 
 import multiprocessing
+import os
 import pickle
 import tempfile
 import time
@@ -17,6 +18,16 @@ import torch.distributed as dist
 def _enter(function: Callable[..., Any], rank: int, size: int, place: str, seconds: float, args: tuple) -> None:
     directory = Path(place)
     torch.set_num_threads(1)
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",  # nobody asks for it: the group is there
+    }
     try:
         dist.init_process_group(
             "gloo",
@@ -42,8 +53,8 @@ def run_together(
 ) -> list[Any]:
     """`function(*args)` in `size` processes of one group; what each of them returned, by rank.
 
-    torch is imported once, by the server that the processes are forked from. An error in a process is an
-    error here.
+    torch is imported once, by the server that the processes are forked from. They find the variables that
+    torchrun sets. An error in a process is an error here.
 
     Args:
         function: of a module, not a local one.

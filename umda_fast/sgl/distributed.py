@@ -56,7 +56,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split()).split(". ")[0][:300]
             raise ProcessLostError(
                 f"process {self.rank} of {self.size}: another process of this group ended or did not answer in "
                 f"time ({reason})"

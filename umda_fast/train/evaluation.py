@@ -17,7 +17,7 @@ from umda_fast.train.config import DataConfig
 from umda_fast.train.guard import check_batch
 from umda_fast.train.metrics import TaskMetrics, mean_score
 from umda_fast.train.progress import ProgressReport
-from umda_fast.train.together import processes_of
+from umda_fast.train.together import label_counts, penalty_counts, processes_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -30,8 +30,8 @@ class SplitResult:
     """What `evaluate_dataset` found on a split.
 
     `tasks` is {task: {metric: value}}, NaN where a metric is undefined. `losses` are means over the bags that
-    carry the label. `view_consistency`, `view_mass` [V, V] (row: the view that listens) and `influence` [T,
-    T] are None for a model that has no such thing.
+    carry the label (with class weights, weighted means). `view_consistency`, `view_mass` [V, V] (row: the view
+    that listens) and `influence` [T, T] are None for a model that has no such thing.
     """
 
     tasks: dict[str, dict[str, float]]
@@ -102,9 +102,12 @@ class _Found:
 
     def add(self, host: BagBatch, batch: BagBatch, out: Any) -> None:
         losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
+        # By what each is a mean over, so that it does not matter how the bags are put into batches.
+        counts = label_counts(host, self.tasks)
         for name, loss in losses.items():
-            self.losses[name].add(loss, float(host.label_mask[name].sum()))
-        self.consistency.add(getattr(out, "view_consistency", None), host.num_instances)
+            self.losses[name].add(loss, counts[name])
+        pairs = penalty_counts(host, ["consistency"])["consistency"]
+        self.consistency.add(getattr(out, "view_consistency", None), pairs)
         self.influence.add(getattr(out, "influence", None), len(host))
         mass = getattr(out, "view_mass", None)
         if mass is not None:
@@ -147,16 +150,20 @@ class _Found:
         )
 
 
-def _in_order(indices: Sequence[int], outputs: Sequence[_Outputs]) -> list[_Outputs]:
-    """Outputs of all bags as one, bag after bag; `indices` says which rows they are."""
+def _in_order(indices: Sequence[int], outputs: Sequence[_Outputs], batches: Sequence[int]) -> list[_Outputs]:
+    """Outputs of all bags, bag after bag, in `batches` of so many; `indices` says which rows `outputs` are."""
     if not outputs:
         return []
     order = torch.tensor(indices).argsort()
-    logits, labels, masks = (
-        {name: torch.cat([part[kind][name] for part in outputs])[order] for name in outputs[0][kind]}
+    pieces = [
+        {name: torch.cat([part[kind][name] for part in outputs])[order].split(batches) for name in outputs[0][kind]}
         for kind in range(3)
-    )
-    return [(logits, labels, masks)]
+    ]
+    result = []
+    for number in range(len(batches)):
+        logits, labels, masks = ({name: piece[number] for name, piece in kind.items()} for kind in pieces)
+        result.append((logits, labels, masks))
+    return result
 
 
 @torch.no_grad()
@@ -209,7 +216,12 @@ def evaluate_dataset(
         found = _Found(tasks)
         for *_, state in parts:
             found.merge(state)
-        merged = _in_order([index for rows, *_ in parts for index in rows], [o for _, part, _ in parts for o in part])
+        # In the batches of one process: metrics add up in float32, batch by batch.
+        merged = _in_order(
+            [index for rows, *_ in parts for index in rows],
+            [output for _, part, _ in parts for output in part],
+            [len(batch) for batch in _sampler(dataset, data, None).batches(0)],
+        )
         for logits, labels, label_mask in merged:
             moved = ({name: value.to(fabric.device) for name, value in x.items()} for x in (logits, labels, label_mask))
             metrics.update(*moved)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -121,7 +121,7 @@ def label_counts(batch: BagBatch, tasks: tuple[TaskSpec, ...]) -> dict[str, floa
     return counts
 
 
-def penalty_counts(batch: BagBatch, names: Mapping[str, float]) -> dict[str, float]:
+def penalty_counts(batch: BagBatch, names: Iterable[str]) -> dict[str, float]:
     """What each penalty is a mean over (docs/model.md): by its share, the process's penalty enters that of
     the whole batch. Exact for entropy, consistency, diversity, divergence and cohesion; dispersion and smoothness
     are ratios over the whole batch, of which the weighted mean over the processes takes the place."""

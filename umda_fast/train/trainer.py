@@ -242,7 +242,8 @@ class Trainer:
         self.model.train()
         last = time.monotonic()
         for host in self.loader:
-            check_batch(host)
+            if len(host) > 0:  # of several processes one may have nothing of a batch
+                check_batch(host)
             instances = self._train_step(host, (self.epoch + self.step_in_epoch / steps) / epochs)
             self.step += 1
             self.step_in_epoch += 1
@@ -317,7 +318,8 @@ class Trainer:
         ).tolist()
         values = dict(zip(watched, host_values, strict=True))
         if not all(math.isfinite(value) for value in host_values):
-            raise self._non_finite(batch, out, losses)
+            lost = any(not math.isfinite(value) for name, value in values.items() if name != "gradient_norm")
+            raise self._non_finite(batch, out, losses, lost)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
@@ -362,11 +364,14 @@ class Trainer:
         # A penalty that no process has is 0, and one that is 0 tells nothing.
         return whole if not penalized.is_nonzero() else {**whole, "penalty": penalty}
 
-    def _non_finite(self, batch: BagBatch, out: Any, losses: Mapping[str, Tensor]) -> NonFiniteError:
-        """The error that names what is not finite, where it is this process's."""
+    def _non_finite(
+        self, batch: BagBatch, out: Any, losses: Mapping[str, Tensor], lost: bool
+    ) -> NonFiniteError:
+        """The error that names what is not finite, where it is this process's; `lost`: a loss or the penalty is
+        not, in some process."""
         own = {} if out is None else {**out.logits, **losses, **out.penalties}
-        elsewhere = all(bool(torch.isfinite(value.detach()).all()) for value in own.values())
-        if out is None or (elsewhere and not self.fabric.is_global_zero):
+        finite = all(bool(torch.isfinite(value.detach()).all()) for value in own.values())
+        if out is None or (finite and lost):
             return NonFiniteError(
                 f"step {self.step}: training stopped before the weights were touched; what is not finite came "
                 "from another process, whose message names it"
