@@ -25,6 +25,7 @@ _AT_LEAST = {
     "task_embedding": 1,
     "experts": 1,
     "private_experts": 1,
+    "chunk": 0,
 }
 _AT_LEAST_OR_NONE = ("encoder_hidden", "pool_hidden", "private_rank")
 _SWITCHES = ("symmetrize", "hcva", "graph", "private")
@@ -63,6 +64,9 @@ class UMDAConfig:
             their fields are taken as well.
         delta: margin between the means of two views (dispersion).
         gamma: margin of the standard deviation inside a bag (diversity).
+        chunk: with more instances than this in a batch, encoders and cross-view attention run on so many at a time,
+            and in training they run again in the backward pass instead of keeping their activations: less memory for a
+            third more time. 0 never.
         hcva, graph, private: switch off cross-view attention, the graph, or the private paths.
 
     Raises:
@@ -96,6 +100,7 @@ class UMDAConfig:
     metadata: tuple[MetadataSpec, ...] = ()
     delta: float = 1.0
     gamma: float = 0.5
+    chunk: int = 0
     hcva: bool = True
     graph: bool = True
     private: bool = True

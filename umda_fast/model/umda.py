@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from umda_fast.model.atsb import ATSB, cohesion_penalty
+from umda_fast.model.chunked import in_chunks
 from umda_fast.model.config import UMDAConfig
 from umda_fast.model.encoders import ViewEncoders
 from umda_fast.model.experts import ExpertGates
@@ -108,24 +109,45 @@ class UMDA(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument or view, what was expected and what came.
         """
-        x = self.encoders(views, mask)
         if mask is not None:
             _validate.views_present(mask, "mask")
-        n, count, _ = x.shape
-        zero = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        penalties = {}
-
-        if self.hcva is not None:
-            x, view_mass, entropy = self.hcva(x, mask)
-            penalties["entropy"] = concentration_penalty(entropy, mask)
-        else:
-            view_mass = torch.eye(count, dtype=zero.dtype, device=x.device).expand(n, count, count)
-            view_mass = view_mass if mask is None else view_mass * mask[..., None]
-            penalties["entropy"] = zero
-        penalties["consistency"] = self.consistency(x, mask)
-        penalties["dispersion"] = dispersion_penalty(x, mask, self.config.delta)
+        x, view_mass, entropy = in_chunks(self.cross_views, views, mask, self.config.chunk)
+        zero = x.new_zeros((), dtype=view_mass.dtype)
+        penalties = {
+            "entropy": zero if entropy is None else concentration_penalty(entropy, mask),
+            "consistency": self.consistency(x, mask),
+            "dispersion": dispersion_penalty(x, mask, self.config.delta),
+        }
         z, view_weights = self.fusion(x, mask)
+        return self.pool(z, ptr, coords, view_mass, view_weights, penalties, metadata, task_cosines)
 
+    def cross_views(
+        self, views: Mapping[str, Tensor], mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Encoders and cross-view attention, which see each instance by itself: y [N, V, D], view mass [N, V, V], and
+        its entropy [layers, N, V, H] or None without cross-view attention. Arguments as of `forward`."""
+        x: Tensor = self.encoders(views, mask)
+        if self.hcva is not None:
+            out: tuple[Tensor, Tensor, Tensor] = self.hcva(x, mask)
+            return out
+        n, count, _ = x.shape
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        view_mass = torch.eye(count, dtype=dtype, device=x.device).expand(n, count, count)
+        return x, view_mass if mask is None else view_mass * mask[..., None], None
+
+    def pool(
+        self,
+        z: Tensor,
+        ptr: Tensor,
+        coords: Tensor | None,
+        view_mass: Tensor,
+        view_weights: Tensor,
+        penalties: dict[str, Tensor],
+        metadata: Tensor | None = None,
+        task_cosines: Tensor | None = None,
+    ) -> UMDAOutput:
+        """All that follows the fusion of views, for z [N, D]; what came before is handed through."""
+        zero = z.new_zeros((), dtype=torch.promote_types(z.dtype, torch.float32))
         graph = None
         penalties["smoothness"] = zero
         if self.gmip is not None:
