@@ -1,3 +1,4 @@
+import math
 import pickle
 import re
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from umda_fast.data import Bag, BagDataset, collate, concat
+from umda_fast.data.bags import all_finite
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec
 
@@ -365,3 +367,15 @@ class TestFromArrays:
         arguments = {"views": {"a": np.ones((6, 3))}, "ptr": [0, 2, 6], "name": "set", **changes}
         with pytest.raises(DataError, match=re.escape(message)):
             BagDataset.from_arrays(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_all_finite(dtype):
+    values = torch.full((65, 33), torch.finfo(dtype).max, dtype=dtype)  # their sum is infinite
+    assert all_finite(values)
+    assert all_finite(values[:0])
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in (0, 1000, -1):
+            broken = values.clone()
+            broken.view(-1)[place] = bad
+            assert not all_finite(broken)

@@ -22,6 +22,7 @@ import math
 import os
 import zipfile
 import zlib
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from umda_fast.data._random import IntArray
+from umda_fast.data.bags import all_finite
 from umda_fast.data.labels import FloatArray
 from umda_fast.errors import DataError
 
@@ -117,16 +119,14 @@ def read_bag(file: BagFile) -> tuple[Tensor, FloatArray | None]:
     coords = None if stored is None else _checked_coords(file, stored)
     if file.width is None:
         features = features.reshape(0, 0)
-    if not torch.isfinite(features.sum(dtype=torch.float64)):
-        # Only now the exact check: finite values may have a sum that is not.
+    if not all_finite(features):
         rows = (~torch.isfinite(features)).any(dim=1).nonzero().flatten()
-        if len(rows):
-            row = int(rows[0])
-            column = int((~torch.isfinite(features[row])).nonzero()[0])
-            raise DataError(
-                f"{file.path}: features: expected finite numbers, got {float(features[row, column])} at row {row}, "
-                f"column {column} ({len(rows)} such rows)"
-            )
+        row = int(rows[0])
+        column = int((~torch.isfinite(features[row])).nonzero()[0])
+        raise DataError(
+            f"{file.path}: features: expected finite numbers, got {float(features[row, column])} at row {row}, "
+            f"column {column} ({len(rows)} such rows)"
+        )
     return features, coords
 
 
@@ -434,10 +434,15 @@ def _chunk_places(dataset: Any) -> tuple[IntArray, IntArray] | None:
         or dataset.file.id.get_create_plist().get_userblock()
     ):
         return None
-    places: list[Any] = []
-    dataset.id.chunk_iter(places.append)
-    first = np.array([place.chunk_offset[0] for place in places], dtype=np.int64)
-    offsets = np.array([place.byte_offset for place in places], dtype=np.int64)
+    # Numbers only: as many objects as chunks, kept, would have the garbage collector look at everything there is.
+    rows, bytes_ = array("q"), array("q")
+
+    def note(place: Any) -> None:
+        rows.append(place.chunk_offset[0])
+        bytes_.append(place.byte_offset)
+
+    dataset.id.chunk_iter(note)
+    first, offsets = np.frombuffer(rows, np.int64), np.frombuffer(bytes_, np.int64)
     order = np.argsort(first, kind="stable")
     first, offsets = first[order], offsets[order]
     whole = np.arange(0, len(dataset), dataset.chunks[0])  # a chunk never written has no place

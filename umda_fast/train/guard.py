@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from umda_fast.data import BagBatch
+from umda_fast.data.bags import all_finite
 from umda_fast.errors import DataError
 
 __all__ = ["NonFiniteError", "check_batch", "explain_non_finite"]
@@ -23,17 +24,13 @@ def check_batch(batch: BagBatch) -> None:
     """Raise `DataError` naming the bag, the view (or label) and the row of the first NaN or infinity in
     `batch`.
 
-    Meant for a batch still in host memory, where it costs no synchronisation with a device. One sum per
-    tensor decides the common case (a finite sum means finite values, short of overflow, which the exact check
-    then clears).
+    Meant for a batch still in host memory, where it costs no synchronisation with a device.
     """
     for view, features in batch.views.items():
-        if torch.isfinite(features.sum(dtype=torch.float64)):
+        if all_finite(features):
             continue
         bad = ~torch.isfinite(features).flatten(1).all(dim=1)
         rows = bad.nonzero().flatten()
-        if rows.numel() == 0:
-            continue
         row = int(rows[0])
         bag = int(torch.searchsorted(batch.ptr.cpu(), torch.tensor(row), right=True)) - 1
         first = row - int(batch.ptr[bag])
