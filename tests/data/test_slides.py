@@ -549,3 +549,17 @@ class TestReading:
     def test_pickled(self, trident):
         whole = pickle.loads(pickle.dumps(load(trident)))
         assert whole[4].views["uni_v1"].shape == (10, 4)
+
+
+def test_columns_of_the_table_may_be_metadata(clam):
+    splits = load_source(clam, metadata=["age"])
+    assert [task.name for task in splits.train.tasks] == ["label"]
+    known = splits.whole.metadata
+    assert known.names == ("age",)
+    order = [splits.whole.names.index(name) for name in NAMES]
+    expected = [math.nan if index == 7 else 40.5 + index for index in range(12)]
+    np.testing.assert_array_equal(known.values[order, 0], expected)
+    with pytest.raises(DataError, match=r"labels\.csv: column 'label': expected numbers, got 'tumor_tissue' for 's00'"):
+        load_source(clam, metadata="label")
+    with pytest.raises(DataError, match=r"labels\.csv: metadata: expected columns among .*, got 'weight'"):
+        load_source(clam, metadata=["weight"])

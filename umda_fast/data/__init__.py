@@ -1,6 +1,6 @@
 """Bags and where they come from: datasets, batches, samplers, file formats, splits."""
 
-from umda_fast.data.bags import Bag, BagBatch, BagDataset, BagStore, collate, concat
+from umda_fast.data.bags import Bag, BagBatch, BagDataset, BagStore, Metadata, collate, concat
 from umda_fast.data.inspection import SourceReport, inspect_source, inspect_splits
 from umda_fast.data.sampler import BagLoader, InstanceBudgetSampler, make_loader
 from umda_fast.data.source import FORMATS, SourceFormat, find_format, load_folds, load_source
@@ -16,6 +16,7 @@ __all__ = [
     "BagStore",
     "Fold",
     "InstanceBudgetSampler",
+    "Metadata",
     "SourceFormat",
     "SourceReport",
     "Splits",

@@ -7,6 +7,7 @@ on disk.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 from umda_fast.data._random import IntArray
 from umda_fast.data.labels import ArrayInput, FloatArray, KindOverrides, as_numpy, label_columns
 from umda_fast.errors import DataError
-from umda_fast.model.specs import TaskSpec, ViewSpec, check_distinct
+from umda_fast.model.specs import MetadataSpec, TaskSpec, ViewSpec, check_distinct
 from umda_fast.ops import check_batch, share_checks
 
 
@@ -41,6 +42,7 @@ class Bag:
         labels: task name -> label; a missing label is absent. Binary: 0 or 1, float32 [];
             multiclass: int64 []; multilabel: 0 or 1, float32 [C]; regression: float32 [] in original units.
         coords: [n, 2], or None.
+        metadata: float32 [M], the dataset's metadata of this bag, NaN where missing; a dataset fills it in.
 
     Raises:
         DataError: naming the bag and the view, when sizes disagree or an instance has no view.
@@ -51,6 +53,7 @@ class Bag:
     mask: Tensor | None = None
     labels: dict[str, Tensor] = field(default_factory=dict)
     coords: Tensor | None = None
+    metadata: Tensor | None = None
 
     def __post_init__(self) -> None:
         where = f"bag {self.name!r}"
@@ -164,6 +167,7 @@ class BagBatch:
         label_mask: task name -> bool [B], whether the label is there.
         names: the bags' names.
         coords: [N, 2], or None.
+        metadata: float32 [B, M], NaN where missing, or None.
     """
 
     views: dict[str, Tensor]
@@ -173,6 +177,7 @@ class BagBatch:
     label_mask: dict[str, Tensor]
     names: list[str]
     coords: Tensor | None = None
+    metadata: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of bags."""
@@ -184,7 +189,8 @@ class BagBatch:
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments for the model's forward."""
-        return {"views": self.views, "ptr": self.ptr, "mask": self.mask, "coords": self.coords}
+        inputs = {"views": self.views, "ptr": self.ptr, "mask": self.mask, "coords": self.coords}
+        return inputs if self.metadata is None else {**inputs, "metadata": self.metadata}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> BagBatch:
         """The batch on another device; tensors already there are shared."""
@@ -209,6 +215,7 @@ class BagBatch:
             label_mask={name: move(present) for name, present in self.label_mask.items()},
             names=self.names,
             coords=None if self.coords is None else move(self.coords),
+            metadata=None if self.metadata is None else move(self.metadata),
         )
 
 
@@ -238,6 +245,7 @@ def _pack(bags: Sequence[Bag], views: Sequence[ViewSpec], tasks: Sequence[TaskSp
         label_mask=label_mask,
         names=[bag.name for bag in bags],
         coords=_collate_coords(bags),
+        metadata=_collate_metadata(bags),
     )
 
 
@@ -292,6 +300,45 @@ def _collate_coords(bags: Sequence[Bag]) -> Tensor | None:
     if without:
         raise DataError(f"bag {without[0]!r}: coords: expected [n, 2] as other bags have, got none")
     return torch.cat([bag.coords for bag in bags if bag.coords is not None])
+
+
+def _collate_metadata(bags: Sequence[Bag]) -> Tensor | None:
+    given = [bag.metadata for bag in bags if bag.metadata is not None]
+    if given and (len(given) < len(bags) or len({len(values) for values in given}) > 1):
+        raise DataError(f"bag {bags[0].name!r}: metadata: expected as many numbers in every bag of a batch")
+    return torch.stack(given) if given else None
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Numbers known of bags beside their instances.
+
+    Attributes:
+        names: of the M numbers, distinct.
+        values: float64 [B, M], NaN where missing.
+    """
+
+    names: tuple[str, ...]
+    values: FloatArray
+
+    def take(self, rows: IntArray) -> Metadata:
+        """Those of the bags at `rows`."""
+        return Metadata(self.names, self.values[rows])
+
+    def select(self, names: Sequence[str]) -> Metadata:
+        """Those of `names`, missing everywhere where there is no such number."""
+        columns = {name: self.values[:, column] for column, name in enumerate(self.names)}
+        missing = np.full(len(self.values), np.nan)
+        return Metadata(tuple(names), np.stack([columns.get(name, missing) for name in names], axis=1))
+
+    def specs(self) -> tuple[MetadataSpec, ...]:
+        """Names, and mean and deviation of the known values (1 where that is 0 or nothing is known)."""
+        specs = []
+        for name, column in zip(self.names, self.values.T, strict=True):
+            known = column[~np.isnan(column)]
+            mean, std = (float(known.mean()), float(known.std())) if len(known) else (0.0, 1.0)
+            specs.append(MetadataSpec(name, mean, std if std > 0 else 1.0))
+        return tuple(specs)
 
 
 @dataclass(frozen=True)
@@ -435,6 +482,7 @@ class BagDataset(Dataset[Bag]):
         else:
             self._store = bags
         self._rows: IntArray = np.arange(len(self._store.names), dtype=np.int64)
+        self._metadata: Metadata | None = None
         _check_distinct_names(name, self._store.names)
 
     @classmethod
@@ -446,6 +494,7 @@ class BagDataset(Dataset[Bag]):
         *,
         mask: ArrayInput | None = None,
         coords: ArrayInput | None = None,
+        metadata: Mapping[str, ArrayInput] | None = None,
         kinds: KindOverrides | None = None,
         names: Sequence[str] | None = None,
         name: str = "arrays",
@@ -459,6 +508,7 @@ class BagDataset(Dataset[Bag]):
             labels: task name -> [B], or [B, C] for a multilabel task. NaN or a blank string: missing.
             mask: bool [N, V], which views an instance has, columns in the order of `views`; None: all.
             coords: [N, 2].
+            metadata: name -> numbers [B] known of the bags beside their instances, NaN where missing.
             kinds: task name -> kind, or fields of a TaskSpec, or a TaskSpec; or a sequence of TaskSpec, such
                 as another dataset's `tasks`, which also fixes classes and standardisation. Kinds not given
                 are inferred: two distinct values make a binary task, few integers or strings a multiclass
@@ -492,7 +542,8 @@ class BagDataset(Dataset[Bag]):
             columns,
         )
         specs = [ViewSpec(view, array.shape[1]) for view, array in features.items()]
-        return cls(store, specs, tasks, name)
+        dataset = cls(store, specs, tasks, name)
+        return dataset.with_metadata(_metadata_columns(name, metadata, bags)) if metadata else dataset
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -500,6 +551,9 @@ class BagDataset(Dataset[Bag]):
     def __getitem__(self, index: int) -> Bag:
         bag = self._store.load(int(self._rows[index]))
         bag.check(self.views, self.tasks)
+        if self._metadata is not None:
+            bag = copy.copy(bag)  # a store in memory hands out its own
+            bag.metadata = torch.from_numpy(self._metadata.values[self._rows[index]]).float()
         return bag
 
     @property
@@ -527,6 +581,27 @@ class BagDataset(Dataset[Bag]):
     def skipped(self) -> tuple[str, ...]:
         """What of the source could not be used and was left out, one line each with its file in it."""
         return tuple(getattr(self._store, "skipped", ()))
+
+    @property
+    def metadata(self) -> Metadata | None:
+        """Numbers known of the bags beside their instances, if there are any."""
+        return None if self._metadata is None else self._metadata.take(self._rows)
+
+    def with_metadata(self, metadata: Metadata | None) -> BagDataset:
+        """The same bags with other metadata, in the order of this dataset; None for none.
+
+        Raises:
+            ValueError: for another number of bags.
+        """
+        other = self._copy()
+        other._metadata = None
+        if metadata is not None:
+            if len(metadata.values) != len(self):
+                raise ValueError(f"metadata: expected {len(self)} rows, one per bag, got {len(metadata.values)}")
+            values = np.full((len(self._store.names), len(metadata.names)), np.nan)
+            values[self._rows] = metadata.values
+            other._metadata = Metadata(metadata.names, values)
+        return other
 
     def subset(self, indices: Iterable[int] | IntArray, name: str | None = None) -> BagDataset:
         """The bags at `indices`, in that order, reading from the same store."""
@@ -600,7 +675,11 @@ def concat(parts: Sequence[BagDataset], name: str) -> BagDataset:
             raise ValueError(
                 f"parts: expected the views and tasks of {parts[0].name!r}, {part.name!r} differs"
             )
-    return BagDataset(_ConcatStore(parts), parts[0].views, parts[0].tasks, name)
+    whole = BagDataset(_ConcatStore(parts), parts[0].views, parts[0].tasks, name)
+    known = [part.metadata for part in parts if part.metadata is not None]
+    if len(known) < len(parts) or len({metadata.names for metadata in known}) > 1:
+        return whole
+    return whole.with_metadata(Metadata(known[0].names, np.concatenate([metadata.values for metadata in known])))
 
 
 def _features(where: str, value: ArrayInput, dtype: torch.dtype) -> Tensor:
@@ -681,6 +760,21 @@ def _coords_array(where: str, coords: ArrayInput, rows: int) -> Tensor:
     if array.shape != (rows, 2) or array.dtype.kind not in "fiu":
         raise DataError(f"{where}: expected numbers [{rows}, 2], got {array.dtype} {list(array.shape)}")
     return torch.from_numpy(array.astype(np.float32))
+
+
+def _metadata_columns(where: str, metadata: Mapping[str, ArrayInput], bags: int) -> Metadata:
+    columns = []
+    for name, value in metadata.items():
+        array = as_numpy(f"{where}: metadata {name!r}", value)
+        if array.shape != (bags,) or array.dtype.kind not in "fiub":
+            raise DataError(
+                f"{where}: metadata {name!r}: expected numbers [{bags}], one per bag, got {array.dtype} "
+                f"{list(array.shape)}"
+            )
+        columns.append(array.astype(np.float64))
+        if np.isinf(columns[-1]).any():
+            raise DataError(f"{where}: metadata {name!r}: expected finite numbers, or NaN where missing, got inf")
+    return Metadata(tuple(metadata), np.stack(columns, axis=1))
 
 
 def _check_distinct_names(where: str, names: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from umda_fast.data._random import IntArray
+from umda_fast.data.bags import Metadata
 from umda_fast.data.labels import MAX_CLASSES, ArrayInput, FloatArray, KindOverride, KindOverrides, label_columns
 from umda_fast.data.readers import SUFFIXES, Report
 from umda_fast.data.splits import SPLITS
@@ -45,12 +46,14 @@ class LabelTable:
         path: of the file.
         names: of the rows, as written.
         columns: column -> texts, blank where missing; those that may be tasks.
+        metadata: column -> texts, blank where missing; numbers known of the bags.
         patients, splits, pixel_sizes: texts, or None where there is no such column.
     """
 
     path: Path
     names: list[str]
     columns: dict[str, list[str]]
+    metadata: dict[str, list[str]]
     patients: list[str] | None
     splits: list[str] | None
     pixel_sizes: list[str] | None
@@ -87,19 +90,22 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     return header, [row for _, row in lines[1:]]
 
 
-def read_labels(path: Path, *, tasks: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> LabelTable:
+def read_labels(
+    path: Path, *, tasks: Sequence[str] | None = None, ignore: Sequence[str] = (), metadata: Sequence[str] = ()
+) -> LabelTable:
     """Read a table of labels.
 
     Args:
         path: .csv or .tsv.
         tasks: the columns that are tasks; None: all that mean nothing else.
         ignore: columns to leave out.
+        metadata: columns of numbers that are known of the bags, not to be predicted.
 
     Raises:
         DataError: naming the file and the column.
     """
     header, rows = read_rows(path)
-    for argument, wanted in (("tasks", tasks or ()), ("ignore", ignore)):
+    for argument, wanted in (("tasks", tasks or ()), ("ignore", ignore), ("metadata", metadata)):
         unknown = [name for name in wanted if name not in header]
         if unknown:
             raise DataError(f"{path}: {argument}: expected columns among {', '.join(header)}, got {unknown[0]!r}")
@@ -108,7 +114,7 @@ def read_labels(path: Path, *, tasks: Sequence[str] | None = None, ignore: Seque
         for index, name in enumerate(header)
     }
     plain = {name: re.sub(r"[\s_-]", "", name.lower()) for name in header}
-    claimed = set(tasks or ())
+    claimed = {*(tasks or ()), *metadata}
 
     def find(meanings: Sequence[str]) -> str | None:
         for meaning in meanings:
@@ -130,6 +136,7 @@ def read_labels(path: Path, *, tasks: Sequence[str] | None = None, ignore: Seque
         path=path,
         names=names,
         columns={name: texts[name] for name in (left if tasks is None else tasks)},
+        metadata={name: texts[name] for name in metadata},
         patients=texts[patient] if patient else None,
         splits=texts[split] if split else None,
         pixel_sizes=texts[pixel_size] if pixel_size else None,
@@ -202,6 +209,27 @@ def match_names(table: LabelTable, bags: Bags, report: Report) -> list[int | Non
         have = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         report(f"{table.path}: labels for missing slides: {_some(missing)}; there are {len(names)} slides: {have}")
     return rows
+
+
+def read_metadata(table: LabelTable, rows: Sequence[int | None]) -> Metadata | None:
+    """The metadata of the bags whose rows are given, NaN where missing; None without such columns.
+
+    Raises:
+        DataError: naming the table, the column and the bag.
+    """
+    if not table.metadata:
+        return None
+    values = np.full((len(rows), len(table.metadata)), np.nan)
+    for column, (name, texts) in enumerate(table.metadata.items()):
+        for bag, row in enumerate(rows):
+            if row is not None and texts[row]:
+                try:
+                    values[bag, column] = float(texts[row])
+                except ValueError:
+                    raise DataError(
+                        f"{table.path}: column {name!r}: expected numbers, got {texts[row]!r} for {table.names[row]!r}"
+                    ) from None
+    return Metadata(tuple(table.metadata), values)
 
 
 def read_tasks(

@@ -9,6 +9,7 @@ Y [B, T]          with `tasks` [T]: one task per column; without: one multilabel
 mask [N, V]       which views an instance has, columns X first, then the others in the file's order
 coords [N, 2]     positions
 names [B]         names of the bags
+metadata [B, M]   numbers known of the bags, NaN where missing; with `metadata_names` [M], else they are counted
 groups [B]        bags of one group (one patient) stay on one side of every split
 split [B]         train, val or test
 """
@@ -30,7 +31,9 @@ from umda_fast.data.labels import ClassWeights, KindOverrides, fixed_tasks
 from umda_fast.data.splits import SPLITS, Splits, held_out, k_fold, split_bags
 from umda_fast.errors import DataError
 
-_RESERVED = ("ptr", "y", "Y", "tasks", "mask", "coords", "names", "groups", "split")
+_RESERVED = (
+    *("ptr", "y", "Y", "tasks", "mask", "coords", "names", "metadata", "metadata_names", "groups", "split"),
+)
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -135,6 +138,20 @@ def _strings(path: str, key: str, array: npt.NDArray[Any], expected: int, what: 
     return [item.decode() if isinstance(item, bytes) else str(item).strip() for item in array.tolist()]
 
 
+def _metadata(path: str, arrays: Arrays) -> Arrays:
+    if "metadata" not in arrays:
+        if "metadata_names" in arrays:
+            raise DataError(f"{path}: metadata_names: expected beside metadata [B, M], whose columns it names")
+        return {}
+    matrix = arrays["metadata"]
+    if matrix.ndim != 2:
+        raise DataError(f"{path}: metadata: expected [B, M], got {list(matrix.shape)}")
+    names = [f"metadata {column}" for column in range(matrix.shape[1])]
+    if "metadata_names" in arrays:
+        names = _strings(path, "metadata_names", arrays["metadata_names"], matrix.shape[1], "column of metadata")
+    return {name: matrix[:, column] for column, name in enumerate(names)}
+
+
 def open_npz(path: str, kinds: KindOverrides | None = None, ignore: Sequence[str] = ()) -> _File:
     arrays = read_npz(path)
     unknown = [name for name in ignore if name not in arrays]
@@ -164,6 +181,7 @@ def open_npz(path: str, kinds: KindOverrides | None = None, ignore: Sequence[str
         labels,
         mask=arrays.get("mask"),
         coords=arrays.get("coords"),
+        metadata=_metadata(path, arrays),
         kinds=kinds,
         names=strings("names"),
         name=path,

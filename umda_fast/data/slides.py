@@ -35,6 +35,7 @@ from umda_fast.data.labels_table import (
     match_names,
     plain_name,
     read_labels,
+    read_metadata,
     read_split,
     read_tasks,
     split_files,
@@ -583,6 +584,7 @@ def open_slides(
     labels: str | None = None,
     tasks: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
+    metadata: Sequence[str] = (),
     splits: str | None = None,
     views: Sequence[str] | None = None,
     mpp: float | None = None,
@@ -598,7 +600,9 @@ def open_slides(
     if not where.is_dir():
         raise DataError(f"{path}: expected a directory of bags, got {'a file' if where.exists() else 'nothing there'}")
     skipped = Skipped(skip_bad)
-    table, beside = _table(where, labels, _list("tasks", tasks), _list("ignore", ignore) or [])
+    table, beside = _table(
+        where, labels, _list("tasks", tasks), _list("ignore", ignore) or [], _list("metadata", metadata) or []
+    )
     chosen = _list("views", views)
     index: FileIndex | PackIndex
     if is_pack(where):
@@ -680,22 +684,24 @@ def _label(opened: OpenedSlides, kinds: KindOverrides | None, class_weights: Cla
         specs, columns = label_columns({}, len(rows), kinds, where=opened.path)
         notes.append("no table of labels (labels.csv)")
     dataset = BagDataset(SlideStore(index, specs, columns, opened.skipped.lines), index.views, specs, opened.path)
+    if table is not None:
+        dataset = dataset.with_metadata(read_metadata(table, rows))
     return _Source(opened, dataset, groups, notes, kinds, class_weights)
 
 
 def _table(
-    path: Path, labels: str | None, tasks: Sequence[str] | None, ignore: Sequence[str]
+    path: Path, labels: str | None, tasks: Sequence[str] | None, ignore: Sequence[str], metadata: Sequence[str]
 ) -> tuple[LabelTable | None, bool]:
     """The table of labels, and whether it was found beside the directory and not in it."""
     if labels is not None:
-        return read_labels(Path(labels), tasks=tasks, ignore=ignore), False
+        return read_labels(Path(labels), tasks=tasks, ignore=ignore, metadata=metadata), False
     found = find_labels(path)
     if len(found) > 1:
         raise DataError(f"{found[0]}: expected one table of labels, got {found[1].name} too")
     if not found:
         return None, False
     beside = found[0].parent != path
-    return read_labels(found[0], tasks=tasks, ignore=ignore), beside
+    return read_labels(found[0], tasks=tasks, ignore=ignore, metadata=metadata), beside
 
 
 def _pixel_sizes(table: LabelTable | None, mpp: float | None) -> dict[str, float] | float | None:
@@ -750,6 +756,7 @@ def load_slides_source(
     labels: str | None = None,
     tasks: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
+    metadata: Sequence[str] = (),
     splits: str | None = None,
     fold: int = 0,
     val_share: float = 0.15,
@@ -772,6 +779,7 @@ def load_slides_source(
         kinds: as in `BagDataset.from_arrays`.
         labels: the table, .csv or .tsv; None looks for labels.csv or labels.tsv in the directory, then beside it.
         tasks, ignore: columns of the table that are tasks, or that are not.
+        metadata: columns of numbers that are known of a bag (an age, a magnification) and condition the model.
         splits: a directory with CLAM's splits_0.csv, ..., or one such file; None looks for `splits_0.csv` in the
             directory, in its `splits`, then in `splits` beside it.
         fold: which of the split files.
@@ -791,6 +799,7 @@ def load_slides_source(
         labels=labels,
         tasks=tasks,
         ignore=ignore,
+        metadata=metadata,
         splits=splits,
         views=views,
         mpp=mpp,
@@ -825,6 +834,7 @@ def fold_slides_source(
     labels: str | None = None,
     tasks: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
+    metadata: Sequence[str] = (),
     splits: str | None = None,
     val_share: float = 0.15,
     class_weights: ClassWeights = None,
@@ -843,6 +853,7 @@ def fold_slides_source(
         labels=labels,
         tasks=tasks,
         ignore=ignore,
+        metadata=metadata,
         splits=splits,
         views=views,
         mpp=mpp,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from umda_fast.model.config import UMDAConfig
 from umda_fast.model.output import UMDAOutput
-from umda_fast.model.specs import TaskSpec, ViewSpec, check_distinct
+from umda_fast.model.specs import MetadataSpec, TaskSpec, ViewSpec, check_distinct
 from umda_fast.model.umda import UMDA
 
 __all__ = ["Readout", "ReadoutConfig"]
@@ -37,6 +37,10 @@ class ReadoutConfig:
     @property
     def views(self) -> tuple[ViewSpec, ...]:
         return self.trunk.views
+
+    @property
+    def metadata(self) -> tuple[MetadataSpec, ...]:
+        return self.trunk.metadata
 
 
 class Readout(nn.Module):

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from umda_fast.data import Bag, BagDataset
+from umda_fast.data import Bag, BagDataset, Metadata
 from umda_fast.errors import DataError
-from umda_fast.model import TaskSpec, ViewSpec
+from umda_fast.model import MetadataSpec, TaskSpec, ViewSpec
 
 __all__ = ["adapt_dataset"]
 
 
-def adapt_dataset(dataset: BagDataset, views: Sequence[ViewSpec], tasks: Sequence[TaskSpec]) -> BagDataset:
-    """`dataset` as a model with `views` and `tasks` takes it.
+def adapt_dataset(
+    dataset: BagDataset, views: Sequence[ViewSpec], tasks: Sequence[TaskSpec], metadata: Sequence[MetadataSpec] = ()
+) -> BagDataset:
+    """`dataset` as a model with `views`, `tasks` and `metadata` takes it.
 
     A view that the data lacks is a missing view, a task that it lacks has missing labels. Views and tasks
     that the model does not know are left out. Classes are matched by their names where both sides have names.
@@ -25,7 +27,7 @@ def adapt_dataset(dataset: BagDataset, views: Sequence[ViewSpec], tasks: Sequenc
         not know.
     """
     if dataset.views == tuple(views) and dataset.tasks == tuple(tasks):
-        return dataset
+        return _with_metadata(dataset, dataset.metadata, metadata)
     widths = {view.name: view.width for view in dataset.views}
     if not any(view.name in widths for view in views):
         raise DataError(
@@ -42,7 +44,16 @@ def adapt_dataset(dataset: BagDataset, views: Sequence[ViewSpec], tasks: Sequenc
     classes = {
         task.name: _class_map(dataset.name, task, theirs[task.name]) for task in tasks if task.name in theirs
     }
-    return BagDataset(_AdaptedStore(dataset, views, tasks, classes), views, tasks, dataset.name)
+    adapted = BagDataset(_AdaptedStore(dataset, views, tasks, classes), views, tasks, dataset.name)
+    return _with_metadata(adapted, dataset.metadata, metadata)
+
+
+def _with_metadata(dataset: BagDataset, given: Metadata | None, wanted: Sequence[MetadataSpec]) -> BagDataset:
+    """`dataset` with the numbers that the model knows, missing where the data does not have them."""
+    if not wanted:
+        return dataset if dataset.metadata is None else dataset.with_metadata(None)
+    given = Metadata((), np.empty((len(dataset), 0))) if given is None else given
+    return dataset.with_metadata(given.select([spec.name for spec in wanted]))
 
 
 def _class_map(where: str, ours: TaskSpec, theirs: TaskSpec) -> list[int] | None:

@@ -72,6 +72,8 @@ class DataConfig(_Section):
     """Give every feature mean 0 and standard deviation 1 over the training instances, inside the model."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read bags ahead."""
+    instance_dropout: Decay = 0.0
+    """Share of every training bag's instances that an epoch leaves out, others in each epoch."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ ARCHITECTURES: dict[str, type] = {
     "umda": UMDAConfig,
     **{name: model.config_class for name, model in BASELINES.items()},
 }
-_FROM_DATA = ("views", "tasks")  # fields of a model's configuration that the data decides
+_FROM_DATA = ("views", "tasks", "metadata")  # fields of a model's configuration that the data decides
 
 
 def _model_adapter(architecture: str) -> TypeAdapter[Any]:

@@ -126,7 +126,8 @@ def readapt(
     if "train" not in datasets or not datasets["train"].tasks:
         raise DataError(f"{where}: expected a split 'train' with labels of at least one task")
     tasks = datasets["train"].tasks
-    parts = {name: adapt_dataset(part, run.model.config.views, tasks) for name, part in datasets.items()}
+    trunk = run.model.config
+    parts = {name: adapt_dataset(part, trunk.views, tasks, trunk.metadata) for name, part in datasets.items()}
     directory = RunDirectory(out)
     directory.begin(resume=False)
     fabric = make_fabric(settings)

@@ -133,6 +133,8 @@ def build_model(
     options = dict(config.model)
     architecture = options.pop("architecture", "umda")
     try:
+        if architecture not in BASELINES and dataset.metadata is not None:
+            options["metadata"] = dataset.metadata.specs()
         model_config = ARCHITECTURES[architecture](views=dataset.views, tasks=dataset.tasks, **options)
         if architecture in BASELINES:
             if encoders:
@@ -390,7 +392,8 @@ def model_data(
         chosen = [splits.whole]
     else:
         chosen = list(splits.values())
-    parts = [adapt_dataset(part, model.views, model.tasks) for part in chosen]
+    metadata = getattr(model, "metadata", ())
+    parts = [adapt_dataset(part, model.views, model.tasks, metadata) for part in chosen]
     fabric = make_fabric(make_config({**as_dict(run.config), "device": device}))
     return (parts[0] if len(parts) == 1 else concat(parts, where)), fabric
 
