@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.app import BackendName, Device, Format, Quiet, RunDir, app
+from umda_fast.cli.app import BackendName, Device, Format, Quiet, RunDir, SkipBad, app
 
 __all__: list[str] = []
 
@@ -31,6 +31,7 @@ def explain(
     format: Format = None,
     device: Device = None,
     backend: BackendName = None,
+    skip_bad: SkipBad = False,
     quiet: Quiet = False,
 ) -> None:
     """Write attention heatmaps, GeoJSON for QuPath and the instances with the most attention."""
@@ -51,6 +52,7 @@ def explain(
         format=format,
         device=device or "auto",
         backend=backend or "auto",
+        skip_bad=skip_bad,
         progress=not quiet,
     )
     console = make_console()

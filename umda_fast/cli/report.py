@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.app import BackendName, Device, Format, Quiet, RunDir, app
+from umda_fast.cli.app import BackendName, Device, Format, Quiet, RunDir, SkipBad, app
 
 __all__: list[str] = []
 
@@ -27,6 +27,7 @@ def report(
     format: Format = None,
     device: Device = None,
     backend: BackendName = None,
+    skip_bad: SkipBad = False,
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML file on a run: scores with confidence intervals, errors, calibration, curves, attention."""
@@ -44,6 +45,7 @@ def report(
         format=format,
         device=device or "auto",
         backend=backend or "auto",
+        skip_bad=skip_bad,
         progress=not quiet,
     )
     make_console().print(f"report: {path}", soft_wrap=True)

@@ -286,6 +286,7 @@ def explain(
     format: str | None = None,
     device: str = "auto",
     backend: str = "auto",
+    skip_bad: bool = False,
     progress: bool = True,
 ) -> Explanation:
     """Write what the model looked at in every bag of `source` (or `datasets`; the run's own data without either).
@@ -296,6 +297,7 @@ def explain(
     Args:
         split: only this part of the data. bags: only these bags.
         pixel_size: micrometres per pixel at level 0, for GeoJSON where the data does not say.
+        skip_bad: leave out what is bad in the source and list it on standard error.
 
     Returns:
         What was written.
@@ -305,7 +307,9 @@ def explain(
     """
     if top < 1:
         raise ValueError(f"top: expected at least 1, got {top}")
-    dataset, fabric = model_data(run, source=source, datasets=datasets, split=split, format=format, device=device)
+    dataset, fabric = model_data(
+        run, source=source, datasets=datasets, split=split, format=format, device=device, skip_bad=skip_bad
+    )
     tasks = [task.name for task in run.model.config.tasks]
     views = [view.name for view in run.model.config.views]
     place = Path(out)

@@ -61,6 +61,7 @@ def write_report(
     format: str | None = None,
     device: str = "auto",
     backend: str = "auto",
+    skip_bad: bool = False,
     progress: bool = True,
 ) -> Path:
     """Write an HTML file on a run and its model's predictions for a split of `source` (or of `datasets`; the run's own
@@ -71,6 +72,7 @@ def write_report(
         split: what is measured. Temperatures are fitted on the split `val`, if there is one and it is another.
         maps: so many bags with coordinates are drawn, those with the most instances.
         samples: draws of bags for the confidence intervals.
+        skip_bad: leave out what is bad in the source and list it on standard error.
 
     Returns:
         The file.
@@ -82,7 +84,9 @@ def write_report(
     path = run.directory / "report.html" if out is None else Path(out)
 
     def data(part: str) -> tuple[BagDataset, Any]:
-        return model_data(run, source=source, datasets=datasets, split=part, format=format, device=device)
+        return model_data(
+            run, source=source, datasets=datasets, split=part, format=format, device=device, skip_bad=skip_bad
+        )
 
     def measure(part: BagDataset, fabric: Any) -> Predictions:
         model = fabric.to_device(run.model)
