@@ -1,15 +1,21 @@
 """Bags too large for all activations at once: chunks give what the whole gives, in less memory."""
 
 import copy
+import csv
 
 import pytest
 import torch
 
 from tests.model.conftest import make_batch, make_config, total_loss
+from tests.train.small import DATA, small_config, small_data
 from umda_fast import UMDA, TaskSpec, UMDAConfig, ViewSpec
+from umda_fast.data import Bag, BagDataset
+from umda_fast.data.thinning import drop_instances
 from umda_fast.model import penalty_loss
 from umda_fast.model.chunked import forward_chunked
 from umda_fast.parity.rule import GRADIENT_FACTOR, assert_close
+from umda_fast.train import ConfigError, evaluate, evaluation, load_run, predict, train
+from umda_fast.train.rundir import read_metrics
 
 SIZES = (40, 0, 1, 75, 23)
 
@@ -144,3 +150,97 @@ class TestCheckpointing:
         out = model(**batch.inputs())
         penalty_loss(out.penalties, dict.fromkeys(out.penalties, 1.0)).backward()
         assert all(p.grad is not None and bool(p.grad.any()) for p in model.encoders.parameters())
+
+
+class TestInstanceDropout:
+    @pytest.fixture
+    def data(self):
+        generator = torch.Generator().manual_seed(0)
+        return BagDataset(
+            [
+                Bag(f"b{size}", {"x": torch.randn(size, 3, generator=generator)}, coords=torch.randn(size, 2))
+                for size in (1, 2, 10, 100)
+            ],
+            [ViewSpec("x", 3)],
+            [],
+        )
+
+    def test_a_share_of_every_bag_in_order(self, data):
+        batch = data.collate([data[index] for index in range(4)])
+        thin = drop_instances(batch, 0.3)
+        assert thin.ptr.diff().tolist() == [1, 1, 7, 70]
+        assert thin.names == batch.names
+        rows = [(batch.views["x"] == row).all(1).nonzero().item() for row in thin.views["x"]]
+        assert rows == sorted(rows)
+        torch.testing.assert_close(thin.coords, batch.coords[rows])
+        assert len(thin.mask) == 79
+        assert drop_instances(batch, 0.0) is batch
+
+    def test_depends_on_seed_epoch_and_bag_only(self, data):
+        whole = data.collate([data[index] for index in range(4)])
+        alone = data.collate([data[3]])
+
+        def last(batch, **key):
+            return drop_instances(batch, 0.5, **key).views["x"][-50:]
+
+        torch.testing.assert_close(last(whole, seed=1, epoch=2), last(alone, seed=1, epoch=2), rtol=0, atol=0)
+        assert not torch.equal(last(alone, seed=1, epoch=2), last(alone, seed=1, epoch=3))
+        assert not torch.equal(last(alone, seed=1, epoch=2), last(alone, seed=2, epoch=2))
+
+    def test_every_instance_is_seen_sooner_or_later(self, data):
+        batch = data.collate([data[2]])
+        seen = torch.cat([drop_instances(batch, 0.8, epoch=epoch).views["x"] for epoch in range(40)])
+        assert len(seen.unique(dim=0)) == 10
+
+    def test_empty_bags_stay(self):
+        bags = [Bag("none", {"x": torch.zeros(0, 3)}), Bag("two", {"x": torch.ones(2, 3)})]
+        data = BagDataset(bags, [ViewSpec("x", 3)], [])
+        assert drop_instances(data.collate(bags), 0.5).ptr.tolist() == [0, 0, 1]
+
+    @pytest.mark.parametrize("share", [-0.1, 1.0])
+    def test_what_is_wrong_is_named(self, data, share):
+        with pytest.raises(ValueError, match="share: expected at least 0 and below 1"):
+            drop_instances(data.collate([data[0]]), share)
+
+
+class TestRuns:
+    def test_training_with_all_of_it_and_inference_in_chunks(self, tmp_path, monkeypatch):
+        config = small_config(
+            precision="bf16-mixed",
+            data={"options": DATA, "budget": 96, "instance_dropout": 0.5},
+            model={"width": 16, "heads": 2, "layers": 1, "chunk": 20},
+        )
+        datasets = small_data()
+        result = train(config, tmp_path / "run", datasets=datasets, progress=False, plots=False)
+        trained = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "epoch"]
+        assert len(trained) == 2
+        run = load_run(tmp_path / "run")
+        assert run.config.data.instance_dropout == 0.5
+
+        def predictions():
+            predict(run, datasets=datasets, split="test", out=tmp_path / "p.csv", progress=False)
+            with open(tmp_path / "p.csv", encoding="utf-8") as stream:
+                return list(csv.DictReader(stream))
+
+        whole = predictions()
+        asked = []
+
+        def chunked(model, views, *args, **options):
+            asked.append(len(next(iter(views.values()))))
+            return forward_chunked(model, views, *args, **options, chunk=7)
+
+        monkeypatch.setattr(evaluation, "LARGE", 10)
+        monkeypatch.setattr(evaluation, "forward_chunked", chunked)
+        pieces = predictions()
+        assert sum(asked) == int(datasets["test"].sizes.sum())
+        for one, other in zip(whole, pieces, strict=True):
+            for name, value in one.items():
+                if "probability" in name:  # both were computed in bfloat16
+                    assert float(other[name]) == pytest.approx(float(value), abs=2 * torch.finfo(torch.bfloat16).eps)
+        again = evaluate(run, datasets=datasets, progress=False)
+        assert again.mean_score == pytest.approx(result.metrics["mean_score"], abs=0.05)
+        assert len(asked) > 1
+
+    def test_a_share_of_one_is_refused(self):
+        with pytest.raises(ConfigError, match=r"data\.instance_dropout"):
+            small_config(data={"instance_dropout": 1.0})

@@ -12,7 +12,7 @@ from umda_fast.data import BagDataset
 from umda_fast.model import TaskSpec
 from umda_fast.train.calibration import Calibration, fit_calibration
 from umda_fast.train.config import DataConfig
-from umda_fast.train.evaluation import batches_in_order, to_device
+from umda_fast.train.evaluation import batches_in_order, infer
 from umda_fast.train.guard import check_batch
 from umda_fast.train.progress import ProgressReport
 
@@ -64,8 +64,7 @@ def collect(
     with ProgressReport(title, device=fabric.device, enabled=progress) as report:
         for host in batches_in_order(dataset, data):
             check_batch(host)
-            with fabric.autocast():
-                logits = model(**to_device(host, fabric).inputs()).logits
+            logits = infer(model, host, fabric)[1].logits
             for name in names:
                 parts[name].append((logits[name].float().cpu(), host.labels[name], host.label_mask[name]))
             done += len(host)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
-from umda_fast.model import TaskSpec, task_losses
+from umda_fast.model import UMDA, TaskSpec, task_losses
+from umda_fast.model.chunked import forward_chunked
 from umda_fast.sgl.distributed import Processes
 from umda_fast.train.config import DataConfig
 from umda_fast.train.guard import check_batch
@@ -22,7 +23,10 @@ from umda_fast.train.together import label_counts, penalty_counts, processes_of
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["SplitResult", "batches_in_order", "evaluate_dataset", "to_device"]
+__all__ = ["SplitResult", "batches_in_order", "evaluate_dataset", "infer", "to_device"]
+
+# Batches of more instances go through the model in chunks.
+LARGE = 32_768
 
 
 @dataclass
@@ -84,6 +88,22 @@ def to_device(host: BagBatch, fabric: Fabric) -> BagBatch:
     batch = host.to(fabric.device, non_blocking=fabric.device.type == "cuda")
     batch.views = {name: features.float() for name, features in batch.views.items()}
     return batch
+
+
+@torch.no_grad()
+def infer(model: nn.Module, host: BagBatch, fabric: Fabric) -> tuple[BagBatch, Any]:
+    """`host` on `fabric`'s device and the output of `model`, which is in evaluation mode.
+
+    More than `LARGE` instances go through a `UMDA` in chunks, their features staying as compact as they are stored;
+    not so with encoders of the user's own, which might look across instances.
+    """
+    if isinstance(model, UMDA) and host.num_instances > LARGE and not model.encoders.custom:
+        batch = host.to(fabric.device)
+        with fabric.autocast():
+            return batch, forward_chunked(model, **batch.inputs())
+    batch = to_device(host, fabric)
+    with fabric.autocast():
+        return batch, model(**batch.inputs())
 
 
 # Logits, labels and label masks of some bags, each task -> [B, ...].
@@ -196,9 +216,8 @@ def evaluate_dataset(
             if len(host) == 0:
                 continue
             check_batch(host)
-            batch = to_device(host, fabric)
+            batch, out = infer(model, host, fabric)
             with fabric.autocast():
-                out: Any = model(**batch.inputs())
                 found.add(host, batch, out)
             if processes is None:
                 metrics.update(out.logits, batch.labels, batch.label_mask)

@@ -20,7 +20,7 @@ from umda_fast.data import BagBatch, BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec, decode
 from umda_fast.train.calibration import Calibration, confidence
-from umda_fast.train.evaluation import batches_in_order, to_device
+from umda_fast.train.evaluation import batches_in_order, infer
 from umda_fast.train.files import atomic_file
 from umda_fast.train.guard import check_batch
 from umda_fast.train.metrics import THRESHOLD
@@ -118,10 +118,7 @@ def predict_batches(
     with ProgressReport(title, device=fabric.device, enabled=progress) as report:
         for host in batches_in_order(dataset, run.config.data):
             check_batch(host)
-            batch = to_device(host, fabric)
-            with fabric.autocast():
-                out = model(**batch.inputs())
-            yield batch, out
+            yield infer(model, host, fabric)
             done += len(host)
             report.update(done / max(len(dataset), 1), instances=host.num_instances)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
+from umda_fast.data.thinning import drop_instances
 from umda_fast.errors import DataError, ProcessLostError
 from umda_fast.model import UMDA, penalty_loss, task_losses
 from umda_fast.sgl import SelfGuided
@@ -244,6 +245,7 @@ class Trainer:
         for host in self.loader:
             if len(host) > 0:  # of several processes one may have nothing of a batch
                 check_batch(host)
+                host = drop_instances(host, self.config.data.instance_dropout, self.config.seed, self.epoch)
             instances = self._train_step(host, (self.epoch + self.step_in_epoch / steps) / epochs)
             self.step += 1
             self.step_in_epoch += 1
