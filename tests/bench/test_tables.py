@@ -66,8 +66,8 @@ def test_every_configuration_is_one(tmp_path: Path) -> None:
             make_config(results_sgl.configuration(section, method, 3, 0))
         for change in results_ablation.VARIANTS.values():
             make_config(tables.merged(results_ablation.COMMON, {"data": section}, change))
-    for change in results_mil.CANDIDATES.values():
-        make_config(results_mil.configuration(change))
+    for candidate in results_mil.CANDIDATES:
+        make_config(results_mil.configuration(candidate))
     for change in results_mfeat.MODELS.values():
         make_config(tables.merged(results_mfeat.COMMON, change))
 
