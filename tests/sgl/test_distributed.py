@@ -285,6 +285,47 @@ def test_rows_buckets_and_errors(together: list[dict[str, Any]]) -> None:
         assert found["restored"] == ([[4.0, 4.0], [4.0, 4.0]], None)
 
 
+def sharded_trunk() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Two steps with a trunk held in shards by FSDP2; gradients of the whole batch, and one process's."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    whole, model = Model(torch.float64), Model(torch.float64)
+    fully_shard(model.trunk, mesh=init_device_mesh("cpu", (size,)))
+    model.trunk.set_gradient_divide_factor(1.0)
+    model.trunk.set_force_sum_reduction_for_comms(True)
+    options = {"tasks": TASKS, "scope": "representation", "variance_window": 0}
+    alone = SelfGuided(whole.trunk.parameters(), task_parameters=whole.heads.parameters(), **options)
+    sgl = SelfGuided(
+        model.trunk.parameters(), task_parameters=model.heads.parameters(), process_group=dist.group.WORLD, **options
+    )
+    found: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+    for step in range(3):
+        x, present = batch(step, torch.float64)
+        for number, (net, guided, rows) in enumerate(
+            ((whole, alone, slice(None)), (model, sgl, slice(9) if rank == 0 else slice(9, None)))
+        ):
+            net.zero_grad()
+            hidden = net.trunk(x[rows])
+            hidden = hidden.view_as(hidden)
+            losses, counts = {}, {}
+            for name in TASKS:
+                keep = present[name][rows]
+                if keep.any():
+                    losses[name] = (net.heads[name](hidden) - x[rows, :2])[keep].square().mean()
+                    counts[name] = float(keep.sum())
+            guided.backward(losses, counts=counts, representation=hidden)
+            for parameter in [*net.trunk.parameters(), *net.heads.parameters()]:
+                grad = parameter.grad
+                if grad is not None:
+                    grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+                    found[number].append(grad.numpy().copy())
+    with pytest.raises(ValueError, match=r"shared_parameters: some are sharded .*scope='shared_parameters'"):
+        SelfGuided(model.trunk.parameters(), TASKS, process_group=dist.group.WORLD)
+    return found
+
+
 def memory(columns: int) -> tuple[int, int]:
     """Numbers in the running gradients of this process, and of all parameters."""
     parameter = Parameter(torch.zeros(columns))
@@ -308,6 +349,13 @@ def vanish(doomed: int, how: str) -> tuple[str, float]:
         except ProcessLostError as error:
             return str(error), time.monotonic() - began
     return "", math.nan
+
+
+def test_a_trunk_in_shards_of_fsdp2() -> None:
+    for alone, found in run_together(sharded_trunk, 2):
+        assert len(alone) == len(found)
+        for one, mine in zip(alone, found, strict=True):
+            assert np.abs(one - mine).max() <= EPS * np.abs(one).max()
 
 
 def test_running_gradients_are_shared_out() -> None:

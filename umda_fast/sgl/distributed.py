@@ -16,6 +16,7 @@ that does not answer within the timeout of the process group, is a `ProcessLostE
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,11 +29,17 @@ from torch.nn import Parameter
 from umda_fast.errors import ProcessLostError
 from umda_fast.sgl.buffers import FlatLayout, write_row
 
-__all__ = ["GradientReducer", "Processes", "ShardedRows"]
+__all__ = ["GradientReducer", "Processes", "ShardedRows", "is_sharded"]
 
 # torch 2.13 renames two collectives and warns about the old names, which are all that torch 2.11 has.
 _gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def is_sharded(parameter: Parameter) -> bool:
+    """Whether this process holds a part of the parameter only, as with FSDP2."""
+    tensor = sys.modules.get("torch.distributed.tensor")  # whoever made one has imported it
+    return tensor is not None and isinstance(parameter, tensor.DTensor)
 
 
 class Processes:
@@ -243,13 +250,21 @@ class GradientReducer:
             be complete first. A pass may leave out all lists but the last ones.
         processes: the group.
         bucket: numbers in a bucket, at most, where a parameter alone does not have more.
+        overlap: send a bucket as soon as it is complete, and not after the pass.
 
     Raises:
         ValueError: parameters on several devices.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Parameter]], processes: Processes, bucket: int = 1 << 22) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Parameter]],
+        processes: Processes,
+        bucket: int = 1 << 22,
+        overlap: bool = True,
+    ) -> None:
         self._processes = processes
+        self._overlap = overlap
         devices = {p.device for group in groups for p in group}
         if len(devices) > 1:
             raise ValueError(f"parameters: expected one device, got {sorted(map(str, devices))}")
@@ -347,7 +362,7 @@ class GradientReducer:
     def _arrived(self, parameter: Tensor) -> None:
         """The gradient of a parameter is complete; sends every bucket that is, in their order."""
         self._where[id(parameter)].missing.discard(id(parameter))
-        while self._started < len(self._active) and not self._active[self._started].missing:
+        while self._overlap and self._started < len(self._active) and not self._active[self._started].missing:
             bucket = self._active[self._started]
             bucket.work = self._processes.start_sum(bucket.buffer)
             self._started += 1

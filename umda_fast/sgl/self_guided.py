@@ -77,6 +77,12 @@ computes in full by their number, weigh one that is a mean by the share of what 
 - `task_parameters` has to name every other parameter, in every scope, in the same order everywhere.
 - The model is the bare module: `DistributedDataParallel` would sum gradients a second time, and cannot be
   asked for the gradients of single tasks.
+- Parameters that FSDP2 (`fully_shard`) holds in shards are left to it: it sums their gradients itself, in the
+  scope `representation` (or `last_shared_layer`, if that is not sharded), with `variance_window=0`. Let it add
+  and not average (`set_gradient_divide_factor(1.0)`, on gloo also
+  `set_force_sum_reduction_for_comms(True)`), give every process a loss in every step, and let the heads read, and
+  `representation` be, a view of what the trunk returns (`z = z.view_as(z)`): a pass that ends at its very output
+  makes FSDP2 gather its parameters, once for every task.
 - One wait for the device a step: which tasks are present has to be known. None if the group has a backend for the
   CPU beside that of the device (`backend="cpu:gloo,cuda:nccl"`).
 
@@ -98,7 +104,7 @@ from torch.nn import Parameter
 from umda_fast.sgl import _gradients
 from umda_fast.sgl.balancers import Balancer, StatefulBalancer
 from umda_fast.sgl.buffers import FlatLayout, accumulate, write_row
-from umda_fast.sgl.distributed import GradientReducer, Processes, ShardedRows
+from umda_fast.sgl.distributed import GradientReducer, Processes, ShardedRows, is_sharded
 from umda_fast.sgl.graph import reached_leaves
 from umda_fast.sgl.registry import as_balancer
 from umda_fast.sgl.telemetry import DirectionVariance, cosine_matrix, gram_metrics
@@ -273,6 +279,15 @@ class SelfGuided:
         if any(p.dtype == torch.float16 for p in (*self._shared, *self._task_parameters, *layer)):
             raise ValueError(f"shared_parameters: expected no float16 parameters: {_NO_FLOAT16}")
         self._scoped = layer if scope == "last_shared_layer" else self._shared
+        self._left_to_fsdp = any(map(is_sharded, self._shared))
+        if self._left_to_fsdp and (
+            scope == "shared_parameters" or variance_window or any(map(is_sharded, layer)) or process_group is None
+        ):
+            raise ValueError(
+                "shared_parameters: some are sharded (DTensor); expected a process_group, variance_window=0 and the "
+                "scope representation, or last_shared_layer with a layer that is not sharded, got "
+                f"scope={scope!r}, variance_window={variance_window}"
+            )
         processes = None if process_group is None else Processes(process_group)
         self._processes = None if processes is None or processes.size == 1 else processes
         self._calls = 0
@@ -309,7 +324,9 @@ class SelfGuided:
         self._held: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         exact = self.statistics and self.scope == "shared_parameters"
         if self._processes is not None:
-            self._reducer = GradientReducer(self._reduced_groups(), self._processes)
+            # FSDP2's own collectives run in the same pass, in an order that ours must not disturb.
+            overlap = not self._left_to_fsdp
+            self._reducer = GradientReducer(self._reduced_groups(), self._processes, overlap=overlap)
         if self.statistics and self.scope != "representation":
             scoped = FlatLayout(self._scoped)
             if self._processes is None:
@@ -340,7 +357,8 @@ class SelfGuided:
         """The parameters whose gradients are summed over the processes: shared ones, then all others."""
         known = {id(p) for p in self._shared}
         others = {id(p): p for p in (*self._scoped, *self._task_parameters) if id(p) not in known}
-        return [self._shared, list(others.values())]
+        groups = [self._shared, list(others.values())]
+        return [[p for p in group if not is_sharded(p)] for group in groups]
 
     @property
     def cosine_ema(self) -> Tensor:
@@ -649,6 +667,8 @@ class SelfGuided:
         self, rows: tuple[int, ...], losses: Sequence[Tensor | None], penalty: Tensor | None
     ) -> None:
         """Several processes: once for each task and for the penalty, that all they reach is listed."""
+        if self._left_to_fsdp:
+            return  # the graph ends in parameters of its own
         outputs = {row: loss for row, loss in zip(rows, losses, strict=True) if loss is not None}
         if penalty is not None:
             outputs[-1] = penalty
