@@ -51,7 +51,11 @@ def is_pack(source: str | os.PathLike[str]) -> bool:
 
 
 class _Mapped:
-    """One file mapped into memory; writes stay in the process."""
+    """One file, of which the rows asked for are mapped into memory; what is written to them stays in the process.
+
+    Every call maps anew and the mapping goes with its array: the process holds no more than the bags it uses, and
+    nothing is shared with workers or left open.
+    """
 
     def __init__(self, path: Path, dtype: np.dtype[Any], width: int, rows: int) -> None:
         expected = rows * width * dtype.itemsize
@@ -61,24 +65,18 @@ class _Mapped:
             raise DataError(f"{path}: expected a part of a packed directory, got: {error.strerror}") from error
         if size != expected:
             raise DataError(f"{path}: truncated or of another pack: expected {expected} bytes, got {size}")
-        self._path, self._dtype, self._width, self._bytes = path, dtype, width, expected
-        self._map: mmap.mmap | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}  # mapped again where it is needed
+        self._path, self._dtype, self._width = path, dtype, width
 
     def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         if start == stop:
             return np.empty((0, self._width), self._dtype)
-        if self._map is None:
-            with open(self._path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), self._bytes, access=mmap.ACCESS_COPY)
         row = self._width * self._dtype.itemsize
+        begin = start * row // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with open(self._path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), stop * row - begin, access=mmap.ACCESS_COPY, offset=begin)
         if hasattr(mmap, "MADV_WILLNEED"):
-            page = start * row // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, page, stop * row - page)
-        count = (stop - start) * self._width
-        flat: npt.NDArray[Any] = np.frombuffer(self._map, self._dtype, count, start * row)
+            mapped.madvise(mmap.MADV_WILLNEED)
+        flat: npt.NDArray[Any] = np.frombuffer(mapped, self._dtype, (stop - start) * self._width, start * row - begin)
         return flat.reshape(stop - start, self._width)
 
 
