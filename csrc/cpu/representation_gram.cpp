@@ -12,6 +12,7 @@
 // Chunks form groups, whatever the bags and the number of threads; a group has its own sums, added in order at the end.
 #include "representation_gram.h"
 
+#include "matmul.h"
 #include "parallel.h"
 #include "products.h"
 #include "scratch.h"
@@ -23,7 +24,6 @@ namespace {
 constexpr int64_t kChunkElements = 1 << 16;  // of g and e, all losses together: 256 KB
 constexpr int64_t kMinChunk = 8, kMaxChunk = 64;
 constexpr int64_t kMinGroup = 256, kMaxGroups = 512;
-constexpr int kRows = 6, kVecs = kWidth == 16 ? 4 : 2;  // of the product held in registers
 constexpr int kDotRows = 4, kDotTasks = kWidth == 16 ? 4 : 2;
 
 int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -43,80 +43,6 @@ const float* as_float(const void* from, DType type, int64_t offset, int64_t coun
   }
   UMDA_DISPATCH_DTYPE(type, widen_row(static_cast<const scalar_t*>(from) + offset, to, count));
   return to;
-}
-
-// A matrix of `depth` rows whose column v * kWidth + lane of row k is at data[k * row + v * vec + lane].
-struct Columns {
-  const float* data;
-  int64_t row, vec;
-};
-
-// c[r, :] (+)= sum_k a[r, k] b[k, :] for kR rows and kV vectors, the last of `count` lanes where kTail.
-template <int kR, int kV, bool kTail>
-UMDA_INLINE void multiply_block(const float* a, int64_t a_stride, int64_t depth, const Columns& b, float* c,
-                                int64_t c_stride, bool add, int count) {
-  static_assert(!kTail || kV == 1);
-  Vec sums[kR][kV];
-  for (int r = 0; r < kR; ++r) {
-    for (int v = 0; v < kV; ++v) {
-      const float* const from = c + r * c_stride + v * kWidth;
-      sums[r][v] = !add ? zero() : kTail ? load(from, count) : load(from);
-    }
-  }
-  const float* row = b.data;
-  for (int64_t k = 0; k < depth; ++k, row += b.row) {
-    Vec column[kV];
-    for (int v = 0; v < kV; ++v) {
-      column[v] = kTail ? load(row + v * b.vec, count) : load(row + v * b.vec);
-    }
-    for (int r = 0; r < kR; ++r) {
-      const Vec x = splat(a[r * a_stride + k]);
-      for (int v = 0; v < kV; ++v) {
-        sums[r][v] = fma(x, column[v], sums[r][v]);
-      }
-    }
-  }
-  for (int r = 0; r < kR; ++r) {
-    for (int v = 0; v < kV; ++v) {
-      float* const to = c + r * c_stride + v * kWidth;
-      if constexpr (kTail) {
-        store(to, sums[r][v], count);
-      } else {
-        store(to, sums[r][v]);
-      }
-    }
-  }
-}
-
-template <int kV, bool kTail>
-void multiply_panel(int64_t rows, const float* a, int64_t a_stride, int64_t depth, const Columns& b, float* c,
-                    int64_t c_stride, bool add, int count) {
-  int64_t r = 0;
-  const auto blocks = [&](auto size) UMDA_LAMBDA_INLINE {
-    constexpr int kR = decltype(size)::value;
-    for (; r + kR <= rows; r += kR) {
-      multiply_block<kR, kV, kTail>(a + r * a_stride, a_stride, depth, b, c + r * c_stride, c_stride, add, count);
-    }
-  };
-  blocks(Constant<kRows>{});
-  blocks(Constant<2>{});
-  blocks(Constant<1>{});
-}
-
-// c [rows, width] (+)= a [rows, depth] b [depth, width]: a panel of b after the other, which stays in the level-1 cache.
-void multiply(int64_t rows, int64_t width, int64_t depth, const float* a, int64_t a_stride, const Columns& b, float* c,
-              int64_t c_stride, bool add) {
-  int64_t d = 0;
-  const auto panel = [&] { return Columns{b.data + d / kWidth * b.vec, b.row, b.vec}; };
-  for (; d + kVecs * kWidth <= width; d += kVecs * kWidth) {
-    multiply_panel<kVecs, false>(rows, a, a_stride, depth, panel(), c + d, c_stride, add, kWidth);
-  }
-  for (; d + kWidth <= width; d += kWidth) {
-    multiply_panel<1, false>(rows, a, a_stride, depth, panel(), c + d, c_stride, add, kWidth);
-  }
-  if (d < width) {
-    multiply_panel<1, true>(rows, a, a_stride, depth, panel(), c + d, c_stride, add, static_cast<int>(width - d));
-  }
 }
 
 // dots[t * stride + r] = rows[r].p[t] for kDotRows rows and kT tasks.
@@ -241,8 +167,8 @@ void through_sum(const RepresentationGram& a, int64_t bag, int64_t first, int64_
         d_scores[r * a.tasks + t] = attention[r * a.tasks + t] * (dots[r] - offset);
       }
     }
-    multiply(rows, a.width, a.tasks, attention, a.tasks, {p, a.width, kWidth}, &space.gradients[at * a.width], a.width,
-             false);
+    multiply(rows, a.width, a.tasks, {attention, a.tasks, 1}, {p, a.width, kWidth}, &space.gradients[at * a.width],
+             a.width, false);
   }
 }
 
@@ -251,8 +177,8 @@ void through_scores(const RepresentationGram& a, int64_t first, int64_t rows, co
   const float* const value = as_float(a.value, a.hidden_type, first * a.hidden, rows * a.hidden, space.value.data());
   const float* const gate = as_float(a.gate, a.hidden_type, first * a.hidden, rows * a.hidden, space.gate.data());
   for (int64_t s = 0; s < a.losses; ++s) {
-    multiply(rows, a.hidden, a.tasks, &space.d_scores[s * rows * a.tasks], a.tasks, {a.score_weight, a.hidden, kWidth},
-             space.hidden.data(), a.hidden, false);
+    multiply(rows, a.hidden, a.tasks, {&space.d_scores[s * rows * a.tasks], a.tasks, 1},
+             {a.score_weight, a.hidden, kWidth}, space.hidden.data(), a.hidden, false);
     for (int64_t r = 0; r < rows; ++r) {
       float* const to = &space.slopes[(s * rows + r) * 2 * a.hidden];
       for (int64_t h = 0; h < a.hidden; h += kWidth) {
@@ -302,7 +228,7 @@ void representation_gram(const RepresentationGram& a) {
         }
       }
       through_scores(a, first, rows, space);
-      multiply(a.losses * rows, a.width, 2 * a.hidden, space.slopes.data(), 2 * a.hidden,
+      multiply(a.losses * rows, a.width, 2 * a.hidden, {space.slopes.data(), 2 * a.hidden, 1},
                {weights.data(), kWidth, 2 * a.hidden * kWidth}, space.gradients.data(), a.width, true);
       add_products(space.gradients.data(), rows * a.width, a.losses, rows * a.width, own);
     }

@@ -11,6 +11,7 @@
 // groups are added in order.
 #include "task_gradients.h"
 
+#include "matmul.h"
 #include "parallel.h"
 #include "products.h"
 #include "scratch.h"
@@ -101,7 +102,69 @@ void combine(const TaskGradientCombination& a, int64_t begin, int64_t end) {
   }
 }
 
+// ---- the gradient of a linear layer's weight ---------------------------------------------------------------
+//
+// A matrix product, whose sums over the batch are cut into runs of kDepth. A block of kRowBlock x kColumnBlock sums is one
+// thread's; both factors are copied into the order in which they are read, strips of kRows rows and vectors of columns,
+// which then lie in the level-2 cache, a panel of columns in the level-1 cache.
+
+constexpr int64_t kRowBlock = 16 * kRows, kColumnBlock = 256, kDepth = 128;
+constexpr int64_t kPanel = kVecs * kWidth;
+
+// Terms [first, first + depth) of rows [row, row + rows): strips of kRows rows, term by term.
+void pack_rows(const LinearWeightGradient& a, int64_t row, int64_t rows, int64_t first, int64_t depth, float* to) {
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const float* from = a.d_out + first * a.d_out_stride + row + r;
+    float* strip = to + r * depth;
+    const int64_t count = smaller<int64_t>(kRows, rows - r);
+    for (int64_t k = 0; k < depth; ++k, from += a.d_out_stride, strip += kRows) {
+      if (count == kRows) {
+        __builtin_memcpy(strip, from, kRows * sizeof(float));
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          strip[i] = from[i];
+        }
+      }
+    }
+  }
+}
+
+// The same terms of columns [column, column + columns): vector by vector, the last filled up with zeros.
+void pack_columns(const LinearWeightGradient& a, int64_t column, int64_t columns, int64_t first, int64_t depth,
+                  float* to) {
+  for (int64_t c = 0; c < columns; c += kWidth) {
+    const int count = static_cast<int>(smaller<int64_t>(kWidth, columns - c));
+    const float* from = a.x + first * a.x_stride + column + c;
+    for (int64_t k = 0; k < depth; ++k, from += a.x_stride, to += kWidth) {
+      store(to, load(from, count));
+    }
+  }
+}
+
 }  // namespace
+
+void linear_weight_gradient(const LinearWeightGradient& a) {
+  const int64_t row_blocks = (a.outputs + kRowBlock - 1) / kRowBlock;
+  const int64_t column_blocks = (a.inputs + kColumnBlock - 1) / kColumnBlock;
+  parallel_items(row_blocks * column_blocks, [&](int64_t item) {
+    const int64_t row = item % row_blocks * kRowBlock, rows = smaller(kRowBlock, a.outputs - row);
+    const int64_t column = item / row_blocks * kColumnBlock, columns = smaller(kColumnBlock, a.inputs - column);
+    const Scratch<float> left(kRowBlock * kDepth), right(kColumnBlock * kDepth);
+    float* const out = a.out + row * a.out_stride + column;
+    for (int64_t first = 0; first == 0 || first < a.batch; first += kDepth) {
+      const int64_t depth = smaller(kDepth, a.batch - first);
+      pack_rows(a, row, rows, first, depth, left.data());
+      pack_columns(a, column, columns, first, depth, right.data());
+      for (int64_t c = 0; c < columns; c += kPanel) {
+        const Columns panel{&right[c * depth], kWidth, depth * kWidth};
+        for (int64_t r = 0; r < rows; r += kRows) {
+          multiply(smaller<int64_t>(kRows, rows - r), smaller<int64_t>(kPanel, columns - c), depth,
+                   {&left[r * depth], 1, kRows}, panel, out + r * a.out_stride + c, a.out_stride, first > 0);
+        }
+      }
+    }
+  });
+}
 
 void task_gradient_statistics(const TaskGradientStatistics& a) {
   const int64_t span = span_columns(a.tasks), pairs = a.tasks * a.tasks;

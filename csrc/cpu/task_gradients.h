@@ -31,7 +31,19 @@ struct TaskGradientCombination {
   DType out_type;
 };
 
+// out[o, i] = sum_b d_out[b, o] x[b, i]; innermost strides are 1.
+struct LinearWeightGradient {
+  int64_t batch, outputs, inputs;
+  const float* d_out;  // [batch, outputs]
+  int64_t d_out_stride;
+  const float* x;  // [batch, inputs]
+  int64_t x_stride;
+  float* out;  // [outputs, inputs]
+  int64_t out_stride;
+};
+
 }  // namespace umda
 
 UMDA_DECLARE_KERNEL(void, task_gradient_statistics, const ::umda::TaskGradientStatistics&)
 UMDA_DECLARE_KERNEL(void, combine_task_gradients, const ::umda::TaskGradientCombination&)
+UMDA_DECLARE_KERNEL(void, linear_weight_gradient, const ::umda::LinearWeightGradient&)

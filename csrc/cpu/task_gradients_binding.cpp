@@ -97,9 +97,31 @@ void combine_task_gradients(const Tensor& ema, const Tensor& weights_any, const 
   UMDA_CALL_KERNEL(combine_task_gradients, arguments);
 }
 
+void linear_weight_gradient(const Tensor& d_out_any, const Tensor& x_any, const Tensor& out) {
+  check_shape(d_out_any, {-1, -1}, "d_out");
+  check_type(d_out_any, ScalarType::Float, "d_out");
+  check_shape(x_any, {d_out_any.size(0), -1}, "x");
+  check_type(x_any, ScalarType::Float, "x");
+  check_shape(out, {d_out_any.size(1), x_any.size(1)}, "out");
+  check_type(out, ScalarType::Float, "out");
+  STD_TORCH_CHECK(out.size(1) <= 1 || out.stride(1) == 1, "out must be contiguous in its last dimension");
+  const Tensor d_out = inner_contiguous(d_out_any), x = inner_contiguous(x_any);
+  const LinearWeightGradient arguments{d_out.size(0),
+                                       d_out.size(1),
+                                       x.size(1),
+                                       d_out.const_data_ptr<float>(),
+                                       d_out.stride(0),
+                                       x.const_data_ptr<float>(),
+                                       x.stride(0),
+                                       out.mutable_data_ptr<float>(),
+                                       out.stride(0)};
+  UMDA_CALL_KERNEL(linear_weight_gradient, arguments);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(umda_fast, CPU, m) {
   m.impl("task_gradient_statistics", TORCH_BOX(&task_gradient_statistics));
   m.impl("combine_task_gradients", TORCH_BOX(&combine_task_gradients));
+  m.impl("linear_weight_gradient", TORCH_BOX(&linear_weight_gradient));
 }
 
 }  // namespace

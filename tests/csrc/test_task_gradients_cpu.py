@@ -158,7 +158,46 @@ def test_direct_callers_are_checked() -> None:
         torch.ops.umda_fast.combine_task_gradients(ema, ones, torch.zeros(20)[::2])
 
 
+def check_weight_gradient(batch: int, outputs: int, inputs: int) -> None:
+    generator = torch.Generator().manual_seed(batch + outputs + inputs)
+    d_out, x = torch.randn(batch, outputs, generator=generator), torch.randn(batch, inputs, generator=generator)
+    around = torch.full((outputs, inputs + 40), math.nan)
+    with poisoned_memory():
+        torch.ops.umda_fast.linear_weight_gradient(d_out, x, around[:, 20 : inputs + 20])
+    exact = d_out.double().T @ x.double()
+    assert_close(f"{batch} x {outputs} x {inputs}", around[:, 20 : inputs + 20], exact, d_out.T @ x, 2)
+    assert around[:, :20].isnan().all()
+    assert around[:, inputs + 20 :].isnan().all()
+
+
+#: Every remainder of strips, panels, blocks and runs of terms; no term at all.
+LAYERS = [(1, 1, 1), (130, 103, 337), (128, 96, 256), (5, 13, 16), (300, 7, 70), (0, 9, 20), (3, 0, 4), (513, 200, 600)]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_weight_gradient(layer: tuple[int, int, int]) -> None:
+    check_weight_gradient(*layer)
+
+
+def test_weight_gradient_of_a_large_batch_is_as_exact_as_a_library() -> None:
+    check_weight_gradient(30_000, 12, 20)
+
+
+def test_weight_gradient_same_bits_for_any_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(6)
+    d_out, x = torch.randn(300, 400, generator=generator), torch.randn(300, 700, generator=generator)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(torch.empty(400, 700))
+            torch.ops.umda_fast.linear_weight_gradient(d_out, x, results[-1])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 def check_instruction_set() -> None:
+    for layer in LAYERS:
+        check_weight_gradient(*layer)
     for dtype in DTYPES:
         check(5, 4_321, dtype, 6, [1, 100])
     check(2, 40_000, torch.float32, 7, [])

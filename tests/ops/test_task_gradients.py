@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ops.checks import DTYPES, check_op, few, keeps_rule, leaf, repeats
-from umda_fast.ops import combine_task_gradients, task_gradient_statistics
-from umda_fast.parity.cases import task_gradient_cases
+from umda_fast.ops import combine_task_gradients, linear_weight_gradient, task_gradient_statistics
+from umda_fast.parity.cases import linear_weight_gradient_case, task_gradient_cases
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -19,6 +19,33 @@ def test_opcheck(dtype: torch.dtype) -> None:
     check_op("task_gradient_statistics", [grads], ema.clone(), correction, None, 0.5)
     check_op("task_gradient_statistics", pieces, ema.clone(), correction, active, 0.5)
     check_op("combine_task_gradients", ema, correction, torch.empty(17, dtype=dtype))
+
+
+def test_opcheck_of_the_weight_gradient() -> None:
+    check_op("linear_weight_gradient", leaf(9, 5).detach(), leaf(9, 7).detach(), torch.empty(5, 7))
+
+
+@few
+@given(
+    batch=st.sampled_from([0, 1, 59, 128, 129, 700]),
+    outputs=st.sampled_from([1, 5, 6, 97, 193]),
+    inputs=st.sampled_from([1, 17, 64, 257, 300]),
+)
+def test_weight_gradient(batch: int, outputs: int, inputs: int) -> None:
+    keeps_rule(linear_weight_gradient_case("drawn", batch, outputs, inputs))
+
+
+def test_weight_gradient_repeats() -> None:
+    repeats(linear_weight_gradient_case("several blocks", 300, 200, 300))
+
+
+def test_weight_gradient_takes_any_strides() -> None:
+    d_out, x = leaf(40, 6).detach(), leaf(40, 9, seed=1).detach()
+    expected = linear_weight_gradient(d_out, x, torch.empty(6, 9), backend="cpp")
+    turned = linear_weight_gradient(d_out.T.contiguous().T, x.T.contiguous().T, torch.empty(6, 9), backend="cpp")
+    assert torch.equal(turned, expected)
+    same = linear_weight_gradient(torch.ones(1, 1).expand(40, 6), x, torch.empty(6, 9), backend="cpp")
+    torch.testing.assert_close(same, x.sum(0).expand(6, 9))
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])

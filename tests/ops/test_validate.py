@@ -16,6 +16,7 @@ from umda_fast.ops import (
     cross_view_token_attention,
     edge_cosine,
     knn_graph,
+    linear_weight_gradient,
     neighbor_attention,
     neighbor_sum,
     representation_gram,
@@ -316,6 +317,22 @@ CASES: dict[str, tuple[type[Exception], str, Call]] = {
         lambda: combine_task_gradients(X, t(3, dtype=HALF)),
     ),
     "out": (ValueError, "out must have shape", lambda: combine_task_gradients(X, t(3), t(3))),
+    "layer input": (ValueError, r"x must have shape \[3, I\]", lambda: linear_weight_gradient(X, t(4, 4), t(4, 4))),
+    "layer dtype": (
+        TypeError,
+        "d_out must be float32 or float64, got float16",
+        lambda: linear_weight_gradient(X.half(), X.half(), t(4, 4)),
+    ),
+    "layer out": (
+        ValueError,
+        r"out must have shape \[4, 4\], got \[4, 3\]",
+        lambda: linear_weight_gradient(X, X, t(4, 3)),
+    ),
+    "layer out strides": (
+        ValueError,
+        "out must be contiguous in its last dimension",
+        lambda: linear_weight_gradient(X, X, t(4, 4).T),
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from umda_fast.ops.graph import NeighborGraph
 from umda_fast.ops.knn import knn_graph
 from umda_fast.ops.neighbors import edge_cosine, neighbor_attention, neighbor_sum, smoothness_energy
 from umda_fast.ops.representation_gram import representation_gram
-from umda_fast.ops.task_gradients import combine_task_gradients, task_gradient_statistics
+from umda_fast.ops.task_gradients import combine_task_gradients, linear_weight_gradient, task_gradient_statistics
 from umda_fast.ops.view_fusion import ViewFusionOutput, fuse_views
 
 # After every operation is defined: it registers their batching rules.
@@ -40,6 +40,7 @@ __all__ = [
     "fuse_views",
     "get_backend",
     "knn_graph",
+    "linear_weight_gradient",
     "neighbor_attention",
     "neighbor_sum",
     "representation_gram",

@@ -104,6 +104,35 @@ def combine_task_gradients(
     return out
 
 
+def linear_weight_gradient(d_out: Tensor, x: Tensor, out: Tensor, *, backend: str | None = None) -> Tensor:
+    """The gradient of a linear layer's weight, written where it is wanted: ``out[o, i] = sum_b d_out[b, o] x[b, i]``.
+
+    Args:
+        d_out: [B, O], the gradient on the layer's output, float32 (float64 on the reference).
+        x: [B, I], the layer's input, d_out's dtype.
+        out: [O, I], contiguous in its last dimension, d_out's dtype, overwritten; must not overlap the others.
+        backend: see `umda_fast.set_backend`. On CUDA the reference, a matrix product of cuBLAS, serves it.
+
+    Returns:
+        ``out``. Carries no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape or device.
+        BackendUnavailableError: ``backend`` cannot serve the call.
+    """
+    _validate.tensor(d_out, "d_out", ["B", "O"], dtype=(torch.float32, torch.float64))
+    _validate.tensor(x, "x", [d_out.shape[0], "I"], like=d_out, like_name="d_out")
+    _validate.tensor(out, "out", [d_out.shape[1], x.shape[1]], like=d_out, like_name="d_out")
+    if out.shape[1] > 1 and out.stride(1) != 1:
+        raise ValueError(f"out must be contiguous in its last dimension, got strides {list(out.stride())}")
+    chosen = resolve("linear_weight_gradient", d_out, backend)
+    if chosen == "reference":
+        reference.linear_weight_gradient(d_out, x, out)
+    else:
+        _library.op(native("linear_weight_gradient", chosen))(d_out, x, out)
+    return out
+
+
 def _flat_pieces(grads: Sequence[Sequence[Tensor]], ema: Tensor) -> list[Tensor]:
     """T * K tensors, those of task 0 first."""
     tasks, size = ema.shape
@@ -144,4 +173,5 @@ _library.define(
     "(Tensor[] grads, Tensor(a!) ema, Tensor correction, Tensor? active, float beta) -> Tensor",
     _fake_statistics,
 )
+_library.define("linear_weight_gradient", "(Tensor d_out, Tensor x, Tensor(a!) out) -> ()", _fake_combine)
 _library.define("combine_task_gradients", "(Tensor ema, Tensor weights, Tensor(a!) out) -> ()", _fake_combine)

@@ -333,6 +333,17 @@ def task_gradient_cases(shape: str, tasks: int, pieces: Sequence[int], *, inacti
     ]
 
 
+def linear_weight_gradient_case(shape: str, batch: int, outputs: int, inputs: int) -> Case:
+    """A layer of these sizes; written to rows that lie apart."""
+
+    def run(x: Inputs, backend: str) -> Outputs:
+        out = x["x"].new_empty(outputs, inputs + 3)[:, :inputs]
+        return {"out": ops.linear_weight_gradient(x["d_out"], x["x"], out, backend=backend).contiguous()}
+
+    tensors = {"d_out": normal(batch, outputs, seed=20), "x": normal(batch, inputs, seed=21)}
+    return Case("linear_weight_gradient", shape, tensors, run, ())
+
+
 def all_cases() -> list[Case]:
     """The table of `run_parity`."""
     cases = [
@@ -355,6 +366,9 @@ def all_cases() -> list[Case]:
         representation_gram_case("one bag, D=64 T=8 H=32", [70], 64, 8, 32, 8),
         representation_gram_case("D=1 T=1 H=1", [9, 4], 1, 1, 1, 1),
         representation_gram_case("N=0", [0], 16, 2, 8, 3),
+        linear_weight_gradient_case("B=300 O=97 I=301", 300, 97, 301),
+        linear_weight_gradient_case("B=1 O=1 I=1", 1, 1, 1),
+        linear_weight_gradient_case("B=0", 0, 3, 5),
         *task_gradient_cases("T=5 P=1003", 5, [700, 1, 302]),
         *task_gradient_cases("T=4 P=300, two active", 4, [300], inactive=True),
         *task_gradient_cases("T=1 P=1", 1, [1]),

@@ -48,6 +48,18 @@ def task_gradient_statistics(
 
 
 @torch.no_grad()
+def linear_weight_gradient(d_out: Tensor, x: Tensor, out: Tensor) -> None:
+    """``out[o, i] = sum_b d_out[b, o] x[b, i]``, written in place.
+
+    Args:
+        d_out: [B, O], the gradient of a loss on what a linear layer returned.
+        x: [B, I], what the layer was given.
+        out: [O, I].
+    """
+    torch.mm(d_out.T, x, out=out)
+
+
+@torch.no_grad()
 def combine_task_gradients(ema: Tensor, weights: Tensor, out: Tensor) -> None:
     """``out[p] = sum_t weights[t] ema[t, p]``, added in task order, written in place.
 

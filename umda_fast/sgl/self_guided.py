@@ -106,6 +106,7 @@ from umda_fast.sgl.balancers import Balancer, StatefulBalancer
 from umda_fast.sgl.buffers import FlatLayout, accumulate, write_row
 from umda_fast.sgl.distributed import GradientReducer, Processes, ShardedRows, is_sharded
 from umda_fast.sgl.graph import reached_leaves
+from umda_fast.sgl.linear import LinearUse, linear_uses, write_gradients
 from umda_fast.sgl.registry import as_balancer
 from umda_fast.sgl.telemetry import DirectionVariance, cosine_matrix, gram_metrics
 
@@ -616,7 +617,11 @@ class SelfGuided:
         exact = self.scope == "shared_parameters"
         own = batch.own
         others = self._other_parameters([loss for _, loss in own], batch.present) if exact else []
-        wanted = [*self._scoped, *others]
+        uses: list[LinearUse | None] = [None] * len(self._scoped)
+        if self._processes is None:
+            uses = linear_uses([loss for _, loss in own], self._scoped)
+        asked = [p if use is None else use.edge for p, use in zip(self._scoped, uses, strict=True)]
+        wanted: list[Any] = [*asked, *others]
         kept: list[tuple[Parameter, int, Tensor]] = []
 
         def gradients(output: Tensor | None, position: int, retain: bool) -> Sequence[Tensor | None]:
@@ -634,7 +639,7 @@ class SelfGuided:
         for position, (row, loss) in enumerate(zip(batch.present.rows, batch.losses, strict=True)):
             scoped = gradients(loss, position, position != last)
             if self._processes is None:
-                write_row(self._rows[row], scoped)
+                write_gradients(self._rows[row], scoped, uses, self.backend)
             else:
                 self._sharded.put(row, scoped)
             self._reached = [old or grad is not None for old, grad in zip(self._reached, scoped, strict=True)]
