@@ -37,7 +37,11 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "20 epochs": {"train": {"epochs": 20}},
     "20 epochs, 64 instances": {"train": {"epochs": 20}, "data": {"budget": 64}},
     "20 epochs, 64 instances, no graph": {"train": {"epochs": 20}, "data": {"budget": 64}, "model": {"graph": False}},
-    "20 epochs, 64 instances, dropout 0.5": {"train": {"epochs": 20}, "data": {"budget": 64}, "model": {"dropout": 0.5}},
+    "20 epochs, 64 instances, dropout 0.5": {
+        "train": {"epochs": 20},
+        "data": {"budget": 64},
+        "model": {"dropout": 0.5},
+    },
     "20 epochs, 64 instances, lr 3e-4": {"train": {"epochs": 20, "lr": 3e-4}, "data": {"budget": 64}},
     "20 epochs, 64 instances, weight decay 5": {
         "train": {"epochs": 20, "weight_decay": 5.0},
