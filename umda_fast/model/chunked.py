@@ -44,8 +44,10 @@ def in_chunks(
 
     Method: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
     """
+    if not chunk:
+        return cross_views(views, mask)  # len() below would fix the number of instances in an exported program
     count = len(next(iter(views.values()), ()))
-    if not chunk or count <= chunk or any(len(features) != count for features in views.values()):
+    if count <= chunk or any(len(features) != count for features in views.values()):
         return cross_views(views, mask)  # wrong shapes are reported there
     parts = [
         checkpoint(cross_views, part, own, use_reentrant=False) if torch.is_grad_enabled() else cross_views(part, own)
