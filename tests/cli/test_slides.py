@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -151,3 +153,12 @@ def test_no_labels(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[s
     assert "expected labels of at least one task, got none" in capsys.readouterr().err
     assert call("inspect", root, "--set", f"data.options.labels={tmp_path / 'elsewhere.csv'}") == 0
     assert "labels from elsewhere.csv" in capsys.readouterr().out
+
+
+def test_the_example(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "slides.py"
+    command = [sys.executable, str(script), "--out", str(tmp_path), "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "patches of 512 px" in done.stdout
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 25
