@@ -14,7 +14,8 @@ on the scope, a statistics step does
     w    <- weight_beta w + (1 - weight_beta) v                                      starts at 1
 
 **Scope `shared_parameters`** (exact). T backward passes give all g_t on the shared parameters, written into a
-preallocated [T, P] buffer (those of linear layers' weights are made there, see `linear`). `.grad` of the shared parameters is increased by `sum_t w_t mhat_t` (with
+preallocated [T, P] buffer (those of linear layers' weights are made there, see `linear`). `.grad` of the
+shared parameters is increased by `sum_t w_t mhat_t` (with
 `direction="gradient"` by `sum_t w_t g_t`), that of every other parameter by `sum_t w_t dL_t` with this step's
 weights, and a last backward pass adds the penalty's gradient to all of them. Memory beyond the model: the
 gradients and their averages, 2 T P numbers, and P for the result.
@@ -32,8 +33,8 @@ gradient.
 **Scope `representation`**. g_t is taken on the tensor `representation` (T short passes, from the losses down
 to it; an object that knows a shorter way, such as `UMDAOutput.instances`, may stand for it). Its rows are
 other instances at every step, so gradients of different steps must not be averaged; the Gram matrix is:
-`G_st <- beta G_st + (1 - beta) <g_s, g_t>`, bias-corrected by the number of steps on which both tasks were present. Then ONE backward pass of `sum_t w_t L_t + penalty`: the trunk is traversed once,
-what lies between the representation and the losses T + 1 times. With labels missing on some steps the entries
+`G_st <- beta G_st + (1 - beta) <g_s, g_t>`, bias-corrected by the number of steps on which both tasks were
+present. Then ONE backward pass of `sum_t w_t L_t + penalty`: the trunk is traversed once, what lies between the representation and the losses T + 1 times. With labels missing on some steps the entries
 of G average over different steps, and G may be slightly indefinite.
 
 In the two cheap scopes the update is made of this step's gradients, not of averages: only the weights are
