@@ -34,8 +34,9 @@ gradient.
 to it; an object that knows a shorter way, such as `UMDAOutput.instances`, may stand for it). Its rows are
 other instances at every step, so gradients of different steps must not be averaged; the Gram matrix is:
 `G_st <- beta G_st + (1 - beta) <g_s, g_t>`, bias-corrected by the number of steps on which both tasks were
-present. Then ONE backward pass of `sum_t w_t L_t + penalty`: the trunk is traversed once, what lies between the representation and the losses T + 1 times. With labels missing on some steps the entries
-of G average over different steps, and G may be slightly indefinite.
+present. Then ONE backward pass of `sum_t w_t L_t + penalty`: the trunk is traversed once, what lies between the
+representation and the losses T + 1 times. With labels missing on some steps the entries of G average over
+different steps, and G may be slightly indefinite.
 
 In the two cheap scopes the update is made of this step's gradients, not of averages: only the weights are
 smoothed.
