@@ -185,32 +185,30 @@ UMDA_INLINE float dot(const X* a, const Y* b, const Y* next, int64_t width) {
 }
 
 // The transpose as the backward kernels walk it: position p in t_edge -> the row its edge starts from.
+//
+// In a symmetric graph whose rows ascend, that is what `neighbors` holds at p itself; for CSR this is tried first.
 struct Sources {
   explicit Sources(const NeighborTable& g) : row(g.t_ptr[g.nodes]), count(g.t_ptr[g.nodes]) {
-    const Scratch<int32_t> edge_row(g.indptr == nullptr ? 0 : g.edges);
-    if (g.indptr != nullptr) {
-      parallel_ranges(g.nodes, 1024, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          for (int64_t e = g.indptr[i]; e < g.indptr[i + 1]; ++e) {
-            edge_row[e] = static_cast<int32_t>(i);
-          }
-        }
-      });
+    if (g.indptr == nullptr) {
+      find(g, [&](int64_t, int64_t e) { return static_cast<int32_t>(e / g.degree); });
+      return;
     }
-    int64_t bad = 0;
-    parallel_ranges(count, 8192, [&](int64_t begin, int64_t end) {
-      int64_t wrong = 0;
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t e = g.t_edge[p];
-        const bool ok = e >= 0 && e < g.edges;
-        wrong += ok ? 0 : 1;
-        row[p] = !ok ? 0 : g.indptr == nullptr ? static_cast<int32_t>(e / g.degree) : edge_row[e];
-      }
-      if (wrong > 0) {
-        __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
+    find(g, [&](int64_t p, int64_t e) {
+      const int32_t i = g.neighbors[p];
+      return present(g, i) && g.indptr[i] <= e && e < g.indptr[i + 1] ? i : -1;
+    });
+    if (valid) {
+      return;
+    }
+    const Scratch<int32_t> edge_row(g.edges);
+    parallel_ranges(g.nodes, 1024, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t e = g.indptr[i]; e < g.indptr[i + 1]; ++e) {
+          edge_row[e] = static_cast<int32_t>(i);
+        }
       }
     });
-    valid = bad == 0;
+    find(g, [&](int64_t, int64_t e) { return edge_row[e]; });
   }
 
   // The position `distance` after p, or the last one.
@@ -219,6 +217,26 @@ struct Sources {
   Scratch<int32_t> row;
   int64_t count;
   bool valid;
+
+ private:
+  // row_of_edge(p, e): the row of edge e at position p, or -1 where it is not known.
+  template <class F>
+  void find(const NeighborTable& g, const F& row_of_edge) {
+    int64_t bad = 0;
+    parallel_ranges(count, 8192, [&](int64_t begin, int64_t end) {
+      int64_t wrong = 0;
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t e = g.t_edge[p];
+        const int32_t i = e >= 0 && e < g.edges ? row_of_edge(p, e) : -1;
+        wrong += i < 0 ? 1 : 0;
+        row[p] = i < 0 ? 0 : i;
+      }
+      if (wrong > 0) {
+        __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
+      }
+    });
+    valid = bad == 0;
+  }
 };
 
 // ---- transpose -------------------------------------------------------------------------------------------
@@ -226,24 +244,67 @@ struct Sources {
 // A stable counting sort: edges are cut into `parts` ranges; each counts its edges per target, a prefix sum over (target,
 // range) gives each range its own place for every target. The result is the only stable order: the number of
 // ranges does not show.
+//
+// A symmetric graph whose rows ascend needs no sort: it is its own transpose, and as the rows are walked in order, the
+// edges back to them are met in order as well. Whether it is one is found on the way, at the first edge that is not.
 
 struct Range {
   int64_t begin, end;
 };
 
-UMDA_INLINE Range part_range(int64_t edges, int64_t parts, int64_t part) {
-  const int64_t size = (edges + parts - 1) / parts;
-  return {smaller(part * size, edges), smaller((part + 1) * size, edges)};
+UMDA_INLINE Range part_range(int64_t count, int64_t parts, int64_t part) {
+  const int64_t size = (count + parts - 1) / parts;
+  return {smaller(part * size, count), smaller((part + 1) * size, count)};
+}
+
+// t_edge of a symmetric graph with ascending rows; false, with t_edge spoilt, for any other.
+bool transpose_symmetric(const NeighborTable& g, int64_t parts, int64_t* cursors, int64_t* t_edge) {
+  int64_t differs = 0;
+  parallel_items(parts, [&](int64_t part) {
+    int64_t* const next = &cursors[part * g.nodes];  // of every row, the first edge to this row or one behind it
+    const Range rows = part_range(g.nodes, parts, part);
+    for (int64_t i = 0; i < g.nodes; ++i) {
+      int64_t low = g.indptr[i], high = part == 0 ? low : g.indptr[i + 1];
+      while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (g.neighbors[middle] < rows.begin) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      next[i] = low;
+    }
+    for (int64_t j = rows.begin; j < rows.end && __atomic_load_n(&differs, __ATOMIC_RELAXED) == 0; ++j) {
+      int32_t before = -1;
+      for (int64_t p = g.indptr[j]; p < g.indptr[j + 1]; ++p) {
+        const int32_t i = g.neighbors[p];
+        const int64_t back = present(g, i) && i >= before ? next[i]++ : g.edges;
+        if (back >= g.edges || back >= g.indptr[i + 1] || g.neighbors[back] != j) {
+          __atomic_store_n(&differs, 1, __ATOMIC_RELAXED);
+          break;
+        }
+        t_edge[p] = back;
+        before = i;
+      }
+    }
+  });
+  return differs == 0;
 }
 
 }  // namespace
 
-void graph_transpose(const int32_t* neighbors, int64_t edges, int64_t nodes, int64_t* t_ptr, int64_t* t_edge) {
-  const NeighborTable g{nodes, 0, edges, neighbors, nullptr, nullptr, nullptr};
+void graph_transpose(const NeighborTable& g, int64_t* t_ptr, int64_t* t_edge) {
+  const int64_t nodes = g.nodes, edges = g.edges;
+  const int32_t* const neighbors = g.neighbors;
   // Counters cost nodes per part: not more of them than there are edges to sort.
   const int64_t most = nodes == 0 ? 1 : edges / nodes;
   const int64_t parts = larger<int64_t>(1, smaller(num_threads(), most));
   const Scratch<int64_t> cursors(parts * nodes);
+  if (g.indptr != nullptr && transpose_symmetric(g, parts, cursors.data(), t_edge)) {
+    __builtin_memcpy(t_ptr, g.indptr, static_cast<size_t>(nodes + 1) * sizeof(int64_t));
+    return;
+  }
   parallel_items(parts, [&](int64_t part) {
     int64_t* const count = &cursors[part * nodes];
     __builtin_memset(count, 0, static_cast<size_t>(nodes) * sizeof(int64_t));
@@ -276,6 +337,45 @@ void graph_transpose(const int32_t* neighbors, int64_t edges, int64_t nodes, int
   if (total < edges) {
     __builtin_memset(t_edge + total, -1, static_cast<size_t>(edges - total) * sizeof(int64_t));
   }
+}
+
+// ---- order -----------------------------------------------------------------------------------------------
+//
+// Breadth first over edges in both directions, from the first node not reached so far: what lies near in the graph lies
+// near in the order (Cuthill and McKee 1969, without their sorting by degree). Reads every edge twice; no arithmetic.
+
+bool graph_order(const NeighborTable& g, int64_t* order) {
+  const Sources sources(g);
+  if (!sources.valid) {
+    return false;
+  }
+  const Scratch<uint8_t> reached(g.nodes);
+  __builtin_memset(reached.data(), 0, static_cast<size_t>(g.nodes));
+  int64_t count = 0;
+  const auto reach = [&](int64_t i) {
+    order[count] = i;  // written over by the next one if i was there already
+    count += 1 - reached[i];
+    reached[i] = 1;
+  };
+  int64_t first = 0;
+  for (int64_t at = 0; at < g.nodes; ++at) {
+    if (at == count) {
+      while (reached[first] != 0) {
+        ++first;
+      }
+      reach(first);
+    }
+    const int64_t i = order[at];
+    for (int64_t e = row_begin(g, i); e < row_begin(g, i + 1) && count < g.nodes; ++e) {
+      if (present(g, g.neighbors[e])) {
+        reach(g.neighbors[e]);
+      }
+    }
+    for (int64_t p = g.t_ptr[i]; p < g.t_ptr[i + 1] && count < g.nodes; ++p) {
+      reach(sources.row[p]);
+    }
+  }
+  return true;
 }
 
 namespace {

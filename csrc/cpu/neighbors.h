@@ -110,8 +110,9 @@ struct NeighborAttentionBackward {
 }  // namespace umda
 
 // t_ptr [nodes + 1] and t_edge [edges]: positions in `neighbors` by target, ascending; behind the last edge, -1.
-UMDA_DECLARE_KERNEL(void, graph_transpose, const int32_t* neighbors, int64_t edges, int64_t nodes, int64_t* t_ptr,
-                    int64_t* t_edge)
+UMDA_DECLARE_KERNEL(void, graph_transpose, const ::umda::NeighborTable&, int64_t* t_ptr, int64_t* t_edge)
+// order [nodes]: all nodes, each near its neighbours. Needs the transpose; false, with order unwritten, as below.
+UMDA_DECLARE_KERNEL(bool, graph_order, const ::umda::NeighborTable&, int64_t* order)
 UMDA_DECLARE_KERNEL(void, neighbor_sum_forward, const ::umda::NeighborSumForward&)
 // The backward kernels return false, and leave their outputs unwritten, when t_edge holds a position that does not exist.
 UMDA_DECLARE_KERNEL(bool, neighbor_sum_backward, const ::umda::NeighborSumBackward&)

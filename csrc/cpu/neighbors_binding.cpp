@@ -76,15 +76,21 @@ float scalar(const Tensor& t, const char* name) {
 }
 
 std::tuple<Tensor, Tensor> graph_transpose(const Tensor& neighbors, const OptionalTensor& indptr, int64_t num_nodes) {
-  check_type(neighbors, ScalarType::Int, "neighbors");
   STD_TORCH_CHECK(num_nodes >= 0, "num_nodes must not be negative, got ", num_nodes);
-  (void)indptr;
   const Tensor table = torch::stable::contiguous(neighbors);
   Tensor t_ptr = new_tensor(table, {num_nodes + 1}, ScalarType::Long);
   Tensor t_edge = new_tensor(table, {table.numel()}, ScalarType::Long);
-  UMDA_CALL_KERNEL(graph_transpose, table.const_data_ptr<int32_t>(), table.numel(), num_nodes,
-                   t_ptr.mutable_data_ptr<int64_t>(), t_edge.mutable_data_ptr<int64_t>());
+  UMDA_CALL_KERNEL(graph_transpose, make_table(table, indptr, num_nodes), t_ptr.mutable_data_ptr<int64_t>(),
+                   t_edge.mutable_data_ptr<int64_t>());
   return {t_ptr, t_edge};
+}
+
+Tensor graph_order(const Tensor& neighbors, const OptionalTensor& indptr, const Tensor& t_ptr, const Tensor& t_edge) {
+  const Tensor table = torch::stable::contiguous(neighbors);
+  const NeighborTable g = make_table(table, indptr, t_ptr.numel() - 1, t_ptr, t_edge);
+  Tensor order = new_tensor(table, {g.nodes}, ScalarType::Long);
+  check_transpose(UMDA_CALL_KERNEL(graph_order, g, order.mutable_data_ptr<int64_t>()));
+  return order;
 }
 
 Tensor edge_cosine(const Tensor& r_any, const Tensor& neighbors_any, const OptionalTensor& indptr,
@@ -272,6 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neighbor_attention_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(umda_fast, CPU, m) {
   m.impl("graph_transpose", TORCH_BOX(&graph_transpose));
+  m.impl("graph_order", TORCH_BOX(&graph_order));
   m.impl("edge_cosine", TORCH_BOX(&edge_cosine));
   m.impl("edge_cosine_backward", TORCH_BOX(&edge_cosine_backward));
   m.impl("neighbor_attention", TORCH_BOX(&neighbor_attention));

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.csrc.cpu_checks import threads
 from tests.ops.checks import DTYPES, check_compiled, check_gradients, check_op, few, keeps_rule, leaf, repeats
 from umda_fast.ops import (
     NeighborGraph,
@@ -39,6 +41,7 @@ def test_opcheck(csr: bool, dtype: torch.dtype) -> None:
     q, k, v = (leaf(9, 2, 11, seed=i, dtype=dtype) for i in range(3))
     x, weight = leaf(9, 13, seed=7, dtype=dtype), positive(g)
     check_op("graph_transpose", *table, 9)
+    check_op("graph_order", *t)
     check_op("edge_cosine", x, *t)
     check_op("edge_cosine", x.detach(), *table, None, None)
     check_op("neighbor_sum", x, weight, *t)
@@ -205,3 +208,101 @@ def test_moves_and_shows() -> None:
     g = graph(csr=True).to("cpu")
     assert repr(g) == f"NeighborGraph(num_nodes=9, edges={g.neighbors.shape[0]}, device=cpu)"
     assert "k=4" in repr(graph())
+
+
+# --- its order
+
+
+def clustered(clusters: int, size: int, *, csr: bool) -> NeighborGraph:
+    """Rings of ``size`` nodes with two neighbours on either side, under shuffled numbers."""
+    n = clusters * size
+    node = torch.arange(n)
+    steps = torch.tensor([-2, -1, 1, 2])
+    table = node[:, None] // size * size + (node[:, None] % size + steps) % size
+    number = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    neighbors = torch.empty_like(table).index_copy_(0, number, number[table]).int()
+    if csr:
+        return NeighborGraph(neighbors.flatten(), indptr=torch.arange(n + 1) * 4)
+    return NeighborGraph(neighbors)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("csr", [False, True])
+def test_reordering_is_the_same_graph(csr: bool, backend: str) -> None:
+    g = graph(40, 5, csr=csr)
+    g.similarity = positive(g).detach()
+    made, order, rank, edges = g.reorder(backend=backend)
+    assert sorted(order.tolist()) == list(range(40))
+    assert torch.equal(order[rank], torch.arange(40))
+    assert edges.shape == made.neighbors.shape == g.neighbors.shape
+    assert made.similarity is not None
+    assert torch.equal(made.similarity, g.similarity.flatten()[edges])
+    assert sorted((order[i].item(), order[j].item()) for i, j in edges_of(made)) == sorted(edges_of(g))
+    # Each node's edges keep their order: the same bits.
+    x = leaf(40, 7).detach()
+    assert torch.equal(neighbor_sum(x[order], made, made.similarity)[rank], neighbor_sum(x, g, g.similarity))
+    assert torch.equal(order, g.reorder(backend="reference" if backend == "cpp" else "cpp").order)
+
+
+@pytest.mark.parametrize("csr", [False, True])
+def test_order_brings_neighbours_together(csr: bool) -> None:
+    made = clustered(20, 30, csr=csr).reorder().graph
+    distance = (made.rows() - made.neighbors).abs()
+    assert int(distance.max()) < 30
+    with threads(2):
+        assert torch.equal(clustered(20, 30, csr=csr).reorder().order, clustered(20, 30, csr=csr).reorder().order)
+
+
+@pytest.mark.parametrize("csr", [False, True])
+def test_reordered_only_where_it_pays(csr: bool) -> None:
+    g = clustered(300, 100, csr=csr)
+    assert g.reorder_where_it_pays(2048) is not None
+    assert g.reorder_where_it_pays(512) is None  # all rows fit the cache
+    together = g.reorder().graph
+    assert together.reorder_where_it_pays(2048) is None
+    neighbors = torch.randint(30_000, (30_000, 4), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    assert NeighborGraph(neighbors).reorder_where_it_pays(2048) is None
+
+
+def test_order_of_nothing() -> None:
+    for g in (
+        NeighborGraph(torch.empty(0, 3, dtype=torch.int32)),
+        NeighborGraph(torch.empty(0, dtype=torch.int32), indptr=torch.zeros(1, dtype=torch.int64)),
+        NeighborGraph(torch.empty(4, 0, dtype=torch.int32)),
+    ):
+        made = g.reorder()
+        assert torch.equal(made.order, torch.arange(g.num_nodes))
+        assert made.graph.neighbors.shape == g.neighbors.shape
+        assert g.reorder_where_it_pays(1 << 30) is None
+
+
+# --- symmetric graphs
+
+
+@few
+@given(nodes=st.integers(1, 60), degree=st.integers(0, 9), broken=st.booleans(), count=st.integers(1, 3))
+def test_transpose_of_symmetric_graphs(nodes: int, degree: int, broken: bool, count: int) -> None:
+    """They need no sort; what only looks like one (the same degrees, in and out) is told from one."""
+    g = graph(nodes, degree).symmetrize()
+    assert g.indptr is not None
+    neighbors = g.neighbors.clone()
+    if broken and neighbors.numel() > 1:
+        at = int(g.indptr[-1]) // 2
+        neighbors[at] = (neighbors[at] + 1) % nodes
+    made = NeighborGraph(neighbors, indptr=g.indptr)
+    with threads(count):
+        native = made.transpose(backend="cpp")
+    for a, b in zip(native, NeighborGraph(neighbors, indptr=g.indptr).transpose(backend="reference"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accuracy_on_symmetric_graphs(dtype: torch.dtype) -> None:
+    g = graph(40, 5).symmetrize()
+    assert g.indptr is not None
+    for case in neighbor_cases("symmetric", 40, 5, 2, 11, csr=True):
+        inputs = {**case.inputs, "neighbors": g.neighbors, "indptr": g.indptr}
+        for name in ("weight", "log_weight"):
+            if name in inputs:
+                inputs[name] = positive(g).detach()
+        keeps_rule(replace(case, inputs=inputs), dtype)

@@ -53,6 +53,7 @@ def arguments(form: str) -> dict[str, tuple[Any, ...]]:
         "cross_view": cross,
         "edge_cosine": (x, *tables),
         "graph_transpose": (graph.neighbors, graph.indptr, NODES),
+        "graph_order": (graph.neighbors, graph.indptr, *graph.transpose()),
         "knn": (x, PTR, 3, "cosine"),
         "neighbor_attention": (q, k, v, log_weight, *tables, given),
         "neighbor_sum": (x, weight, *tables),

@@ -25,6 +25,7 @@ _OPERATIONS = (
     "cross_view_tokens_backward",
     "edge_cosine",
     "edge_cosine_backward",
+    "graph_order",
     "graph_transpose",
     "knn",
     "neighbor_attention",

@@ -45,6 +45,41 @@ def graph_transpose(neighbors: Tensor, indptr: Tensor | None, num_nodes: int) ->
     return t_ptr, order.masked_fill(target == num_nodes, -1)
 
 
+def graph_order(neighbors: Tensor, indptr: Tensor | None, t_ptr: Tensor, t_edge: Tensor) -> Tensor:
+    """All nodes, breadth first over the edges in both directions, from the first node not reached so far.
+
+    After Cuthill and McKee (1969), without their sorting by degree: of a node's neighbours, those that it points at
+    come first, in their order, then those that point at it. Walks the graph on the host.
+
+    Args:
+        neighbors, indptr: the graph.
+        t_ptr, t_edge: its transpose.
+
+    Returns:
+        int64 [num_nodes], a permutation.
+    """
+    nodes = t_ptr.shape[0] - 1
+    row, column, _ = _edges(neighbors, indptr, nodes)
+    order: list[int] = []
+    first = (torch.arange(nodes + 1) * neighbors.shape[1] if indptr is None else indptr).tolist()
+    rows, columns, pointers, edges = row.tolist(), column.tolist(), t_ptr.tolist(), t_edge.tolist()
+    reached = [False] * nodes + [True]  # the last one stands for absent
+    for start in range(nodes):
+        at = len(order)
+        if not reached[start]:
+            reached[start] = True
+            order.append(start)
+        while at < len(order):
+            i = order[at]
+            at += 1
+            sources = (rows[e] for e in edges[pointers[i] : pointers[i + 1]])
+            for j in (*columns[first[i] : first[i + 1]], *sources):
+                if not reached[j]:
+                    reached[j] = True
+                    order.append(j)
+    return torch.tensor(order, dtype=torch.int64, device=neighbors.device)
+
+
 def edge_cosine(r: Tensor, neighbors: Tensor, indptr: Tensor | None = None) -> Tensor:
     """``cos(r_i, r_j)`` of every edge, norms clamped at 1e-8, 0 where absent.
 
