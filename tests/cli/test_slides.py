@@ -81,6 +81,9 @@ def test_every_command(tool: str, tmp_path: Path, config: Path, capsys: pytest.C
         expected = grid(np.random.default_rng(5), 7) / (2 if tool == "stamp" else 1)
         assert sorted(map(tuple, places.tolist())) == sorted(map(tuple, expected.tolist()))
         assert file["slide-05"]["attention"].shape == (7, 2)
+        about = dict(file["slide-05"]["coords"].attrs)
+        assert about.pop("unit") == ("um" if tool == "stamp" else "px")
+        assert about == {"clam": {}, "trident": {"patch_size": 512}, "stamp": {"patch_size": 256}}[tool]
     capsys.readouterr()
 
 

@@ -145,6 +145,19 @@ class TestLayouts:
         assert [view.name for view in one.views] == ["uni"]
         assert one.names == NAMES[:4]
 
+    def test_folders_of_slides(self, tmp_path):
+        """Sub-directories with different slides of one kind are no views; nor is a run directory."""
+        for index, folder in enumerate(("first", "second")):
+            (tmp_path / folder).mkdir()
+            torch.save(torch.from_numpy(bag(index)[0]), tmp_path / folder / f"s{index}.pt")
+        (tmp_path / "runs" / "one").mkdir(parents=True)
+        torch.save({"epoch": 1}, tmp_path / "runs" / "one" / "checkpoint.pt")
+        (tmp_path / "runs" / "one" / "metrics.jsonl").write_text("")
+        whole = load(tmp_path)
+        assert ([view.name for view in whole.views], whole.names) == (["features"], ["s0", "s1"])
+        torch.save(torch.zeros(3, 7), tmp_path / "second" / "s1.pt")  # another width: another encoder
+        assert [(view.name, view.width) for view in load(tmp_path).views] == [("first", 4), ("second", 7)]
+
     def test_plain_files(self, tmp_path):
         features = bag(0)[0]
         torch.save(torch.from_numpy(features), tmp_path / "a.pt")

@@ -77,6 +77,8 @@ def _entries(directory: Path) -> tuple[list[Path], list[Path]]:
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"{directory}: cannot be read: {error.strerror or error}") from error
+    if any(entry.name == "metrics.jsonl" for entry in entries):
+        return [], []  # a run directory, whose checkpoint is no bag
     shown = [entry for entry in entries if not entry.name.startswith((".", "_"))]
     files = [Path(entry.path) for entry in shown if Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file()]
     folders = [Path(entry.path) for entry in shown if entry.is_dir() and not _NOT_FEATURES.fullmatch(entry.name)]
@@ -134,17 +136,19 @@ def find_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _one_view(groups: Sequence[Sequence[Path]]) -> bool:
-    """Whether directories are folders of slides, not views: different slides, made by one and the same encoder."""
+    """Whether directories are folders of slides, not views: different slides, of one encoder and width."""
     stems = [file.stem for files in groups for file in files]
     if len(set(stems)) < len(stems):
         return False
-    encoders = set()
+    kinds = set()
     for files in groups:
         try:
-            encoders.add(read_header(files[0]).encoder)
+            header = read_header(files[0])
         except DataError:
             continue
-    return len(encoders) == 1 and encoders != {None}
+        if header.width is not None:
+            kinds.add((header.encoder, header.width))
+    return len(kinds) == 1
 
 
 # ---- the index ----

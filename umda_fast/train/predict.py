@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -145,7 +146,8 @@ def predict(
     the value in original units. The HDF5 holds a group for each bag, named as the bag with `/` written as
     `%2F` and its plain name in the attribute `name`: `attention` [n, T], `view_weights` [n, V] (models with
     several views) and `coords` [n, 2] if the data has them; the file's attributes `tasks` and `views` name
-    the columns.
+    the columns. Where the data knows, the attributes of `coords` say what it means: `unit` (um or px),
+    `patch_size` in that unit, `pixel_size` in micrometres per level-0 pixel.
 
     With `refer_below`, a number between 0 and 1, the CSV further holds each task's calibrated confidence (see
     `calibration.confidence`), the ends of a regression's interval, and in its last column `refer` the tasks, joined by
@@ -183,6 +185,8 @@ def predict(
             writer.writerows(lines)
             if store is not None:
                 _write_attention(store, batch, result)
+        if store is not None:
+            _write_positions(store, dataset)
     return len(dataset)
 
 
@@ -196,6 +200,22 @@ def _attention_file(path: str | os.PathLike[str], run: Run) -> Iterator[Any]:
         yield store
 
 
+def _group_name(bag: str) -> str:
+    return quote(bag, safe=" !#$&'()*+,:;=?@[]~")
+
+
+def _write_positions(store: Any, dataset: BagDataset) -> None:
+    positions = dataset.positions
+    if positions is None:
+        return
+    for row, name in enumerate(dataset.names):
+        attributes = store[_group_name(name)]["coords"].attrs
+        attributes["unit"] = positions.unit
+        for key, value in (("patch_size", positions.patch_size[row]), ("pixel_size", positions.pixel_size[row])):
+            if not math.isnan(value):
+                attributes[key] = value
+
+
 def _write_attention(store: Any, batch: BagBatch, result: Any) -> None:
     attention = result.attention.float().cpu().numpy()
     weights = getattr(result, "view_weights", None)
@@ -204,7 +224,7 @@ def _write_attention(store: Any, batch: BagBatch, result: Any) -> None:
     offsets = batch.ptr.tolist()
     for index, name in enumerate(batch.names):
         part = slice(offsets[index], offsets[index + 1])
-        key = quote(name, safe=" !#$&'()*+,:;=?@[]~")
+        key = _group_name(name)
         if key in (".", ""):
             raise DataError(f"bag {name!r}: cannot be the name of a group in an HDF5 file")
         group = store.create_group(key)
