@@ -472,7 +472,9 @@ void merge_columns(const ViewFusionForward& a, const Shape& shape, const Parts& 
     for (int64_t c = 0; c < columns; ++c) {
       const double n = static_cast<double>(count), off = count == 0 ? 0.0 : first[c] / n;
       const double variance = count == 0 ? 0.0 : (second[c] - first[c] * off) / n;
-      a.mean[at + c] = count == 0 ? 0.0f : static_cast<float>(static_cast<double>(to_float(base[c])) + off);
+      const double mean = count == 0 ? 0.0 : static_cast<double>(to_float(base[c])) + off;
+      a.mean[at + c] = static_cast<float>(mean);
+      a.rest[at + c] = static_cast<float>(mean - static_cast<double>(a.mean[at + c]));
       a.variance[at + c] = variance < 0.0 ? 0.0f : static_cast<float>(variance);
     }
   }
@@ -531,7 +533,8 @@ void forward(const ViewFusionForward& a) {
 //   dy[u] = beta[u] d_z + (d_mean[u] + 2 d_variance[u] (y[u] - mean[u])) / count[u]
 //   d_projected[u] = d_cosine_sum / |projected[u]| (S - e[u] (e[u].S)),  S the sum of all e of the instance
 //
-// The variance's gradient through the mean is 0: the mean is where the sum of squares is smallest. Below the clamp, e is
+// The variance's gradient through the mean is 0: the mean is where the sum of squares is smallest (which takes
+// the mean to more digits than float32 has, far from 0). Below the clamp, e is
 // linear in the projection, and its gradient d_cosine_sum (S - e[u]) / 1e-8.
 
 // d_mean / count and 2 d_variance / count, [views, width] each.
@@ -584,10 +587,10 @@ UMDA_INLINE void spread_rows(const ViewFusionBackward& a, const T* const* rows, 
         const Vec constant = read(offset + at);
         Vec result[kCount];
         if (a.d_variance != nullptr) {
-          const Vec factor = read(slope + at), mean = read(a.mean + at);
+          const Vec factor = read(slope + at), mean = read(a.mean + at), rest = read(a.rest + at);
           for (int r = 0; r < kCount; ++r) {
             const Vec x = read(rows[u * kCount + r] + d + v * kWidth);
-            result[r] = fma(weight[r], change[r][v], fma(factor, x - mean, constant));
+            result[r] = fma(weight[r], change[r][v], fma(factor, (x - mean) - rest, constant));
           }
         } else {
           for (int r = 0; r < kCount; ++r) {

@@ -30,6 +30,7 @@ struct ViewFusionForward {
   void* z;                 // [instances, width]
   float* beta;             // [instances, views]
   float *mean, *variance;  // [views, width]
+  float* rest;             // [views, width], what float32 leaves out of mean
   int64_t* count;          // [views]
   float* cosine_sum;
   int64_t* pairs;
@@ -42,7 +43,7 @@ struct ViewFusionBackward {
   const float* d_beta;                 // [instances, views], contiguous, or null
   const float *d_mean, *d_variance;    // [views, width], contiguous, or null
   const float* d_cosine_sum;           // or null
-  const float* mean;                   // [views, width], contiguous
+  const float *mean, *rest;            // [views, width], contiguous
   const int64_t* count;                // [views], contiguous
   void* dy;                            // [instances, views, width]
   void* d_scores;                      // [instances, views], of the scores' type

@@ -5,7 +5,7 @@
 namespace umda {
 namespace {
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ViewRows rows(const Tensor& t, int64_t width, const char* name) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), width, storage_type(t, name)};
@@ -44,7 +44,8 @@ Outputs view_fusion(const Tensor& y, const Tensor& scores, const OptionalTensor&
   const auto floats = [&](std::initializer_list<int64_t> shape) { return new_tensor(y, shape, ScalarType::Float); };
   Tensor z = new_tensor(y, {in.instances, in.y.width}, y.scalar_type());
   Tensor beta = floats({in.instances, in.views});
-  Tensor mean = floats({in.views, in.y.width}), variance = floats({in.views, in.y.width});
+  const auto per_view = [&] { return floats({in.views, in.y.width}); };
+  Tensor mean = per_view(), variance = per_view(), rest = per_view();
   Tensor count = new_tensor(y, {in.views}, ScalarType::Long), pairs = new_tensor(y, {}, ScalarType::Long);
   Tensor cosine_sum = floats({});
   const ViewFusionForward arguments{in,
@@ -52,17 +53,19 @@ Outputs view_fusion(const Tensor& y, const Tensor& scores, const OptionalTensor&
                                     beta.mutable_data_ptr<float>(),
                                     mean.mutable_data_ptr<float>(),
                                     variance.mutable_data_ptr<float>(),
+                                    rest.mutable_data_ptr<float>(),
                                     count.mutable_data_ptr<int64_t>(),
                                     cosine_sum.mutable_data_ptr<float>(),
                                     pairs.mutable_data_ptr<int64_t>()};
   UMDA_CALL_KERNEL(view_fusion_forward, arguments);
-  return {z, beta, mean, variance, count, cosine_sum, pairs};
+  return {z, beta, mean, variance, count, cosine_sum, pairs, rest};
 }
 
 std::tuple<Tensor, Tensor, Tensor> view_fusion_backward(
     const OptionalTensor& d_z_any, const OptionalTensor& d_beta_any, const OptionalTensor& d_mean_any,
     const OptionalTensor& d_variance_any, const OptionalTensor& d_cosine_sum, const Tensor& y, const Tensor& scores,
-    const OptionalTensor& projected, const OptionalTensor& mask, const Tensor& mean_any, const Tensor& count_any) {
+    const OptionalTensor& projected, const OptionalTensor& mask, const Tensor& mean_any, const Tensor& rest_any,
+    const Tensor& count_any) {
   const Inputs inputs(y, scores, projected, mask);
   const ViewFusionInput& in = inputs.kernel;
   const auto floats = [](const OptionalTensor& t, std::initializer_list<int64_t> shape, const char* name) {
@@ -79,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> view_fusion_backward(
   const OptionalTensor d_variance = floats(d_variance_any, {in.views, in.y.width}, "d_variance");
   const OptionalTensor d_cosines = floats(d_cosine_sum, {}, "d_cosine_sum");
   const OptionalTensor mean = floats(mean_any, {in.views, in.y.width}, "mean");
+  const OptionalTensor rest = floats(rest_any, {in.views, in.y.width}, "rest");
   check_shape(count_any, {in.views}, "count");
   check_type(count_any, ScalarType::Long, "count");
   const Tensor count = torch::stable::contiguous(count_any);
@@ -103,6 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> view_fusion_backward(
                                      pointer(d_variance),
                                      pointer(d_cosines),
                                      pointer(mean),
+                                     pointer(rest),
                                      count.const_data_ptr<int64_t>(),
                                      dy.mutable_data_ptr(),
                                      d_scores.mutable_data_ptr(),

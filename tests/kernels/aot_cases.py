@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import triton
 
-from umda_fast.kernels import cross_view, cross_view_tokens, knn
+from umda_fast.kernels import cross_view, cross_view_tokens, knn, view_fusion
 from umda_fast.kernels._aot import Resources, compile_launch
 from umda_fast.kernels._launch import Launch
 
@@ -64,6 +64,22 @@ def knn_launches(dtype: torch.dtype, width: int, k: int, metric: str) -> list[La
     return knn.plan(meta(1000, width, dtype=dtype), meta(11, dtype=torch.int64), k, metric)[0]
 
 
+def view_fusion_launches(dtype: torch.dtype, views: int, width: int, narrow: int) -> list[Launch]:
+    """Both forward kernels and the sum of what they leave, both backward ones, with mask and all gradients."""
+    n = 1000
+    shared = (
+        meta(n, views, width, dtype=dtype),
+        meta(n, views),
+        meta(n, views, narrow, dtype=dtype),
+        meta(n, views, dtype=torch.bool),
+    )
+    forward, outputs = view_fusion.plan_forward(*shared)
+    gradients = meta(n, width, dtype=dtype), meta(n, views), meta(views, width), meta(views, width), meta(())
+    saved = outputs[2], outputs[7], outputs[4]
+    backward, _ = view_fusion.plan_backward(*gradients, *shared, *saved)
+    return forward + backward
+
+
 CASES: dict[str, Callable[[], list[Launch]]] = {
     **{
         f"cross_view {name} V={views} H={heads} Dh={head_dim}": functools.partial(
@@ -97,6 +113,18 @@ CASES: dict[str, Callable[[], list[Launch]]] = {
             ("f32", F32, 64, 8, "cosine"),
             ("f32", F32, 2, 8, "euclidean"),
             ("f32", F32, 64, 64, "euclidean"),
+        )
+    },
+    **{
+        f"view_fusion {name} V={views} D={width} P={narrow}": functools.partial(
+            view_fusion_launches, dtype, views, width, narrow
+        )
+        for name, dtype, views, width, narrow in (
+            ("bf16", BF16, 3, 256, 128),
+            ("bf16", BF16, 4, 2048, 1024),
+            ("bf16", BF16, 16, 512, 256),
+            ("f32", F32, 4, 128, 64),
+            ("f32", F32, 7, 30, 15),
         )
     },
 }

@@ -15,7 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 collect_ignore = (
     ["test_compile.py", "test_interpreter.py"]
     if INTERPRETED
-    else ["test_cross_view.py", "test_cross_view_tokens.py", "test_knn.py", "test_tuning.py"]
+    else ["test_cross_view.py", "test_cross_view_tokens.py", "test_knn.py", "test_tuning.py", "test_view_fusion.py"]
 )
 
 

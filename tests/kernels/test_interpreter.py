@@ -1,7 +1,7 @@
 """Gate 1: every Triton kernel, forward and backward, in Triton's interpreter against the float64 reference.
 
-The tests proper are ``test_cross_view.py``, ``test_cross_view_tokens.py``, ``test_knn.py`` and
-``test_tuning.py`` beside this file; see ``conftest.py`` for why they run in processes of their own.
+The tests proper are ``test_cross_view.py``, ``test_cross_view_tokens.py``, ``test_knn.py``, ``test_tuning.py``
+and ``test_view_fusion.py`` beside this file; see ``conftest.py`` for why they run in processes of their own.
 """
 
 import os
@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-MODULES = ("test_cross_view.py", "test_cross_view_tokens.py", "test_knn.py", "test_tuning.py")
+MODULES = (
+    "test_cross_view.py",
+    "test_cross_view_tokens.py",
+    "test_knn.py",
+    "test_tuning.py",
+    "test_view_fusion.py",
+)
 
 
 @pytest.fixture(scope="module")

@@ -68,12 +68,10 @@ def fuse_views(
     chosen = resolve("view_fusion", y, backend)
     if chosen == "reference":
         return ViewFusionOutput(*reference(y, scores, projected, mask))
-    return ViewFusionOutput(*_library.op(native("view_fusion", chosen))(y, scores, projected, mask))
+    return ViewFusionOutput(*_library.op(native("view_fusion", chosen))(y, scores, projected, mask)[:-1])
 
 
-def _fake(
-    y: Tensor, scores: Tensor, projected: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(y: Tensor, scores: Tensor, projected: Tensor | None, mask: Tensor | None) -> tuple[Tensor, ...]:
     n, views, width = y.shape
     return (
         y.new_empty(n, width),
@@ -83,6 +81,7 @@ def _fake(
         y.new_empty(views, dtype=torch.int64),
         y.new_empty((), dtype=torch.float32),
         y.new_empty((), dtype=torch.int64),
+        y.new_empty(views, width, dtype=torch.float32),
     )
 
 
@@ -102,29 +101,30 @@ def _fake_backward(
 
 
 def _setup_context(ctx: _library.Context, inputs: tuple[Any, ...], output: Any) -> None:
-    _, _, mean, _, count, _, _ = output
-    ctx.save_for_backward(*inputs, mean, count)
+    _, _, mean, _, count, _, _, rest = output
+    ctx.save_for_backward(*inputs, mean, rest, count)
 
 
 def _backward(op: Any, ctx: _library.Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_z, d_beta, d_mean, d_variance, _, d_cosine_sum, _ = grads
+    d_z, d_beta, d_mean, d_variance, _, d_cosine_sum, _, _ = grads
     saved = ctx.saved_tensors
     dy, d_scores, d_projected = op(d_z, d_beta, d_mean, d_variance, d_cosine_sum, *saved)
     return dy, d_scores, d_projected if saved[2] is not None else None, None
 
 
+# rest is what float32 leaves out of mean: far from 0 the variance's gradient, about the mean, would see it.
 _library.define(
     "view_fusion",
     "(Tensor y, Tensor scores, Tensor? projected, Tensor? mask) -> (Tensor z, Tensor beta, Tensor mean, "
-    "Tensor variance, Tensor count, Tensor cosine_sum, Tensor pairs)",
+    "Tensor variance, Tensor count, Tensor cosine_sum, Tensor pairs, Tensor rest)",
     _fake,
     triton="view_fusion",
 )
 _library.define(
     "view_fusion_backward",
     "(Tensor? d_z, Tensor? d_beta, Tensor? d_mean, Tensor? d_variance, Tensor? d_cosine_sum, Tensor y, "
-    "Tensor scores, Tensor? projected, Tensor? mask, Tensor mean, Tensor count) -> (Tensor dy, Tensor d_scores, "
-    "Tensor d_projected)",
+    "Tensor scores, Tensor? projected, Tensor? mask, Tensor mean, Tensor rest, Tensor count) -> (Tensor dy, "
+    "Tensor d_scores, Tensor d_projected)",
     _fake_backward,
     triton="view_fusion",
 )
