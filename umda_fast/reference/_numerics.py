@@ -1,8 +1,9 @@
 """What the reference operations share: dtypes, masked softmax, deterministic gather and scatter."""
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -87,3 +88,25 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``function`` with autocast off, which would take its matrix products in half precision.
+
+    An operation returns what its inputs' dtypes promise, wherever it is called; who wants it in half precision gives
+    it such inputs. The device is that of the first tensor among the arguments.
+    """
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        if not torch.amp.is_autocast_available(device):  # meta
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run

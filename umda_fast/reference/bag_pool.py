@@ -11,12 +11,14 @@ from umda_fast.reference._numerics import (
     gather,
     scatter_sum,
     segment_index,
+    without_autocast,
 )
 
 #: Instances summed one after another; a longer bag is summed in chunks first, so that the error grows slowly.
 CHUNK = 256
 
 
+@without_autocast
 def bag_pool(z: Tensor, scores: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Attention pooling with one softmax per bag and task.
 

@@ -5,9 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-from umda_fast.reference._numerics import accumulation_dtype, entropy_terms, gate_terms, masked_softmax
+from umda_fast.reference._numerics import (
+    accumulation_dtype,
+    entropy_terms,
+    gate_terms,
+    masked_softmax,
+    without_autocast,
+)
 
 
+@without_autocast
 def cross_view(
     q: Tensor,
     k: Tensor,

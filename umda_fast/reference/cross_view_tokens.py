@@ -17,12 +17,14 @@ from umda_fast.reference._numerics import (
     recomputed,
     segment_index,
     with_zero_row,
+    without_autocast,
 )
 
 #: Most scores (instances x heads x query tokens x key tokens) that one tile holds at a time.
 TILE_ELEMENTS = 1 << 22
 
 
+@without_autocast
 def cross_view_tokens(
     q: Tensor,
     k: Tensor,

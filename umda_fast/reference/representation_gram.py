@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from umda_fast.reference._numerics import accumulation_dtype, gather, segment_index
+from umda_fast.reference._numerics import accumulation_dtype, gather, segment_index, without_autocast
 
 #: Instances at a time: what is kept of their gradients is T * CHUNK * D numbers.
 CHUNK = 1024
 
 
+@without_autocast
 @torch.no_grad()
 def representation_gram(
     d_pooled: Sequence[Tensor],

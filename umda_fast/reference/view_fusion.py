@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from umda_fast.reference._numerics import accumulation_dtype, masked_softmax
+from umda_fast.reference._numerics import accumulation_dtype, masked_softmax, without_autocast
 
 
+@without_autocast
 def view_fusion(
     y: Tensor, scores: Tensor, projected: Tensor | None = None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
