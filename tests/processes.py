@@ -63,7 +63,8 @@ def run_together(
         lost: processes that are expected to end without a result; theirs is None, and nobody waits for them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, function.__module__])
+    # Imported once, by the first to come here, for all tests of this process.
+    context.set_forkserver_preload([__name__, "umda_fast.train", "torch.distributed.fsdp"])
     with tempfile.TemporaryDirectory() as place:
         processes = [
             context.Process(target=_enter, args=(function, rank, size, place, timeout, args), daemon=True)
