@@ -72,7 +72,13 @@ GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
         2.2,
     ),
     "pooling and task gradients": (
-        ("bag_pool", "representation_gram", "task_gradient_statistics", "combine_task_gradients"),
+        (
+            "bag_pool",
+            "representation_gram",
+            "task_gradient_statistics",
+            "combine_task_gradients",
+            "linear_weight_gradient",
+        ),
         1.6,
     ),
 }

@@ -678,6 +678,24 @@ def combine_task_gradients(columns: int, place: Place) -> Problem:
     )
 
 
+def linear_weight_gradient(rows: int, place: Place) -> Problem:
+    """Of a layer of the default width of this file, written where it is wanted."""
+    d_out, x = (place.normal(rows, WIDTH, dtype=torch.float32, grad=False) for _ in "ab")
+    out = d_out.new_empty(WIDTH, WIDTH)
+    return Problem(
+        "linear_weight_gradient",
+        f"B = {rows:,}, O = I = {WIDTH}",
+        rows,
+        torch.float32,
+        (d_out, x),
+        {
+            OURS: lambda d_out, x: ops.linear_weight_gradient(d_out, x, out),
+            "matrix product": lambda d_out, x: torch.mm(d_out.T, x, out=out),
+        },
+        Floor(d_out.nbytes + x.nbytes + out.nbytes, 2.0 * rows * WIDTH**2, "float32"),
+    )
+
+
 @dataclass(frozen=True)
 class Workload:
     """How an operation's problems are made, and their sizes: quick, on a CPU, on a GPU."""
@@ -716,4 +734,5 @@ WORKLOADS: dict[str, Workload] = {
     "representation_gram": Workload(representation_gram, *_INSTANCES),
     "task_gradient_statistics": Workload(task_gradient_statistics, *_COLUMNS),
     "combine_task_gradients": Workload(combine_task_gradients, *_COLUMNS),
+    "linear_weight_gradient": Workload(linear_weight_gradient, *_INSTANCES),
 }

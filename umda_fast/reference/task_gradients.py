@@ -5,11 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from umda_fast.reference._numerics import without_autocast
+
 #: Columns of the gradient matrix taken at a time.
 CHUNK = 1 << 20
 
 
 @torch.no_grad()
+@without_autocast
 def task_gradient_statistics(
     grads: Sequence[Tensor], ema: Tensor, correction: Tensor, active: Tensor | None, beta: float
 ) -> Tensor:
