@@ -28,7 +28,7 @@ _AT_LEAST = {
     "chunk": 0,
 }
 _AT_LEAST_OR_NONE = ("encoder_hidden", "pool_hidden", "private_rank")
-_SWITCHES = ("symmetrize", "hcva", "graph", "private")
+_SWITCHES = ("symmetrize", "hcva", "graph", "private", "scale_wide")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class UMDAConfig:
         ffn: hidden width of a block's feed-forward part, in multiples of `width`.
         dropout: in the encoders, after attention, messages and feed-forward parts, and before the heads.
         encoder_hidden: hidden width of a default encoder; None takes `width`.
+        input_dropout: of the features that a default encoder is given: for few bags with many features.
+        scale_wide: whether default encoders of wide features begin with a smaller gain, see `FeatureEncoder`.
         graph_k: neighbours of an instance.
         graph_width: width of r, by which neighbours are chosen.
         graph_tau: tau of the edge weights exp((cos - 1) / tau).
@@ -81,6 +83,8 @@ class UMDAConfig:
     ffn: int = 2
     dropout: float = 0.1
     encoder_hidden: int | None = None
+    input_dropout: float = 0.0
+    scale_wide: bool = False
     graph_k: int = 8
     graph_width: int = 64
     graph_tau: float = 0.5
@@ -126,10 +130,11 @@ class UMDAConfig:
             )
         if self.hcva and len(self.views) > MAX_VIEWS:
             raise ValueError(f"UMDAConfig.views: expected at most {MAX_VIEWS}, got {len(self.views)}")
-        for name in ("dropout", "graph_tau", "kappa", "kappa_g", "delta", "gamma"):
+        for name in ("dropout", "input_dropout", "graph_tau", "kappa", "kappa_g", "delta", "gamma"):
             object.__setattr__(self, name, _as_float(f"UMDAConfig.{name}", getattr(self, name)))
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"UMDAConfig.dropout: expected at least 0 and below 1, got {self.dropout}")
+        for name in ("dropout", "input_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"UMDAConfig.{name}: expected at least 0 and below 1, got {getattr(self, name)}")
         if self.graph_tau <= 0.0:
             raise ValueError(f"UMDAConfig.graph_tau: expected a positive number, got {self.graph_tau}")
         for name in ("delta", "gamma"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umda_fast.model.specs import ViewSpec
@@ -14,16 +15,33 @@ __all__ = ["FeatureEncoder", "ViewEncoders"]
 
 
 class FeatureEncoder(nn.Sequential):
-    """The default encoder, [n, features] -> [n, width]: (x - shift) / scale, LayerNorm, Linear, GELU, Dropout, Linear.
+    """The default encoder, [n, features] -> [n, width]: (x - shift) / scale, LayerNorm, Dropout of features, Linear,
+    GELU, Dropout, Linear.
 
     `shift` and `scale` (buffers [features], 0 and 1 at first) are set by `set_scaling`: without it LayerNorm leaves
     of features in different units only the largest. Features are cast to the dtype of the parameters.
+
+    Args:
+        features, width, hidden: widths in, out and between; hidden None takes `width`.
+        dropout: between the linear layers. input_dropout: of the features.
+        scale_wide: the LayerNorm of more features than `hidden` begins with the gain sqrt(hidden / features), not 1.
+            A step of Adam moves a sum over many features further than one over few, by their number; with this gain
+            wide inputs learn as fast as others and are less quickly learnt by heart. (The learning rate of an input
+            layer by its fan-in: Yang and Hu, "Feature Learning in Infinite-Width Neural Networks", 2021.)
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, features: int, width: int, hidden: int | None = None, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        features: int,
+        width: int,
+        hidden: int | None = None,
+        dropout: float = 0.1,
+        input_dropout: float = 0.0,
+        scale_wide: bool = False,
+    ) -> None:
         hidden = width if hidden is None else hidden
         super().__init__(
             nn.LayerNorm(features),
@@ -32,6 +50,9 @@ class FeatureEncoder(nn.Sequential):
             nn.Dropout(dropout),
             nn.Linear(hidden, width),
         )
+        self.input_dropout = input_dropout
+        if scale_wide and features > hidden:
+            nn.init.constant_(self.get_parameter("0.weight"), (hidden / features) ** 0.5)
         self.register_buffer("shift", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
 
@@ -44,7 +65,9 @@ class FeatureEncoder(nn.Sequential):
     def forward(self, features: Tensor) -> Tensor:
         # Subtracted before the cast: in half precision the difference of large features would be lost.
         x = ((features - self.shift) / self.scale).to(self.get_parameter("0.weight").dtype)
-        for layer in self:
+        norm, *layers = self
+        x = F.dropout(norm(x), self.input_dropout, self.training)
+        for layer in layers:
             x = layer(x)
         return x
 
@@ -55,7 +78,7 @@ class ViewEncoders(nn.Module):
     Args:
         views: names and widths of the views.
         width: D.
-        hidden, dropout: of the default encoders.
+        hidden, dropout, input_dropout, scale_wide: of the default encoders, see `FeatureEncoder`.
         encoders: view -> module [n, ...] -> [n, D], used instead of the default encoder of that view. It is
             given features of every instance; where the view is missing they are zeros (for one that looks
             across instances, as batch normalisation does).
@@ -71,6 +94,8 @@ class ViewEncoders(nn.Module):
         hidden: int | None = None,
         dropout: float = 0.1,
         encoders: Mapping[str, nn.Module] | None = None,
+        input_dropout: float = 0.0,
+        scale_wide: bool = False,
     ) -> None:
         super().__init__()
         self.views = tuple(views)
@@ -85,7 +110,8 @@ class ViewEncoders(nn.Module):
         self.custom = tuple(name for name in names if name in given)
         # By position: a view may have any name, a submodule may not.
         self.encoders = nn.ModuleList(
-            given.get(view.name) or FeatureEncoder(view.width, width, hidden, dropout) for view in self.views
+            given.get(view.name) or FeatureEncoder(view.width, width, hidden, dropout, input_dropout, scale_wide)
+            for view in self.views
         )
         self.embedding = nn.Parameter(torch.empty(len(self.views), width))
         nn.init.normal_(self.embedding, std=0.1)

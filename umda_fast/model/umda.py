@@ -44,7 +44,9 @@ class UMDA(nn.Module):
             raise TypeError(f"config: expected a UMDAConfig, got {type(config).__name__}")
         self.config = config
         width, dropout, tasks = config.width, config.dropout, len(config.tasks)
-        self.encoders = ViewEncoders(config.views, width, config.encoder_hidden, dropout, encoders)
+        self.encoders = ViewEncoders(
+            config.views, width, config.encoder_hidden, dropout, encoders, config.input_dropout, config.scale_wide
+        )
         self.hcva = (
             HCVA(width, config.heads, len(config.views), config.layers, config.ffn, dropout) if config.hcva else None
         )
