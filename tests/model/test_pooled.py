@@ -40,6 +40,12 @@ def test_a_loss_that_reaches_no_instance_has_a_zero_row(model: UMDA, batch: Batc
     assert (gram[:, 1] == 0).all()
 
 
+def test_losses_that_cannot_reach_the_instances_are_an_error(model: UMDA, batch: Batch) -> None:
+    out, other = model(**batch.inputs()), model(**batch.inputs())
+    with pytest.raises(ValueError, match="losses: expected losses computed from `pooled` of this call"):
+        out.instances.gradient_gram([x.sum() for x in other.logits.values()])
+
+
 def test_autocast(model: UMDA, batch: Batch) -> None:
     """bfloat16: as far from float64 as the backward passes are, times three."""
     exact_model = UMDA(make_config()).double().eval()

@@ -47,13 +47,19 @@ class PooledInstances:
 
         Returns:
             gram in float32 (float64 for float64), detached. A loss that does not reach `pooled` has a zero row.
+
+        Raises:
+            ValueError: no loss reaches `pooled`: they are of another call, or pooling and heads were compiled into one
+                graph, whose outputs do not depend on one another for autograd.
         """
-        found = []
-        for loss in losses:
-            (gradient,) = torch.autograd.grad(loss, self.pooled, retain_graph=True, allow_unused=True)
-            found.append(torch.zeros_like(self.pooled) if gradient is None else gradient)
+        found = [torch.autograd.grad(x, self.pooled, retain_graph=True, allow_unused=True)[0] for x in losses]
+        if all(gradient is None for gradient in found):
+            raise ValueError(
+                "losses: expected losses computed from `pooled` of this call, got none that reaches it (a model "
+                "compiled as a whole hides the way)"
+            )
         return representation_gram(
-            found,
+            [torch.zeros_like(self.pooled) if gradient is None else gradient for gradient in found],
             self.z.detach(),
             self.attention.detach(),
             self.ptr,
