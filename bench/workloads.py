@@ -105,6 +105,11 @@ class Place:
         return self.device.type == "cuda"
 
 
+def dtype_unit(dtype: torch.dtype) -> str:
+    """The matrix rate at which products of ``dtype`` are done."""
+    return "float32" if dtype == torch.float32 else "bfloat16"
+
+
 def installed(package: str) -> bool:
     """Whether an optional package can be imported."""
     return importlib.util.find_spec(package) is not None
@@ -149,6 +154,67 @@ def cross_view(n: int, place: Place) -> Problem:
     )
 
 
+# --- projections
+
+
+def norm_linear(n: int, place: Place) -> Problem:
+    """Layer norm, packed queries, keys and values, and the gates."""
+    x = place.normal(n, VIEWS, WIDTH)
+    scale, shift = (place.normal(WIDTH, dtype=torch.float32) for _ in "ab")
+    weight, gate, gate_bias = place.normal(3 * WIDTH, WIDTH), place.normal(HEADS, WIDTH), place.normal(HEADS)
+    leaves = (x, scale, shift, weight, gate, gate_bias)
+
+    def ours(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, gate: Tensor, bias: Tensor) -> Any:
+        return ops.norm_linear(x, scale, shift, weight, None, gate, bias)
+
+    def eager(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, gate: Tensor, bias: Tensor) -> Any:
+        normed = F.layer_norm(x.float(), [WIDTH], scale, shift).to(x.dtype)
+        return F.linear(normed, weight), F.linear(normed, gate, bias)
+
+    rows = n * VIEWS
+    out = rows * (3 * WIDTH + HEADS) * x.element_size()
+    work = 2.0 * rows * WIDTH * (3 * WIDTH + HEADS)
+    unit = dtype_unit(place.dtype)
+    return Problem(
+        "norm_linear",
+        f"N = {n:,}, V = {VIEWS}, {WIDTH} to {3 * WIDTH} + {HEADS}",
+        n,
+        place.dtype,
+        leaves,
+        {OURS: ours, EAGER: eager},
+        Floor(x.nbytes + out, work, unit),
+        Floor(2 * x.nbytes + out, 2 * work, unit),
+        EAGER,
+    )
+
+
+def linear_residual(n: int, place: Place) -> Problem:
+    """The output projection, dropout, and the sum with what came in."""
+    x, residual = place.normal(n, VIEWS, WIDTH), place.normal(n, VIEWS, WIDTH, grad=True)
+    weight, bias = place.normal(WIDTH, WIDTH), place.normal(WIDTH)
+    rate = 0.1
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Any:
+        return ops.linear_residual(x, weight, bias, residual, dropout=rate)
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Any:
+        return residual + F.dropout(F.linear(x, weight, bias), rate)
+
+    work = 2.0 * n * VIEWS * WIDTH**2
+    unit = dtype_unit(place.dtype)
+    return Problem(
+        "linear_residual",
+        f"N = {n:,}, V = {VIEWS}, {WIDTH} to {WIDTH}",
+        n,
+        place.dtype,
+        (x, weight, bias, residual),
+        {OURS: ours, EAGER: eager},
+        Floor(3 * x.nbytes, work, unit),
+        Floor(4 * x.nbytes, 2 * work, unit),
+        EAGER,
+    )
+
+
 # --- cross_view_tokens
 
 
@@ -189,7 +255,7 @@ def cross_view_tokens(size: tuple[int, int], place: Place) -> Problem:
         absent[FLEX] = "compiled for CUDA devices only"
     work = 2.0 * instances * length**2 * heads * width  # of one product with all pairs
     moved = tokens * heads * width * leaves[0].element_size()
-    unit = "bfloat16" if place.dtype != torch.float32 else "float32"
+    unit = dtype_unit(place.dtype)
     return Problem(
         "cross_view_tokens",
         f"{instances} x {length:,} tokens in 2 views, {heads} heads x {width}",
@@ -712,6 +778,8 @@ _COLUMNS = ((100, 1_000, 10_000), (10_000, 100_000, 1_000_000), (1_000_000, 10_0
 #: Every native operation, in the order of docs/performance.md.
 WORKLOADS: dict[str, Workload] = {
     "cross_view": Workload(cross_view, *_INSTANCES),
+    "norm_linear": Workload(norm_linear, *_INSTANCES),
+    "linear_residual": Workload(linear_residual, *_INSTANCES),
     "view_fusion": Workload(view_fusion, *_INSTANCES),
     "cross_view_tokens": Workload(
         cross_view_tokens,
