@@ -7,10 +7,9 @@ One configuration for all four sets. It was chosen with `--tune`: every candidat
 bags of folds cut with seeds of their own and scored on the rest of those training bags; test folds are not looked at.
 The candidates hardly differ by more than their errors. Taken was the best on Fox of the first ones; those with 64
 instances in a batch were tried afterwards: one is a little better on Fox, at several times the cost on MUSK2.
-The table's folds are cut with other seeds. As in the published figures, a fold is scored once, by the model after the
-last epoch; no validation part, no early stopping, all of the other nine folds are trained on. ± is the standard
-deviation over the repeats' means (folds of one repeat together are all bags once); the published ± are over folds
-and repeats and not repeated here.
+The table's folds are cut with other seeds. A fold is scored once, by the model after the last epoch: no validation
+part, no early stopping, all of the other nine folds are trained on. ± is the standard deviation over the repeats'
+means (the folds of one repeat together are all bags once).
 """
 
 from __future__ import annotations
