@@ -376,10 +376,10 @@ def view_fusion_backward_y(
                 b_yu = b_dz
                 if HAS_DV:
                     b_yu = _rows(p_y, o_n, s_yn, s_yv, i_d + o_d, m_v, m_d, u).to(tl.float32)
-                o_k = i_d + o_d
                 b_dy = _change(
-                    b_yu, b_dzd, b_beta, m_v, p_dm, p_dv, p_mean, p_rest, p_count, o_k, m_d, u, D, HAS_DZ, HAS_DM, HAS_DV
-                )
+                    b_yu, b_dzd, b_beta, m_v, p_dm, p_dv, p_mean, p_rest, p_count, i_d + o_d, m_d, u, D,
+                    HAS_DZ, HAS_DM, HAS_DV,
+                )  # fmt: skip
                 p_u = p_dy + (o_n * V + u)[:, None] * D + (i_d + o_d)[None, :]
                 tl.store(p_u, b_dy.to(p_dy.dtype.element_ty), mask=m_nd)
 

@@ -135,7 +135,7 @@ import json, torch
 from umda_fast.ops import backend_status
 from umda_fast.ops._library import op
 from umda_fast.parity import run_parity
-from umda_fast.parity.cases import cross_view_case, cross_view_tokens_case, knn_case
+from umda_fast.parity.cases import cross_view_case, cross_view_tokens_case, knn_case, view_fusion_case
 
 assert backend_status()["triton"] is None
 cases = [
@@ -144,6 +144,8 @@ cases = [
     cross_view_tokens_case("ragged", [3, 1, 2, 0], [3, 0, 1], 1, 9, views=3),
     knn_case("ragged", [5, 0, 3], 9, 2, "cosine"),
     knn_case("k >= n", [3], 5, 4, "euclidean"),
+    view_fusion_case("missing views", 5, 3, 9, 4, missing=True),
+    view_fusion_case("no instance", 0, 2, 3, 2),
 ]
 report = run_parity(backends=["triton"], cases=cases, dtypes=[torch.float32])
 q = torch.randn(2, 2, 1, 8, requires_grad=True)
@@ -153,6 +155,7 @@ checked = {
     "cross_view_triton": (q, q, q, q[..., 0], None, None),
     "cross_view_tokens_triton": (x, x, x, x[..., 0], *segments, None, True),
     "knn_triton": (x[:, 0].detach(), torch.tensor([0, 3]), 2, "cosine"),
+    "view_fusion_triton": (x, x[..., 0], x, None),
 }
 for name, arguments in checked.items():
     results = torch.library.opcheck(op(name), arguments)
@@ -171,6 +174,8 @@ def test_triton_in_its_interpreter() -> None:
         ("cross_view_tokens", "forward"),
         ("cross_view_tokens", "backward"),
         ("knn", "forward"),
+        ("view_fusion", "forward"),
+        ("view_fusion", "backward"),
     }
 
 

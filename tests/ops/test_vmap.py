@@ -41,6 +41,7 @@ def arguments(form: str) -> dict[str, tuple[Any, ...]]:
     bias = normal(2, 3, 3, seed=13) if given else None
     mask = torch.arange(NODES * 3).reshape(NODES, 3) % 4 > 0 if given else None
     cross = (*views, gate, bias, mask)
+    fused = views[0].flatten(2), gate[..., 0], views[1].flatten(2) if given else None, mask
 
     def grads(name: str, forward: tuple[Any, ...], optional: bool) -> tuple[Any, ...]:
         outputs = _library.op(name)(*forward)
@@ -58,6 +59,7 @@ def arguments(form: str) -> dict[str, tuple[Any, ...]]:
         "neighbor_attention": (q, k, v, log_weight, *tables, given),
         "neighbor_sum": (x, weight, *tables),
         "smoothness_energy": (z, weight, *tables),
+        "view_fusion": fused,
     }
     for name, optional, saves, gradients in (
         ("bag_pool", True, True, 3),
@@ -70,6 +72,9 @@ def arguments(form: str) -> dict[str, tuple[Any, ...]]:
         forward = found[name]
         saved = tuple(_library.op(name)(*forward)) if saves else ()
         found[f"{name}_backward"] = (*grads(name, forward, optional)[:gradients], *forward, *saved)
+    _, _, mean, _, count, _, _, rest = _library.op("view_fusion")(*fused)
+    d_z, d_beta, d_mean, d_variance, _, d_cosine_sum, _, _ = grads("view_fusion", fused, True)
+    found["view_fusion_backward"] = (d_z, d_beta, d_mean, d_variance, d_cosine_sum, *fused, mean, rest, count)
     return found
 
 

@@ -127,13 +127,17 @@ def cross_view_tokens_case(
 # --- view_fusion
 
 
-def view_fusion_case(shape: str, n: int, views: int, width: int, projection: int, *, missing: bool = False) -> Case:
-    """All outputs; with ``missing``, views that are absent hold NaN."""
+def view_fusion_case(
+    shape: str, n: int, views: int, width: int, projection: int | None, *, missing: bool = False
+) -> Case:
+    """All outputs of views off 0, whose projections have something in common; with ``missing``, views that are absent
+    hold NaN."""
     inputs = {
-        "y": normal(n, views, width, seed=20),
+        "y": normal(n, views, width, seed=20) + 2 * normal(views, width, seed=24),
         "scores": normal(n, views, seed=21),
-        "projected": normal(n, views, projection, seed=22),
     }
+    if projection is not None:
+        inputs["projected"] = normal(n, views, projection, seed=22) + normal(n, 1, projection, seed=25)
     if missing:
         mask = torch.rand(n, views, generator=torch.Generator().manual_seed(23)) < 0.6
         mask[torch.arange(n), torch.arange(n) % views] = True
@@ -142,11 +146,11 @@ def view_fusion_case(shape: str, n: int, views: int, width: int, projection: int
         inputs["mask"] = mask
 
     def run(x: Inputs, backend: str) -> Outputs:
-        found = ops.fuse_views(x["y"], x["scores"], x["projected"], mask=x.get("mask"), backend=backend)
+        found = ops.fuse_views(x["y"], x["scores"], x.get("projected"), mask=x.get("mask"), backend=backend)
         counts = {"count": found.count.double(), "pairs": found.pairs.double()}  # whole numbers: held to equality
         return {**found._asdict(), **counts}
 
-    features = ("y", "scores", "projected")
+    features = tuple(name for name in inputs if name != "mask")
     return Case("view_fusion", shape, inputs, run, features, features)
 
 
@@ -358,6 +362,7 @@ def all_cases() -> list[Case]:
         view_fusion_case("N=700 V=3 D=97 P=33", 700, 3, 97, 33),
         view_fusion_case("N=19 V=4 D=59 P=8, missing views", 19, 4, 59, 8, missing=True),
         view_fusion_case("N=5 V=1 D=1 P=1", 5, 1, 1, 1),
+        view_fusion_case("N=7 V=16 D=33, missing views, no projections", 7, 16, 33, None, missing=True),
         bag_pool_case("ragged, D=97 T=5", [3, 0, 40, 1, 300, 0], 97, 5),
         bag_pool_case("one bag, D=256 T=1", [70], 256, 1),
         bag_pool_case("D=1 T=8", [9, 4], 1, 8),
