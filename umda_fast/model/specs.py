@@ -97,6 +97,7 @@ class TaskSpec:
         labels: names of the classes: 2 for binary (of label 0, of label 1), else `classes`.
         class_weights: weights in the loss: 2 for binary (of label 0, of label 1), `classes` for multiclass,
             `classes` for multilabel (of each label's positives); None weighs all alike.
+        thresholds: multilabel only, the probability from which each of the `classes` labels is predicted; None: 0.5.
 
     Sequences are stored as tuples, so `TaskSpec(**json.loads(json.dumps(dataclasses.asdict(spec)))) == spec`.
 
@@ -111,6 +112,7 @@ class TaskSpec:
     std: float = 1.0
     labels: tuple[str, ...] | None = None
     class_weights: tuple[float, ...] | None = None
+    thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_name("TaskSpec", self.name)
@@ -123,6 +125,8 @@ class TaskSpec:
             self._check_labels(where)
         if self.class_weights is not None:
             self._check_class_weights(where)
+        if self.thresholds is not None:
+            self._check_thresholds(where)
 
     def _check_classes(self, where: str) -> None:
         classes = _check_int(f"{where}.classes", self.classes)
@@ -163,6 +167,16 @@ class TaskSpec:
         if any(weight <= 0.0 for weight in weights):
             raise ValueError(f"{argument}: expected positive numbers, got {weights!r}")
         object.__setattr__(self, "class_weights", weights)
+
+    def _check_thresholds(self, where: str) -> None:
+        argument = f"{where}.thresholds"
+        thresholds = tuple(_as_float(argument, value) for value in _as_tuple(argument, self.thresholds))
+        if self.kind != "multilabel":
+            raise ValueError(f"{argument}: belong to multilabel tasks, got {thresholds} for a {self.kind} task")
+        self._check_per_class(argument, thresholds)
+        if any(not 0.0 <= value <= 1.0 for value in thresholds):
+            raise ValueError(f"{argument}: expected numbers in 0..1, got {thresholds!r}")
+        object.__setattr__(self, "thresholds", thresholds)
 
     def _check_per_class(self, argument: str, values: tuple[object, ...]) -> None:
         if self.kind == "regression":

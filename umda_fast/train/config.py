@@ -137,6 +137,9 @@ class TrainConfig(_Section):
     """Steps between two checkpoints inside an epoch; one is written at the end of every epoch in any case."""
     log_steps: Positive = 20
     """Steps between two lines of kind `step` in metrics.jsonl."""
+    thresholds: Literal["half", "f1"] = "half"
+    """Probability from which a label of a multilabel task is predicted: one half, or at the end of the training each
+    label's own, best for F1 on the validation split; kept with the model."""
     deterministic: bool | None = None
     """Bit-identical repetition; None means yes on the CPU, no on a GPU."""
     keep: Literal["all", "scores"] = "all"

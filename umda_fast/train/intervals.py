@@ -30,7 +30,8 @@ def primary_score(task: TaskSpec, prediction: Array, target: Array) -> float:
     if task.kind == "multiclass":
         return float((prediction.argmax(axis=1) == target).mean())
     if task.kind == "multilabel":
-        chosen, true = prediction >= THRESHOLD, target == 1
+        chosen = prediction >= np.asarray(THRESHOLD if task.thresholds is None else task.thresholds)
+        true = target == 1
         hits = (chosen & true).sum(axis=0)
         total = chosen.sum(axis=0) + true.sum(axis=0)
         # As torchmetrics has it: a label that is neither predicted nor there scores 0.

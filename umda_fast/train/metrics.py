@@ -21,13 +21,21 @@ from torchmetrics.classification import (
 
 from umda_fast.model import TaskSpec, decode
 
-__all__ = ["PRIMARY", "THRESHOLD", "TaskMetrics", "mean_score"]
+__all__ = ["PRIMARY", "THRESHOLD", "TaskMetrics", "mean_score", "predicted_labels"]
 
 # The metric of each kind of task that enters `mean_score`.
 PRIMARY = {"binary": "auroc", "multiclass": "accuracy", "multilabel": "f1_macro", "regression": "r2"}
 
 # Probability from which a label of a multilabel task, or class 1 of a binary one, is predicted.
 THRESHOLD = 0.5
+
+
+def predicted_labels(task: TaskSpec, probabilities: Tensor) -> Tensor:
+    """Which labels are predicted, bool: of a binary task from `THRESHOLD` on, of a multilabel one [..., C] from its
+    thresholds on if it has any."""
+    if task.thresholds is None:
+        return probabilities >= THRESHOLD
+    return probabilities >= torch.tensor(task.thresholds, dtype=probabilities.dtype, device=probabilities.device)
 
 
 def _metrics(task: TaskSpec) -> dict[str, Metric]:
@@ -84,8 +92,9 @@ class TaskMetrics(nn.Module):
             if task.kind in ("binary", "multilabel", "multiclass"):
                 target = target.long()
             self.seen[index].append(target)
-            for metric in self._of(index).values():
-                metric.update(prediction, target)
+            for name, metric in self._of(index).items():
+                tuned = task.thresholds is not None and name.startswith("f1")
+                metric.update(predicted_labels(task, prediction).long() if tuned else prediction, target)
 
     def _of(self, index: int) -> dict[str, Metric]:
         metrics = cast(nn.ModuleDict, self.metrics[f"task_{index}"])

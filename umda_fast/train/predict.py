@@ -24,7 +24,7 @@ from umda_fast.train.calibration import Calibration, confidence
 from umda_fast.train.evaluation import batches_in_order, infer
 from umda_fast.train.files import atomic_file
 from umda_fast.train.guard import check_batch
-from umda_fast.train.metrics import THRESHOLD
+from umda_fast.train.metrics import predicted_labels
 from umda_fast.train.progress import ProgressReport
 from umda_fast.train.run import Run, model_data
 from umda_fast.train.rundir import RunDirectory
@@ -93,17 +93,17 @@ def rows(names: Sequence[str], tasks: Sequence[TaskSpec], logits: Mapping[str, T
     lines = [[name] for name in names]
     for task in tasks:
         decoded = decode(task, logits[task.name].float()).cpu()
+        decoded = decoded.reshape(len(lines), -1)
         labels = class_names(task)
-        for line, values in zip(lines, decoded.reshape(len(lines), -1).tolist(), strict=True):
+        chosen = predicted_labels(task, decoded).tolist()
+        for line, values, own in zip(lines, decoded.tolist(), chosen, strict=True):
             line.extend(f"{value:.6g}" for value in values)
             if task.kind == "binary":
-                line.append(labels[int(values[0] >= THRESHOLD)])
+                line.append(labels[int(own[0])])
             elif task.kind == "multiclass":
                 line.append(labels[max(range(len(values)), key=values.__getitem__)])
             elif task.kind == "multilabel":
-                line.append(
-                    ";".join(label for label, value in zip(labels, values, strict=True) if value >= THRESHOLD)
-                )
+                line.append(";".join(label for label, there in zip(labels, own, strict=True) if there))
     return lines
 
 

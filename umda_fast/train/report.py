@@ -26,7 +26,7 @@ from umda_fast.train.collect import Predictions, collect
 from umda_fast.train.files import write_text
 from umda_fast.train.intervals import bootstrap_interval, primary_score
 from umda_fast.train.maps import BagMap, attention_maps, plot_maps, relative
-from umda_fast.train.metrics import PRIMARY, THRESHOLD, TaskMetrics
+from umda_fast.train.metrics import PRIMARY, TaskMetrics, predicted_labels
 from umda_fast.train.plots import METRIC_NAMES
 from umda_fast.train.predict import class_names
 from umda_fast.train.run import Run, model_data
@@ -233,7 +233,7 @@ def _errors(tasks: Sequence[TaskSpec], found: Predictions) -> str:
         if task.kind == "regression":
             parts.append(_picture(_scatter(task, prediction[:, 0], target), f"{task.name}: prediction against label"))
         elif task.kind == "multilabel":
-            chosen, true = prediction >= THRESHOLD, target == 1
+            chosen, true = predicted_labels(task, prediction), target == 1
             rows = [
                 [names[c], *(str(int(count)) for count in counts)]
                 for c in range(task.classes)
@@ -246,7 +246,8 @@ def _errors(tasks: Sequence[TaskSpec], found: Predictions) -> str:
         elif len(names) > _MOST_CLASSES:
             parts.append(_note(f"{len(names)} classes: too many for a confusion matrix."))
         else:
-            predicted = (prediction[:, 0] >= THRESHOLD).long() if task.kind == "binary" else prediction.argmax(1)
+            binary = task.kind == "binary"
+            predicted = predicted_labels(task, prediction[:, 0]).long() if binary else prediction.argmax(1)
             counts = confusion_matrix(target.long().numpy(), predicted.numpy(), labels=range(len(names)))
             parts.append(_picture(_confusion(counts, names), f"{task.name}: confusion matrix"))
     return "\n".join(parts)
@@ -331,7 +332,7 @@ def _correct(task: TaskSpec, logits: Tensor, target: Tensor) -> Tensor:
     prediction = decode(task, logits)
     if task.kind == "multiclass":
         return prediction.argmax(1) == target
-    right = (prediction >= THRESHOLD) == (target.reshape(prediction.shape) == 1)
+    right = predicted_labels(task, prediction) == (target.reshape(prediction.shape) == 1)
     return right.all(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from umda_fast.model import UMDA, UMDAConfig
 from umda_fast.model.baselines import BASELINES, Baseline
 from umda_fast.model.readout import Readout
 from umda_fast.train.adapt import adapt_dataset
-from umda_fast.train.collect import calibrate
+from umda_fast.train.collect import calibrate, collect
 from umda_fast.train.config import (
     ARCHITECTURES,
     ConfigError,
@@ -40,6 +41,7 @@ from umda_fast.train.files import write_json
 from umda_fast.train.plots import plot_run
 from umda_fast.train.progress import peak_memory_mb
 from umda_fast.train.rundir import RunDirectory, read_metrics, save_model
+from umda_fast.train.thresholds import tune_thresholds
 from umda_fast.train.together import one_decides, processes_of, rank_seed, started_together, strategy
 from umda_fast.train.trainer import Trainer
 
@@ -212,8 +214,11 @@ def train(
         with _events(run, trainer.step) if keep_all and zero else contextlib.nullcontext() as trainer.events:
             trainer.fit()
         best = trainer.best_model()
+        if config.train.thresholds == "f1" and len(datasets.get("val", ())):
+            found = collect(best, datasets["val"], fabric, config.data)
+            best.config = dataclasses.replace(best.config, tasks=tune_thresholds(best.config.tasks, found))
         split = next((name for name in ("test", "val") if name in datasets and len(datasets[name])), "train")
-        result = trainer.evaluate(datasets[split], best)
+        result = trainer.evaluate(datasets[split].with_tasks(best.config.tasks), best)
         if keep_all and zero and len(datasets.get("val", ())):
             calibrate(best, datasets["val"], fabric, config.data).save(run.calibration)
     peak = peak_memory_mb(fabric.device)
