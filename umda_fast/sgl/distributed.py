@@ -209,20 +209,23 @@ class ShardedRows:
 
 
 class _Bucket:
-    """Gradients of some parameters of one dtype behind one another, in one buffer."""
+    """Gradients of some parameters of one dtype behind one another, in one buffer, made when it is needed first."""
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self.parameters = list(parameters)
-        sizes = [p.numel() for p in parameters]
-        self.buffer = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
-        pieces = self.buffer.split(sizes)
-        self.views = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+        self.buffer = torch.empty(0, dtype=parameters[0].dtype, device=parameters[0].device)
+        self.views: list[Tensor] = []
         self.before: list[Tensor | None] = []
         self.missing: set[int] = set()
         self.work: dist.Work | None = None
 
     def begin(self) -> None:
         """Puts `.grad` of its parameters aside and lets it be a zeroed view of the buffer."""
+        if not self.views:
+            sizes = [p.numel() for p in self.parameters]
+            self.buffer = self.buffer.new_zeros(sum(sizes))
+            pieces = self.buffer.split(sizes)
+            self.views = [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
         start = self.buffer.untyped_storage().data_ptr()
         self.before = []
         for parameter in self.parameters:
