@@ -16,7 +16,7 @@ from umda_fast.model.config import UMDAConfig
 from umda_fast.model.encoders import ViewEncoders
 from umda_fast.model.experts import ExpertGates
 from umda_fast.model.film import FiLM
-from umda_fast.model.fusion import ViewConsistency, ViewFusion, dispersion_penalty
+from umda_fast.model.fusion import ViewConsistency, ViewFusion, fuse_and_penalize
 from umda_fast.model.gmip import GMIP, BagPooling, diversity_penalty
 from umda_fast.model.hcva import HCVA, concentration_penalty
 from umda_fast.model.output import UMDAOutput
@@ -115,12 +115,13 @@ class UMDA(nn.Module):
             _validate.views_present(mask, "mask")
         x, view_mass, entropy = in_chunks(self.cross_views, views, mask, self.config.chunk)
         zero = x.new_zeros((), dtype=view_mass.dtype)
+        fused = fuse_and_penalize(self.fusion, self.consistency, x, mask, self.config.delta)
         penalties = {
             "entropy": zero if entropy is None else concentration_penalty(entropy, mask),
-            "consistency": self.consistency(x, mask),
-            "dispersion": dispersion_penalty(x, mask, self.config.delta),
+            "consistency": fused.consistency,
+            "dispersion": fused.dispersion,
         }
-        z, view_weights = self.fusion(x, mask)
+        z, view_weights = fused.z, fused.beta
         return self.pool(z, ptr, coords, view_mass, view_weights, penalties, metadata, task_cosines)
 
     def cross_views(
