@@ -5,6 +5,10 @@
 // per edge to move it; passes: 1 up to 255 nodes, 2 up to 65,535, 3 up to 16,777,215. No arithmetic to speak of.
 //
 // Counts are integers, so the order in which they are made does not show; positions follow from them alone.
+//
+// A symmetric graph whose rows ascend (CSR) is its own transpose, and needs no sort: for every edge the one back is found
+// by bisection (reverse_edges). The first edge without one sets a flag; while it is not set the passes of the sort return
+// at once. The host does not look at it, so nothing waits and a CUDA graph can hold both.
 #include "cuda/device.h"
 #include "cuda/neighbors.h"
 
@@ -34,10 +38,55 @@ struct Source {
   __device__ __forceinline__ int64_t position(int64_t i) const { return neighbors == nullptr ? positions[i] : i; }
 };
 
+// Set where the graph is not symmetric; null: not tried.
+__device__ __forceinline__ bool done(const int* differs) { return differs != nullptr && *differs == 0; }
+
+__global__ void __launch_bounds__(kThreads) clear_flag(int* differs) {
+  if (first_thread() == 0) {
+    *differs = 0;
+  }
+}
+
+// t_edge of a symmetric graph whose rows ascend, each neighbour once. One thread per edge.
+__global__ void __launch_bounds__(kThreads) reverse_edges(const GraphTranspose a, int* differs) {
+  for (int64_t i = first_thread(); i < a.edges; i += num_threads()) {
+    if (*static_cast<volatile int*>(differs) != 0) {
+      return;
+    }
+    const int64_t row = find_segment(a.indptr, a.nodes, i);
+    const int other = a.neighbors[i];
+    bool found = other >= 0 && other < a.nodes && (i == 0 || i == a.indptr[row] || a.neighbors[i - 1] < other);
+    if (found) {
+      const int64_t end = smaller(a.indptr[other + 1], a.edges);
+      int64_t low = larger<int64_t>(a.indptr[other], 0), high = end;
+      while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (a.neighbors[middle] < row) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      found = low < end && a.neighbors[low] == row;
+      if (found) {
+        a.t_edge[i] = low;
+      }
+    }
+    if (!found) {
+      *differs = 1;  // whoever else writes here writes the same
+      return;
+    }
+  }
+}
+
 __device__ __forceinline__ int digit_of(uint32_t key, int shift) { return static_cast<int>(key >> shift & (kDigits - 1)); }
 
 // counts[digit, tile]. One block per tile.
-__global__ void __launch_bounds__(kThreads) count_digits(const Source from, int shift, int64_t tiles, int64_t* counts) {
+__global__ void __launch_bounds__(kThreads)
+    count_digits(const Source from, int shift, int64_t tiles, int64_t* counts, const int* differs) {
+  if (done(differs)) {
+    return;
+  }
   UMDA_SHARED_ARRAY(int, histogram, kDigits);
   const int thread = static_cast<int>(threadIdx.x);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -76,7 +125,11 @@ __device__ __forceinline__ int64_t sum_before(int64_t x, int64_t* sums, int64_t&
 }
 
 // Replaces the counts of a digit by those of the tiles before, and sums them up. One block per digit.
-__global__ void __launch_bounds__(kThreads) scan_tiles(int64_t tiles, int64_t* counts, int64_t* totals) {
+__global__ void __launch_bounds__(kThreads)
+    scan_tiles(int64_t tiles, int64_t* counts, int64_t* totals, const int* differs) {
+  if (done(differs)) {
+    return;
+  }
   UMDA_SHARED_ARRAY(int64_t, sums, kWarps);
   for (int digit = static_cast<int>(blockIdx.x); digit < kDigits; digit += static_cast<int>(gridDim.x)) {
     int64_t before = 0;
@@ -111,7 +164,10 @@ __device__ __forceinline__ unsigned lanes_with(int digit) {
 // Moves every edge to its place. One block per tile, which it walks through in order, a thread per edge.
 __global__ void __launch_bounds__(kThreads)
     move_edges(const Source from, int shift, int64_t tiles, const int64_t* counts, const int64_t* totals, uint32_t* keys,
-               int64_t* positions) {
+               int64_t* positions, const int* differs) {
+  if (done(differs)) {
+    return;
+  }
   UMDA_SHARED_ARRAY(int64_t, sums, kWarps);
   UMDA_SHARED_ARRAY(int64_t, next, kDigits);               // place of the digit's next edge
   UMDA_SHARED_ARRAY(int, per_warp, kWarps * kDigits);  // edges of each digit, this round
@@ -157,8 +213,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// t_ptr from the sorted targets, and -1 for the edges that are absent.
-__global__ void __launch_bounds__(kThreads) finish(const uint32_t* keys, const GraphTranspose a) {
+// t_ptr from the sorted targets, and -1 for the edges that are absent; of a symmetric graph, indptr.
+__global__ void __launch_bounds__(kThreads) finish(const uint32_t* keys, const GraphTranspose a, const int* differs) {
+  if (done(differs)) {
+    for (int64_t i = first_thread(); i <= a.nodes; i += num_threads()) {
+      a.t_ptr[i] = a.indptr[i];
+    }
+    return;
+  }
   for (int64_t i = first_thread(); i < larger(a.edges, a.nodes + 1); i += num_threads()) {
     if (i <= a.nodes) {
       int64_t low = 0, high = a.edges;
@@ -185,11 +247,13 @@ struct Space {
     positions = space.take<int64_t>(a.edges);
     counts = space.take<int64_t>(kDigits * tiles);
     totals = space.take<int64_t>(kDigits);
+    differs = a.indptr != nullptr && a.edges > 0 && a.nodes > 0 ? space.take<int>(1) : nullptr;
   }
   Workspace space;
   int64_t tiles;
   uint32_t* keys[2];
   int64_t *positions, *counts, *totals;
+  int* differs;
 };
 
 }  // namespace
@@ -202,6 +266,10 @@ int graph_transpose(const GraphTranspose& a, const Launch& launch) {
   while (a.nodes >> 8 * passes != 0) {
     ++passes;
   }
+  if (space.differs != nullptr) {
+    run(launch, clear_flag, 1, 1, kThreads, 0, space.differs);
+    run(launch, reverse_edges, a.edges, kThreads, kThreads, 0, a, space.differs);
+  }
   // By turns into the workspace and t_edge, so that the last pass ends in t_edge.
   const uint32_t* keys = nullptr;
   const int64_t* positions = nullptr;
@@ -210,14 +278,15 @@ int graph_transpose(const GraphTranspose& a, const Launch& launch) {
     const Source from{pass == 0 ? a.neighbors : nullptr, keys, positions, a.edges, a.nodes};
     uint32_t* const to_keys = space.keys[pass % 2];
     int64_t* const to_positions = (passes - pass) % 2 == 1 ? a.t_edge : space.positions;
-    run(launch, count_digits, space.tiles, 1, kThreads, 0, from, shift, space.tiles, space.counts);
-    run(launch, scan_tiles, kDigits, 1, kThreads, 0, space.tiles, space.counts, space.totals);
+    run(launch, count_digits, space.tiles, 1, kThreads, 0, from, shift, space.tiles, space.counts,
+        space.differs);
+    run(launch, scan_tiles, kDigits, 1, kThreads, 0, space.tiles, space.counts, space.totals, space.differs);
     run(launch, move_edges, space.tiles, 1, kThreads, 0, from, shift, space.tiles, space.counts, space.totals, to_keys,
-        to_positions);
+        to_positions, space.differs);
     keys = to_keys;
     positions = to_positions;
   }
-  run(launch, finish, larger(a.edges, a.nodes + 1), kThreads, kThreads, 0, keys, a);
+  run(launch, finish, larger(a.edges, a.nodes + 1), kThreads, kThreads, 0, keys, a, space.differs);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -31,6 +31,7 @@ struct Heads {
 
 struct GraphTranspose {
   const int32_t* neighbors;  // [edges]
+  const int64_t* indptr;     // [nodes + 1], or null
   int64_t edges, nodes;
   int64_t* t_ptr;   // [nodes + 1]
   int64_t* t_edge;  // [edges]

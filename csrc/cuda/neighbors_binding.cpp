@@ -94,15 +94,17 @@ void launch(const OnDevice& device, const Tensor& features, A& arguments, int64_
   check_launch(function(arguments, device.launch()));
 }
 
-std::tuple<Tensor, Tensor> graph_transpose(const Tensor& neighbors_any, const OptionalTensor& /*indptr*/,
+std::tuple<Tensor, Tensor> graph_transpose(const Tensor& neighbors_any, const OptionalTensor& indptr_any,
                                            int64_t num_nodes) {
   const OnDevice device(neighbors_any);
   check_type(neighbors_any, ScalarType::Int, "neighbors");
   STD_TORCH_CHECK(num_nodes >= 0 && num_nodes <= INT32_MAX, "num_nodes must lie in [0, 2^31), got ", num_nodes);
   const Tensor neighbors = torch::stable::contiguous(neighbors_any);
+  const OptionalTensor indptr = contiguous_like(indptr_any, neighbors, {num_nodes + 1}, ScalarType::Long, "indptr");
   Tensor t_ptr = new_tensor(neighbors, {num_nodes + 1}, ScalarType::Long);
   Tensor t_edge = new_tensor(neighbors, {neighbors.numel()}, ScalarType::Long);
   GraphTranspose a{neighbors.const_data_ptr<int32_t>(),
+                   data_or_null<int64_t>(indptr),
                    neighbors.numel(),
                    num_nodes,
                    t_ptr.mutable_data_ptr<int64_t>(),

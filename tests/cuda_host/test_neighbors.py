@@ -23,6 +23,7 @@ from tests.cuda_host._host import (
     structure,
     workspace_size,
 )
+from umda_fast.ops import NeighborGraph
 from umda_fast.reference import neighbors as reference
 
 
@@ -60,6 +61,7 @@ def _structures() -> dict[str, Any]:
         "graph_transpose": structure(
             "GraphTranspose",
             neighbors=c_void_p,
+            indptr=c_void_p,
             edges=c_int64,
             nodes=c_int64,
             t_ptr=c_void_p,
@@ -235,6 +237,24 @@ def edge_values(graph: Graph, seed: int = 9) -> Tensor:
 # ---- graph_transpose ---------------------------------------------------------------------------------------
 
 
+def check_transpose(neighbors: Tensor, indptr: Tensor | None, nodes: int) -> None:
+    def run(blocks: int, order: int) -> list[Tensor]:
+        arena = Arena()
+        t_ptr = arena.empty(nodes + 1, dtype=torch.int64)
+        t_edge = arena.empty(neighbors.numel(), dtype=torch.int64)
+        held = arena.put(neighbors), None if indptr is None else arena.put(indptr)
+        arguments = _structures()["graph_transpose"](
+            *map(pointer, held), neighbors.numel(), nodes, pointer(t_ptr), pointer(t_edge)
+        )
+        arguments.workspace = pointer(arena.workspace(workspace_size("graph_transpose", arguments)))
+        call("graph_transpose", arguments, arena, blocks, order)
+        return [t_ptr, t_edge]
+
+    expected = reference.graph_transpose(neighbors, indptr, nodes)
+    for got, want in zip(repeatable(run), expected, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize(
     ("nodes", "edges"), [(0, 0), (0, 3), (1, 1), (5, 0), (7, 100), (255, 900), (256, 9000), (70_000, 5000)]
 )
@@ -242,20 +262,25 @@ def test_transpose(nodes: int, edges: int) -> None:
     g = torch.Generator().manual_seed(edges)
     neighbors = torch.randint(-1, max(nodes, 1), (edges,), generator=g, dtype=torch.int32)
     neighbors[neighbors >= nodes] = -1
+    check_transpose(neighbors, None, nodes)
 
-    def run(blocks: int, order: int) -> list[Tensor]:
-        arena = Arena()
-        t_ptr, t_edge = arena.empty(nodes + 1, dtype=torch.int64), arena.empty(edges, dtype=torch.int64)
-        arguments = _structures()["graph_transpose"](
-            pointer(arena.put(neighbors)), edges, nodes, pointer(t_ptr), pointer(t_edge)
-        )
-        arguments.workspace = pointer(arena.workspace(workspace_size("graph_transpose", arguments)))
-        call("graph_transpose", arguments, arena, blocks, order)
-        return [t_ptr, t_edge]
 
-    expected = reference.graph_transpose(neighbors, None, nodes)
-    for got, want in zip(repeatable(run), expected, strict=True):
-        assert torch.equal(got, want)
+@pytest.mark.parametrize("graph", [name for name, make in GRAPHS.items() if make().indptr is not None])
+def test_transpose_of_csr(graph: str) -> None:
+    made = GRAPHS[graph]()
+    check_transpose(made.neighbors, made.indptr, made.nodes)
+
+
+@pytest.mark.parametrize("broken", [None, 0, 300, -1])
+@pytest.mark.parametrize("nodes", [1, 2, 150])
+def test_transpose_of_symmetric_graphs(nodes: int, broken: int | None) -> None:
+    """They need no sort; what only looks like one (the same degrees, in and out) is told from one."""
+    made = NeighborGraph(table(nodes, 4).neighbors).symmetrize()
+    assert made.indptr is not None
+    neighbors = made.neighbors.clone()
+    if broken is not None and neighbors.numel() > abs(broken):
+        neighbors[broken] = (neighbors[broken] + 1) % nodes
+    check_transpose(neighbors, made.indptr, nodes)
 
 
 # ---- edge_cosine -------------------------------------------------------------------------------------------
