@@ -48,7 +48,7 @@ def run_together(
     size: int,
     *args: Any,
     timeout: float = 60.0,
-    limit: float = 120.0,
+    limit: float = 300.0,
     lost: tuple[int, ...] = (),
 ) -> list[Any]:
     """`function(*args)` in `size` processes of one group; what each of them returned, by rank.

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,8 @@ def parts(rank: int) -> dict[str, Any]:
         reducer.backward(parameters[1].sum())
     handle.remove()
     found["restored"] = parameters[1].grad.tolist(), parameters[0].grad
+    turned = torch.full((3, 2), float(rank + 5)).T
+    found["from the first"] = processes.from_first(turned).tolist()
     sgl = SelfGuided(parameters[:1], ["a"], process_group=dist.group.WORLD, scope="representation")
     with pytest.raises(ValueError, match=r"task_parameters: the losses reach 1 parameters .*expected all of them$"):
         sgl.backward({"a": parameters[1].sum()}, representation=parameters[1])
@@ -223,7 +226,7 @@ def exact(alone: list[Any]) -> list[list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def together() -> list[dict[str, Any]]:
     states = [train(scope, dtype, options, None, stop=4)[2] for scope, dtype, options in CASES]
-    return run_together(work, 4, CASES, states, limit=120)
+    return run_together(work, 4, CASES, states)
 
 
 def assert_same(found: dict[str, Any], alone: dict[str, Any], exact: dict[str, Any]) -> None:
@@ -282,6 +285,7 @@ def test_rows_buckets_and_errors(together: list[dict[str, Any]]) -> None:
         assert found["sent"] == [4, 4, 3, 3]
         assert found["reached"] == [False, True, False]
         assert found["sum"] == [[4.0, 4.0], [4.0, 4.0]]
+        assert found["from the first"] == [[5.0] * 3] * 2
         assert found["restored"] == ([[4.0, 4.0], [4.0, 4.0]], None)
 
 
@@ -337,7 +341,8 @@ def memory(columns: int) -> tuple[int, int]:
 def vanish(doomed: int, how: str) -> tuple[str, float]:
     """One process is killed or stops answering in mid-run; what the others get, and after how long."""
     parameter = Parameter(torch.zeros(1000))
-    sgl = SelfGuided([parameter], ["a", "b"], process_group=dist.group.WORLD)
+    group = dist.new_group(timeout=timedelta(seconds=30 if how == "killed" else 2))
+    sgl = SelfGuided([parameter], ["a", "b"], process_group=group)
     for step in range(4):
         if step == 2 and dist.get_rank() == doomed:
             if how == "killed":
@@ -366,7 +371,7 @@ def test_running_gradients_are_shared_out() -> None:
 
 @pytest.mark.parametrize("how", ["killed", "silent"])
 def test_a_lost_process_is_an_error_in_the_others(how: str) -> None:
-    message, seconds = run_together(vanish, 2, 1, how, timeout=4.0 if how == "silent" else 30.0, lost=(1,))[0]
+    message, seconds = run_together(vanish, 2, 1, how, lost=(1,))[0]
     assert message.startswith("process 0 of 2: another process of this group ended or did not answer in time (")
     assert seconds < 15
 

@@ -86,9 +86,10 @@ class Processes:
 
     def from_first(self, values: Tensor) -> Tensor:
         """What process 0 has in `values`, in the memory of `values`."""
+        sent = values.contiguous()  # backends take nothing else
         with self._watched():
-            dist.broadcast(values, group=self.group, group_src=0)
-        return values
+            dist.broadcast(sent, group=self.group, group_src=0)
+        return values if sent is values else values.copy_(sent)
 
     def objects(self, value: Any) -> list[Any]:
         """What every process gives, by rank, in all of them; anything that can be pickled."""
