@@ -348,10 +348,9 @@ def view_fusion_backward_y(
     b_along = tl.zeros([BN], tl.float32)
     b_new = ()
     for u in tl.static_range(V):
-        b_gu = b_g[u]
+        b_gu = tl.where(m_v[u], b_g[u], 0.0)
         if HAS_DB:
             b_gu += tl.load(p_db + o_n * s_bn + tl.cast(u, tl.int64) * s_bv, mask=m_v[u], other=0.0)
-        b_gu = tl.where(m_v[u], b_gu, 0.0)
         b_along += b_beta[u] * b_gu
         b_new = b_new + (b_gu,)
     for u in tl.static_range(V):

@@ -90,7 +90,7 @@ def test_no_output_without_a_projection_or_a_gradient() -> None:
         out = fuse_views(y, scores, backend=backend)
         assert out.cosine_sum == 0
         assert out.pairs == 18
-        assert out.count.tolist() == [6] * 3
+        assert out.instances.tolist() == [6] * 3
         out = fuse_views(y, scores, projected.detach(), backend=backend)
         gradients = torch.autograd.grad(out.variance.sum(), [y, scores], allow_unused=True, materialize_grads=True)
         assert gradients[0].any()

@@ -127,5 +127,5 @@ def fuse_and_penalize(
         out.z,
         out.beta,
         _mean_disagreement(out.cosine_sum, out.pairs.to(out.cosine_sum.dtype)),
-        _dispersion(out.mean, out.variance, out.count, delta),
+        _dispersion(out.mean, out.variance, out.instances, delta),
     )

@@ -18,7 +18,7 @@ class ViewFusionOutput(NamedTuple):
     beta: Tensor  #: [N, V], softmax of the scores over the present views
     mean: Tensor  #: [V, D], over the instances that have the view
     variance: Tensor  #: [V, D], the population's
-    count: Tensor  #: int64 [V], instances that have the view
+    instances: Tensor  #: int64 [V], how many have the view
     cosine_sum: Tensor  #: scalar, over all pairs of present views of all instances
     pairs: Tensor  #: int64 scalar, how many pairs those are
 

@@ -147,7 +147,7 @@ def view_fusion_case(
 
     def run(x: Inputs, backend: str) -> Outputs:
         found = ops.fuse_views(x["y"], x["scores"], x.get("projected"), mask=x.get("mask"), backend=backend)
-        counts = {"count": found.count.double(), "pairs": found.pairs.double()}  # whole numbers: held to equality
+        counts = {"instances": found.instances.double(), "pairs": found.pairs.double()}  # whole numbers: held to equality
         return {**found._asdict(), **counts}
 
     features = tuple(name for name in inputs if name != "mask")
