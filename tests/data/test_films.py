@@ -134,6 +134,10 @@ class TestBags:
         assert [task.name for task in posters.tasks] == ["genres", "decade"]
         titled = load_source(place, views="text", fields=["title", "overview"], text_width=64).whole
         np.testing.assert_array_equal(titled[3].views["text"][1:2], text_features(["Film 3"], 64).toarray())
+        plots = load_source(place, sentences=False, text_width=64).whole
+        assert (plots.sizes == 1).all()
+        np.testing.assert_array_equal(plots[0].views["text"], text_features([PLOTS[0]], 64).toarray())
+        assert plots[2].mask.tolist() == [[False, True]]
 
     def test_embeddings_of_ones_own(self, films, tmp_path):
         place = films(10)

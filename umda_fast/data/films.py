@@ -32,7 +32,8 @@ from umda_fast.data.bags import Bag, BagDataset, label_tensor
 from umda_fast.data.labels import ClassWeights, FloatArray
 from umda_fast.data.labels_table import read_rows
 from umda_fast.data.splits import SPLITS, Splits, held_out, k_fold, split_bags
-from umda_fast.data.text import WIDTH, sentences, text_features
+from umda_fast.data.text import WIDTH, text_features
+from umda_fast.data.text import sentences as sentences_of
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskKind, TaskSpec, ViewSpec
 
@@ -104,13 +105,15 @@ def _posters(path: Path, films: int) -> _FloatMatrix:
     return posters
 
 
-def _plots(table: _Table, fields: Sequence[str]) -> list[list[str]]:
-    """The texts of every film: the whole plot, then its sentences where there are several; [] without a plot."""
+def _plots(table: _Table, fields: Sequence[str], cut: bool) -> list[list[str]]:
+    """The texts of every film: the whole plot, then with `cut` its sentences where there are several; [] without a
+    plot."""
     texts = [table.column(name) for name in fields]
     plots = []
     for parts in zip(*texts, strict=True):
-        found = [sentence for part in parts for sentence in sentences(part)]
-        plots.append([" ".join(found), *found] if len(found) > 1 else found)
+        found = [sentence for part in parts for sentence in sentences_of(part)]
+        whole = [" ".join(found)] if found else []
+        plots.append([*whole, *found] if cut and len(found) > 1 else whole)
     return plots
 
 
@@ -285,6 +288,7 @@ def _open(
     views: Sequence[str] | None,
     tasks: Sequence[str] | None,
     fields: Sequence[str],
+    sentences: bool,
     text_width: int,
     text_features_file: str | None,
     kinds: Sequence[TaskSpec] | None,
@@ -298,7 +302,7 @@ def _open(
         text, ptr = _own_text(Path(text_features_file), films)
     elif "text" in shown:
         fields = (fields,) if isinstance(fields, str) else fields
-        plots = _plots(table, fields)
+        plots = _plots(table, fields, sentences)
         text = text_features([words for plot in plots for words in plot], text_width)
         ptr = np.array([0, *(len(plot) for plot in plots)], dtype=np.int64).cumsum()
     split = None
@@ -328,6 +332,7 @@ def load_films_source(
     views: Sequence[str] | None = None,
     tasks: Sequence[str] | None = None,
     fields: Sequence[str] = ("overview", "tagline"),
+    sentences: bool = True,
     text_width: int = WIDTH,
     text: str | None = None,
     kinds: Sequence[TaskSpec] | None = None,
@@ -346,6 +351,7 @@ def load_films_source(
         seed: of the splits.
         views, tasks: those to use; None for all.
         fields: columns of the table that make the plot, for example with `title` among them.
+        sentences: whether each sentence is an instance beside the whole plot, or the plot is the only one.
         text_width: width of the view `text`.
         text: an .npz with features of the user's own instead: X [N, d], and ptr [films+1], film b owns rows
             ptr[b]:ptr[b+1].
@@ -356,7 +362,7 @@ def load_films_source(
     Raises:
         DataError: naming the file and the column or row, what was expected and what came.
     """
-    films = _open(path, views, tasks, fields, text_width, text, kinds)
+    films = _open(path, views, tasks, fields, sentences, text_width, text, kinds)
     count = len(films.ptr) - 1
     if films.split is None:
         shares = {"train": 1.0 - val_share - test_share, "val": val_share, "test": test_share}
@@ -383,6 +389,7 @@ def fold_films_source(
     views: Sequence[str] | None = None,
     tasks: Sequence[str] | None = None,
     fields: Sequence[str] = ("overview", "tagline"),
+    sentences: bool = True,
     text_width: int = WIDTH,
     text: str | None = None,
     kinds: Sequence[TaskSpec] | None = None,
@@ -393,7 +400,7 @@ def fold_films_source(
 
     The table's `split` is not used. Raises as `load_films_source`.
     """
-    films = _open(path, views, tasks, fields, text_width, text, kinds)
+    films = _open(path, views, tasks, fields, sentences, text_width, text, kinds)
     dataset = films.dataset(np.arange(len(films.ptr) - 1))
     for fold in k_fold(dataset, folds, repeats, seed):
         # Its own stream for every fold, or all folds would break ties alike.
