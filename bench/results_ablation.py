@@ -2,8 +2,9 @@
 
     python -m bench.results_ablation --data DIR [--sets digits,birds,movies] [--out docs/results/ablation.json]
 
-Five seeds (of the split, the model and the order of the bags). Δ is the mean over the seeds of the difference to the
-whole model with the same seed, ± its standard error: negative means that the part helps.
+Once for every seed (of the split, the model and the order of the bags; `--seeds`, five unless the table says less). Δ
+is the mean over the seeds of the difference to the whole model with the same seed, ± its standard error: negative
+means that the part helps.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main() -> None:
     settings = {"common": COMMON, "epochs": epochs, "variants": VARIANTS}
     table = tables.Table(options.out, "python -m bench.results_ablation --data DIR", settings)
     table.content["data"] = {name: section.get("options", {}) for name, section in data.items()}
+    table.write("Ablation", text(table, list(data)))
     for seed in range(options.seeds):
         for name in options.sets.split(","):
             for variant, change in VARIANTS.items():

@@ -6,8 +6,8 @@
 features; 10 classes, 1300 for training, 300 for validation, 400 for testing. A share of the views of every instance
 is left out, in training and in testing, each instance keeping at least one. Late fusion: a model per view, logits
 averaged over the views present. Concatenation: encoded views side by side, zero where missing. Accuracy on the test
-split, mean over five seeds (of the split, the holes and the model) ± standard error; the last columns are means over
-the seeds of the differences.
+split, mean over the seeds (of the split, the holes and the model; `--seeds`, five unless the table says less) ±
+standard error; the last columns are means over the seeds of the differences.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from bench import tables
 from umda_fast.data import BagDataset, split_bags
 
+TITLE = "Digits from weak views, some missing"
 VIEWS = ("zer", "fou", "mor")
 MISSING = (0.0, 0.25, 0.5)
 COMMON: dict[str, Any] = {
@@ -67,7 +68,7 @@ def text(table: tables.Table) -> str:
         runs = {model: table.where(model=model, missing=share) for model in MODELS}
         cells = [tables.plus_minus(run["accuracy"] for run in known) for known in runs.values()]
         gains = [tables.plus_minus(tables.paired(runs["UMDA"], runs[model], "accuracy")) for model in others]
-        rows.append([f"{share:.0%}", *cells, *gains])
+        rows.append([f"{share:.0%}", str(len(runs["UMDA"])), *cells, *gains])
     about = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
     seconds = []
     for model in MODELS:
@@ -75,7 +76,7 @@ def text(table: tables.Table) -> str:
         if runs_of_all:
             took = tables.plus_minus((run["cpu_seconds"] for run in runs_of_all), 1)
             seconds.append([model, f"{runs_of_all[0]['parameters']:,}", took])
-    header = ["views missing", *MODELS, *(f"UMDA to {model}" for model in others)]
+    header = ["views missing", "seeds", *MODELS, *(f"UMDA to {model}" for model in others)]
     return (
         f"{about}\n{tables.markdown(header, rows)}\n"
         + tables.markdown(["model", "parameters", "CPU s per run"], seconds)
@@ -87,6 +88,7 @@ def main() -> None:
     tables.start()
     settings = {"common": COMMON, "models": MODELS, "views": VIEWS}
     table = tables.Table(options.out, "python -m bench.results_mfeat --data DIR", settings)
+    table.write(TITLE, text(table))
     for seed in range(options.seeds):
         for share in MISSING:
             datasets = load(options.data / "mfeat.npz", share, seed)
@@ -98,7 +100,7 @@ def main() -> None:
                     {"model": model, "missing": share, "seed": seed},
                     lambda values=values, datasets=datasets: measure(values, datasets),
                 )
-        table.write("Digits from weak views, some missing", text(table))
+        table.write(TITLE, text(table))
 
 
 if __name__ == "__main__":

@@ -110,17 +110,17 @@ def tune(options: Any) -> None:
     )
 
 
-def text(table: tables.Table, repeats: int) -> str:
+def text(table: tables.Table) -> str:
     ours, spread, auroc, seconds = ["**UMDA**"], ["± over repeats"], ["UMDA, AUROC"], ["CPU s per fit"]
     for data in SETS:
         means = []
-        for repeat in range(repeats):
+        for repeat in sorted({run["key"]["repeat"] for run in table.where(data=data)}):
             runs = table.where(data=data, repeat=repeat)
             if len(runs) == FOLDS:
                 means.append(statistics.fmean(run["accuracy"] for run in runs))
         runs = table.where(data=data)
         ours.append(f"**{statistics.fmean(means):.3f}**" if means else "-")
-        spread.append(f"{statistics.stdev(means):.3f} ({len(means)})" if len(means) > 1 else "-")
+        spread.append(f"{statistics.stdev(means):.3f} ({len(means)})" if len(means) > 1 else f"- ({len(means)})")
         auroc.append(f"{statistics.fmean(run['auroc'] for run in runs):.3f}" if runs else "-")
         seconds.append(f"{statistics.fmean(run['cpu_seconds'] for run in runs):.1f}" if runs else "-")
     published = [[name, *(f"{value:.3f}" for value in values)] for name, values in PUBLISHED.items()]
@@ -143,6 +143,7 @@ def main() -> None:
         return tune(options)
     table = tables.Table(options.out, "python -m bench.results_mil --data DIR", {"common": configuration(CHOSEN)})
     title = "Multiple-instance sets, 10-fold cross-validation"
+    table.write(title, text(table))
     for repeat in range(options.repeats):
         for data in options.sets.split(","):
             # With repeats=1 and another seed each, a repeat can be added without cutting the others anew.
@@ -154,7 +155,7 @@ def main() -> None:
                         configuration(CHOSEN), {"train": parts.train, "test": parts.test}, seed
                     ),
                 )
-            table.write(title, text(table, options.repeats))
+            table.write(title, text(table))
     return None
 
 

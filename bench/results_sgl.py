@@ -2,11 +2,12 @@
 
     python -m bench.results_sgl --data DIR [--sets digits,birds,movies] [--out docs/results/sgl.json]
 
-Every method trains the same model on the same bags in the same order, five seeds (seed: of the split, the model and
-the order). SGL takes its weights from running means of the task gradients (beta 0.9) and applies them to this step's
-gradients; "SGL, averages" and "equal + EMA" apply them to the running means, which take the place of Adam's momentum.
-The competitors get what their papers ask for: weights from this step's gradients, for this step's gradients. `scope
-representation` is the trainer's default, at the cost of about one backward pass. All with options as they come.
+Every method trains the same model on the same bags in the same order, once for every seed (of the split, the model and
+the order; `--seeds`, five unless the table says less). SGL takes its weights from running means of the task gradients
+(beta 0.9) and applies them to this step's gradients; "SGL, averages" and "equal + EMA" apply them to the running means,
+which take the place of Adam's momentum. The competitors get what their papers ask for: weights from this step's
+gradients, for this step's gradients. `scope representation` is the trainer's default, at the cost of about one backward
+pass. All with options as they come.
 
 Variance: tr Var(d) / ||mean d||^2 of the update d on the shared parameters, every d scaled to norm 1 first, over
 windows of 25 updates, the first window left out, mean over the windows. `/ control's` divides by the same figure for
