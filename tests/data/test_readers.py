@@ -278,6 +278,33 @@ def test_cut_anywhere(tmp_path, features, coords, kind):
             read_bag(read_header(path))
 
 
+@pytest.mark.parametrize("kind", ["clam", "trident", "stamp", "pt", "npz"])
+def test_flipped_bytes(tmp_path, features, coords, kind):
+    """Whatever bytes a file holds, it is read or it is an error with its name: never another exception."""
+    path = {
+        "clam": lambda: write_clam(tmp_path, "a", features, coords),
+        "trident": lambda: write_trident(tmp_path, "a", features, coords),
+        "stamp": lambda: write_stamp(tmp_path, "a", features, coords / 2),
+        "pt": lambda: torch.save({"features": torch.from_numpy(features)}, tmp_path / "a.pt"),
+        "npz": lambda: np.savez(tmp_path / "a.npz", features=features, coords=coords),
+    }[kind]()
+    path = path or tmp_path / f"a.{kind}"
+    whole = path.read_bytes()
+    rng = np.random.default_rng(2)
+    refused = []
+    for _ in range(60):
+        broken = bytearray(whole)
+        for place in rng.integers(0, min(len(whole), 2048), 4):
+            broken[place] = rng.integers(256)
+        path.write_bytes(broken)
+        try:
+            read_bag(read_header(path))
+        except DataError as error:
+            refused.append(str(error))
+    assert refused
+    assert all(str(path) in message for message in refused)
+
+
 def test_a_file_that_changes(tmp_path, features, coords):
     file = read_header(write_clam(tmp_path, "a", features, coords))
     write_clam(tmp_path, "a", features[:50], coords[:50])
