@@ -57,7 +57,8 @@ def text(table: tables.Table, sets: list[str]) -> str:
             ]
             if runs:
                 rows.append(row)
-        parts.append(f"## {name}\n\n{tables.markdown(['variant', 'mean score', 'Δ', 'seeds', 'CPU s'], rows)}")
+        header = ["variant", "mean score", "Δ", "seeds", "CPU s"]
+        parts.append(f"{tables.heading(name, EPOCHS[name])}\n{tables.markdown(header, rows)}")
     return "\n".join(parts)
 
 

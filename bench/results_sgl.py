@@ -101,7 +101,7 @@ def text(table: tables.Table, sets: list[str]) -> str:
             )
         header = ["method", "score", "to SGL", "seeds", "variance", "/ equal's", "/ control's", "conflicts", "CPU s"]
         if rows:
-            parts.append(f"## {name}\n\n{tables.markdown(header, rows)}")
+            parts.append(f"{tables.heading(name, EPOCHS[name])}\n{tables.markdown(header, rows)}")
     return "\n".join(parts)
 
 

@@ -49,6 +49,12 @@ def sources(folder: Path) -> dict[str, Values]:
     }
 
 
+def heading(name: str, epochs: int) -> str:
+    """Title of one data set's part of a table, and what of it is used."""
+    options = ", ".join(f"{key} {value}" for key, value in sources(Path())[name].get("options", {}).items())
+    return f"## {name}\n\n{epochs} epochs{'; ' + options if options else ''}\n"
+
+
 def fit(values: Mapping[str, Any], datasets: Mapping[str, BagDataset] | None = None) -> Values:
     """One run: its metrics.json, `cpu_seconds` of the whole run (data included) and `log`, the logged steps."""
     settings = merged({"device": "cpu", "train": {"keep": "scores"}}, values)
