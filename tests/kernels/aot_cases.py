@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import triton
 
-from umda_fast.kernels import cross_view, cross_view_tokens, knn, view_fusion
+from umda_fast.kernels import cross_view, cross_view_tokens, knn, projections, view_fusion
 from umda_fast.kernels._aot import Resources, compile_launch
 from umda_fast.kernels._launch import Launch
 
@@ -80,6 +80,19 @@ def view_fusion_launches(dtype: torch.dtype, views: int, width: int, narrow: int
     return forward + backward
 
 
+def projection_launches(dtype: torch.dtype, width: int) -> list[Launch]:
+    """The queries, keys, values and gates of a block, and the linear layer after attention, with dropout."""
+    x = meta(1000, 3, width, dtype=dtype)
+
+    def layer(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return meta(columns, width, dtype=dtype), meta(columns, dtype=dtype)
+
+    before, _ = projections.plan_norm_linear(x, meta(width), meta(width), *layer(3 * width), *layer(4), 1e-5)
+    keep = meta(1000, 3, width, dtype=torch.bool)
+    after, _ = projections.plan_linear_residual(x, *layer(width), x, keep, 1.1)
+    return before + after
+
+
 CASES: dict[str, Callable[[], list[Launch]]] = {
     **{
         f"cross_view {name} V={views} H={heads} Dh={head_dim}": functools.partial(
@@ -114,6 +127,10 @@ CASES: dict[str, Callable[[], list[Launch]]] = {
             ("f32", F32, 2, 8, "euclidean"),
             ("f32", F32, 64, 64, "euclidean"),
         )
+    },
+    **{
+        f"projections {name} D={width}": functools.partial(projection_launches, dtype, width)
+        for name, dtype, width in (("bf16", BF16, 256), ("bf16", BF16, 1024), ("bf16", BF16, 97), ("f32", F32, 128))
     },
     **{
         f"view_fusion {name} V={views} D={width} P={narrow}": functools.partial(

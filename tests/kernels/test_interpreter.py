@@ -1,7 +1,8 @@
 """Gate 1: every Triton kernel, forward and backward, in Triton's interpreter against the float64 reference.
 
-The tests proper are ``test_cross_view.py``, ``test_cross_view_tokens.py``, ``test_knn.py``, ``test_tuning.py``
-and ``test_view_fusion.py`` beside this file; see ``conftest.py`` for why they run in processes of their own.
+The tests proper are ``test_cross_view.py``, ``test_cross_view_tokens.py``, ``test_knn.py``, ``test_projections.py``,
+``test_tuning.py`` and ``test_view_fusion.py`` beside this file; see ``conftest.py`` for why they run in processes of
+their own.
 """
 
 import os
@@ -17,6 +18,7 @@ MODULES = (
     "test_cross_view.py",
     "test_cross_view_tokens.py",
     "test_knn.py",
+    "test_projections.py",
     "test_tuning.py",
     "test_view_fusion.py",
 )

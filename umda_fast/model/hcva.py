@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from umda_fast.ops import cross_view_attention
+from umda_fast.ops import cross_view_attention, linear_residual, norm_linear
 
 __all__ = ["HCVA", "HCVABlock", "HCVAOutput", "concentration_penalty"]
 
@@ -46,12 +46,17 @@ class HCVABlock(nn.Module):
         Returns y [N, V, D], view mass [N, V, V] and its entropy [N, V, H]; rows of missing views are 0.
         """
         n, views, width = x.shape
-        normed = self.attention_norm(x)
-        q, k, v = self.qkv(normed).view(n, views, 3, self.heads, width // self.heads).unbind(2)
-        gate_logits = self.gate(normed)
+        norm, dropout = self.attention_norm, self.dropout.p if self.training else 0.0
+        qkv, gate_logits = norm_linear(
+            x, norm.weight, norm.bias, self.qkv.weight, None, self.gate.weight, self.gate.bias, eps=norm.eps
+        )
+        q, k, v = qkv.view(n, views, 3, self.heads, width // self.heads).unbind(2)
         out, mass, entropy = cross_view_attention(q, k, v, gate_logits, bias=self.influence_bias, mask=mask)
-        x = x + self.dropout(self.output(out.reshape(n, views, width)))
-        x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x = linear_residual(out.reshape(n, views, width), self.output.weight, self.output.bias, x, dropout=dropout)
+        norm = self.ffn_norm
+        first, activation, inner, last = cast("tuple[nn.Linear, nn.GELU, nn.Dropout, nn.Linear]", tuple(self.ffn))
+        hidden, _ = norm_linear(x, norm.weight, norm.bias, first.weight, first.bias, eps=norm.eps)
+        x = linear_residual(inner(activation(hidden)), last.weight, last.bias, x, dropout=dropout)
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
         return x, mass, entropy

@@ -15,6 +15,7 @@ from umda_fast.ops.cross_view_tokens import CrossViewTokensOutput, cross_view_to
 from umda_fast.ops.graph import NeighborGraph
 from umda_fast.ops.knn import knn_graph
 from umda_fast.ops.neighbors import edge_cosine, neighbor_attention, neighbor_sum, smoothness_energy
+from umda_fast.ops.projections import linear_residual, norm_linear
 from umda_fast.ops.representation_gram import representation_gram
 from umda_fast.ops.task_gradients import combine_task_gradients, linear_weight_gradient, task_gradient_statistics
 from umda_fast.ops.view_fusion import ViewFusionOutput, fuse_views
@@ -40,9 +41,11 @@ __all__ = [
     "fuse_views",
     "get_backend",
     "knn_graph",
+    "linear_residual",
     "linear_weight_gradient",
     "neighbor_attention",
     "neighbor_sum",
+    "norm_linear",
     "representation_gram",
     "set_backend",
     "share_checks",

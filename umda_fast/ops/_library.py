@@ -69,16 +69,19 @@ def differentiable(
     name: str,
     setup_context: Callable[[Context, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
+    *,
+    backward_op: bool = True,
 ) -> None:
     """Attach a gradient to ``name`` and to its Triton twin.
 
     ``backward(op, ctx, *grads)`` gets the backward operation of the same backend as ``op``; gradients of
-    outputs that nobody used arrive as None.
+    outputs that nobody used arrive as None. Without an operation of its own it is PyTorch's composition,
+    ``backward(ctx, *grads)``.
     """
     for suffix in ["", "_triton"] if name in _triton_ops else [""]:
 
         def run(ctx: Context, *grads: Any, suffix: str = suffix) -> Any:
-            return backward(op(f"{name}_backward{suffix}"), ctx, *grads)
+            return backward(*([op(f"{name}_backward{suffix}")] if backward_op else []), ctx, *grads)
 
         def setup(ctx: Context, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)
