@@ -138,10 +138,8 @@ CASES: dict[str, Callable[[], list[Launch]]] = {
         )
         for name, dtype, views, width, narrow in (
             ("bf16", BF16, 3, 256, 128),
-            ("bf16", BF16, 4, 2048, 1024),
             ("bf16", BF16, 16, 512, 256),
-            ("f32", F32, 4, 128, 64),
-            ("f32", F32, 7, 30, 15),
+            ("f32", F32, 4, 1024, 64),
         )
     },
 }
