@@ -98,6 +98,15 @@ class TestLayouts:
         assert got.positions is None
         np.testing.assert_array_equal(got[3].views["features"], bag(3)[0])
 
+    def test_clam_with_some_h5_files(self, clam):
+        (clam / "h5_files" / "s03.h5").unlink()
+        with pytest.raises(DataError, match=r"pt_files/s03\.pt: expected coordinates as .*h5 has them, got none"):
+            load(clam)
+        assert load(clam, skip_bad=True).names == [name for name in NAMES if name != "s03"]
+        whole = load(clam, match="position")
+        assert whole.names == NAMES
+        assert whole[0].coords is None
+
     def test_trident(self, trident):
         for root in (trident, trident / "20x_256px_0px_overlap"):
             whole = load(root, labels=str(trident / "labels.tsv"))
@@ -167,6 +176,12 @@ class TestLayouts:
         assert whole.names == ["a", "b", "c"]
         assert {whole[row].views["features"].dtype for row in range(3)} == {torch.float32}  # one float32 makes all so
         assert whole.tasks == ()
+
+    def test_directories_beside_files(self, tmp_path):
+        (tmp_path / "old").mkdir()
+        for folder in (tmp_path, tmp_path / "old"):
+            torch.save(torch.from_numpy(bag(0)[0]), folder / "a.pt")
+        assert "not read, as there are files beside: old" in load_source(tmp_path).description
 
     def test_views_without_coordinates(self, tmp_path):
         features, _ = bag(0)

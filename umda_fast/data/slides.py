@@ -3,7 +3,7 @@
 Understood, for one encoder (one view) or, in sub-directories, several:
 
     DIR/*.h5 (.hdf5, .pt, .pth, .npz)                         files
-    DIR/h5_files/*.h5, DIR/pt_files/*.pt                      CLAM; .pt only where there is no h5_files
+    DIR/h5_files/*.h5, DIR/pt_files/*.pt                      CLAM; .pt only of slides without .h5
     DIR/20x_256px_0px_overlap/features_<encoder>/*.h5         TRIDENT, DIR being its job directory or the one below
     DIR/<extractor>-<hash>/**/*.h5                            STAMP, which keeps the folders of the slides
     DIR/<view>/...                                            any of these below a directory for each view
@@ -94,13 +94,13 @@ def _files_below(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 
 def _clam_files(directory: Path) -> list[Path] | None:
-    """The files of one CLAM feature directory; None if it is none."""
+    """The files of one CLAM feature directory, .pt only for slides without .h5; None if it is none."""
+    files: list[Path] = []
     for folder in ("h5_files", "pt_files"):
         if (directory / folder).is_dir():
-            files, _ = _entries(directory / folder)
-            if files:
-                return files
-    return None
+            known = {file.stem for file in files}
+            files += [file for file in _entries(directory / folder)[0] if file.stem not in known]
+    return files or None
 
 
 def _files_of(directory: Path) -> list[Path]:
@@ -267,6 +267,10 @@ class FileIndex:
         self.tool = " and ".join(sorted(tools))
         self.positions = self._positions()
         self.notes = []
+        direct, folders = _entries(path)
+        unread = [folder.name for folder in folders if direct and next(_files_below(folder), None) is not None]
+        if unread:
+            self.notes.append(f"not read, as there are files beside: {', '.join(unread)}")
         for spec in self.views:
             lacking = [slide.name for slide in self._slides if spec.name not in slide.files]
             if lacking:
