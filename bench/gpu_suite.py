@@ -21,7 +21,8 @@ It writes ``DIR/gpu_suite.json`` and ``DIR/gpu_suite.html``. The JSON (seconds a
     parity_rows the rows of umda_fast.parity.run_parity
     timings     [{op, pass: forward | backward, dtype, shape, size, backend (who served ours),
                   floor: {bytes, flops, seconds, unit}, contenders: [CONTENDER]}]
-    steps       [{instances, resident_bytes, contenders: [CONTENDER]}] of a whole training step
+    steps       [{instances, resident_bytes, contenders: [CONTENDER]}] of a whole training step; the last one again
+                at one size, beside compiled contenders
     largest     {instances, status, detail, seconds, peak_bytes, finite}: one bag that has to fit
     capture     rows {op, backend, shape, verdict}: CUDA graph capture and replay, side stream, no waiting
     aims        [{aim, target, value, verdict: met | not met | not measured, detail}]
@@ -82,7 +83,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
         1.6,
     ),
 }
-STEP_SHARE, CAPTURE_SHARE = 3.0, 0.5
+STEP_SHARE, COMPILED_SHARE, CAPTURE_SHARE = 2.0, 2.5, 0.5
 #: Most seconds of a process that checks one operation.
 PARITY_SECONDS = 150.0
 
@@ -166,7 +167,7 @@ def run(
             for record in records:
                 _store(result, record)
             if problem is not None:
-                crashed = True
+                crashed |= task.section != "compiled step"  # a compiler that takes too long is no fault of ours
                 if task.section == "parity":
                     result["parity"] |= dict.fromkeys(task.ops, f"crashed: {problem.removeprefix('crashed: ')}")
                 result["notes"].append(f"{task.section} ({', '.join(task.ops) or 'all'}): {problem}")
@@ -196,6 +197,9 @@ def run(
         if STEP in wanted:
             parts.append((STEP, Task("step", device, profile, 0.0, [], rates, refused), STEP_SHARE))
         parts.append(("capture", Task("capture", device, profile, 0.0, checked, rates, refused), CAPTURE_SHARE))
+        if STEP in wanted:
+            task = Task("compiled step", device, profile, 0.0, [], rates, refused)
+            parts.append((f"{STEP}, compiled", task, COMPILED_SHARE))
         for place, (name, task, share) in enumerate(parts):
             task.seconds = max(0.0, budget.left) * share / sum(part[2] for part in parts[place:])
             if budget.left <= 0:

@@ -13,6 +13,8 @@ from torch import Tensor
 #: Repetitions of a contender: at least, at most.
 ROUNDS = (5, 30)
 QUICK_ROUNDS = (2, 3)
+#: Seconds that the least number of repetitions may take even when the clock has run out, by compiling for example.
+PATIENCE = 2.0
 
 
 class Timer:
@@ -193,8 +195,9 @@ def compare(
     count = rounds[0]
     if costs:
         count = min(rounds[1], max(rounds[0], int(clock.left / max(sum(costs.values()), 1e-6))))
+    begin = time.monotonic()
     for turn in range(count):
-        if turn and clock.left < 0:
+        if turn and clock.left < 0 and (turn >= rounds[0] or time.monotonic() - begin > PATIENCE):
             break
         for contender in list(running):
             try:

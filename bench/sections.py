@@ -1,6 +1,6 @@
 """The parts of the GPU suite, each of which can run in a process of its own and emits records as it goes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from umda_fast.parity.cases import all_cases, dtype_name
 from . import capture, training_step
 from .machine import machine, measure_rates
 from .measure import QUICK_ROUNDS, ROUNDS, Clock, Contender, Timer, compare, explain, line, make_timer
-from .workloads import COMPILED, OURS, WORKLOADS, Floor, Place, Problem
+from .workloads import COMPILED, OURS, WORKLOADS, Floor, Place, Problem, untiled
 
 Record = dict[str, Any]
 Emit = Callable[[Record], None]
@@ -23,6 +23,8 @@ Emit = Callable[[Record], None]
 BACKENDS = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 #: Seconds by which a section may overrun its time before its process is ended.
 GRACE = 60.0
+#: Seconds that have to be left to begin to compile a contender.
+COMPILING = 25.0
 STEP = "training_step"
 
 
@@ -64,65 +66,88 @@ def time_operations(task: Task, emit: Emit) -> None:
         if op in task.refused:
             emit({"kind": "note", "value": f"{op}: not timed, it is not known to be right on this device"})
     for place, op in enumerate(wanted):
-        time_operation(op, task, timer, clock.share(1 / (len(wanted) - place)), emit)
+        time_operation(op, task, timer, clock.share(1 / (len(wanted) - place)), clock, emit)
         torch.compiler.reset()
         timer.free()
+
+
+class _Steps:
+    """Whole training steps of one model, on bags of any size."""
+
+    def __init__(self, task: Task, emit: Emit) -> None:
+        self.device, self.quick, self.emit = torch.device(task.device), task.profile == "quick", emit
+        self.timer = make_timer(self.device)
+        self.width = 8 if self.quick else 512
+        self.model = training_step.make_model(self.device, self.width, self.quick)
+        self.makers = training_step.trainees(self.model, "eager" if self.quick else None)
+        self.last: dict[str, tuple[float, int]] = {}
+
+    def measure(self, n: int, names: Sequence[str], clock: Clock, missing: Mapping[str, str]) -> None:
+        """Time ``names`` on one bag of ``n``, emit the record."""
+        try:
+            batch = training_step.make_batch(n, self.device, self.width)
+        except Exception as error:
+            self.emit({"kind": "note", "value": f"{STEP}, {n:,} instances: {': '.join(explain(error))}"})
+            return
+        contenders = [training_step.contender(name, self.makers[name], batch) for name in names]
+        expected = {name: seconds * growth(n, before) for name, (seconds, before) in self.last.items()}
+        rounds = QUICK_ROUNDS if self.quick else ROUNDS
+        records = compare(contenders, self.timer, clock, rounds=rounds, expected=expected)
+        self.last |= {x["name"]: (x["seconds"]["median"], n) for x in records if x["seconds"]}
+        records += [line(name, "missing", why) for name, why in missing.items()]
+        resident = training_step.resident(self.model, batch)
+        value = {"instances": n, "resident_bytes": resident, "contenders": relative(records)}
+        self.emit({"kind": "step", "value": value})
+        del batch, contenders
+        self.timer.free()
+
+    def largest(self, n: int, clock: Clock) -> None:
+        """One step of ours on a bag that has to fit."""
+        found: Record = {"instances": n, "status": "timed", "detail": "", "seconds": None, "peak_bytes": None}
+        seconds, before = self.last.get(OURS, (0.0, n))
+        likely = seconds * growth(n, before)
+        if self.device.type == "cpu" and not self.quick:
+            found |= {"status": "skipped", "detail": "on a GPU only"}
+        elif likely > max(0.0, clock.left) + GRACE / 2:
+            found |= {"status": "skipped", "detail": f"the time budget: it would take about {likely:.2g} s"}
+        else:
+            try:
+                batch = training_step.make_batch(n, self.device, self.width)
+                found |= training_step.finite_step(self.model, batch, self.timer)
+            except Exception as error:
+                found["status"], found["detail"] = explain(error)
+        self.emit({"kind": "largest", "value": found})
+
+
+def _refuses(task: Task, emit: Emit) -> bool:
+    """A step computes with every operation."""
+    if task.refused:
+        text = f"{STEP}: not timed, these are not known to be right: {', '.join(task.refused)}"
+        emit({"kind": "note", "value": text})
+    return bool(task.refused)
 
 
 def time_step(task: Task, emit: Emit) -> None:
     """A whole training step at several sizes, then the largest bag, once."""
-    device, clock, quick = torch.device(task.device), Clock(task.seconds), task.profile == "quick"
-    if task.refused:
-        emit({"kind": "note", "value": f"{STEP}: not timed, these are not known to be right: {', '.join(task.refused)}"})
+    if _refuses(task, emit):
         return
-    timer = make_timer(device)
-    training_step.allow_several_backwards()
-    width = 8 if quick else 512
-    model = training_step.make_model(device, width, quick)
-    sizes = training_step.SIZES[task.profile]
-    makers = training_step.trainees(model, "eager" if quick else None)
-    last: dict[str, tuple[float, int]] = {}
+    steps, clock, sizes = _Steps(task, emit), Clock(task.seconds), training_step.SIZES[task.profile]
     for place, n in enumerate(sizes):
-        try:
-            batch = training_step.make_batch(n, device, width)
-        except Exception as error:
-            emit({"kind": "note", "value": f"{STEP}, {n:,} instances: {': '.join(explain(error))}"})
-            continue
-        absent = {}
+        names, missing = [OURS, training_step.EXACT, training_step.COMPOSED], {}
         if n > training_step.EXACT_LIMIT:
-            absent[training_step.EXACT] = f"timed at up to {training_step.EXACT_LIMIT:,} instances"
-        if quick and place < len(sizes) - 1:
-            absent |= dict.fromkeys((training_step.OURS_COMPILED, training_step.COMPOSED_COMPILED), "largest size only")
-        contenders = [training_step.contender(name, make, batch) for name, make in makers.items() if name not in absent]
-        expected = {name: seconds * growth(n, before) for name, (seconds, before) in last.items()}
-        records = compare(
-            contenders,
-            timer,
-            clock.share(0.5 if place < len(sizes) - 1 else 0.7),
-            rounds=QUICK_ROUNDS if quick else ROUNDS,
-            expected=expected,
-        )
-        last |= {x["name"]: (x["seconds"]["median"], n) for x in records if x["seconds"]}
-        records += [line(name, "missing", why) for name, why in absent.items()]
-        resident = training_step.resident(model, batch)
-        emit({"kind": "step", "value": {"instances": n, "resident_bytes": resident, "contenders": relative(records)}})
-        del batch, contenders
-        torch.compiler.reset()
-        timer.free()
-    n = 2 * sizes[-1] if quick else training_step.LARGEST
-    found: Record = {"instances": n, "status": "timed", "detail": "", "seconds": None, "peak_bytes": None}
-    seconds, before = last.get(OURS, (0.0, n))
-    likely = seconds * growth(n, before)
-    if task.profile == "cpu":
-        found |= {"status": "skipped", "detail": "on a GPU only"}
-    elif likely > max(0.0, clock.left) + GRACE / 2:
-        found |= {"status": "skipped", "detail": f"the time budget: it would take about {likely:.2g} s"}
-    else:
-        try:
-            found |= training_step.finite_step(model, training_step.make_batch(n, device, width), timer)
-        except Exception as error:
-            found["status"], found["detail"] = explain(error)
-    emit({"kind": "largest", "value": found})
+            names.remove(training_step.EXACT)
+            missing[training_step.EXACT] = f"timed at up to {training_step.EXACT_LIMIT:,} instances"
+        steps.measure(n, names, clock.share(0.4 if place < len(sizes) - 1 else 0.6), missing)
+    steps.largest(2 * sizes[-1] if steps.quick else training_step.LARGEST, clock)
+
+
+def time_compiled_step(task: Task, emit: Emit) -> None:
+    """The same at one size with compiled contenders, which may take longer to compile than there is time."""
+    if task.refused:
+        return
+    training_step.allow_several_backwards()
+    names = [OURS, training_step.OURS_COMPILED, training_step.COMPOSED, training_step.COMPOSED_COMPILED]
+    _Steps(task, emit).measure(training_step.COMPILED_SIZES[task.profile], names, Clock(task.seconds), {})
 
 
 def growth(n: int, before: int) -> float:
@@ -137,8 +162,20 @@ def check_capture(task: Task, emit: Emit) -> None:
         emit({"kind": "capture", "value": row})
 
 
-def time_operation(op: str, task: Task, timer: Timer, clock: Clock, emit: Emit) -> None:
-    """All sizes of one operation; each pass gets its part of what time is left."""
+def compiled(function: Callable[..., Any], profile: str) -> Callable[..., Any]:
+    """``function`` under torch.compile as one graph for one size; in a quick run it is only traced."""
+    mode: Record = {"backend": "eager"} if profile == "quick" else {}
+    made = torch.compile(function, dynamic=False, fullgraph=True, **mode)
+
+    def run(*leaves: Tensor) -> Any:
+        with untiled():
+            return made(*leaves)
+
+    return run
+
+
+def time_operation(op: str, task: Task, timer: Timer, clock: Clock, whole: Clock, emit: Emit) -> None:
+    """All sizes of one operation; each pass gets its part of ``clock``, the whole section has ``whole``."""
     workload = WORKLOADS[op]
     sizes = getattr(workload, task.profile)
     place = Place(timer.device, torch.bfloat16 if timer.device.type == "cuda" else torch.float32)
@@ -157,8 +194,10 @@ def time_operation(op: str, task: Task, timer: Timer, clock: Clock, emit: Emit) 
         absent = dict(problem.absent)
         if problem.compiled is not None and index == len(sizes) - 1:
             # At the largest size only: compiling takes longer than all else.
-            mode: Record = {"backend": "eager"} if task.profile == "quick" else {}
-            functions[COMPILED] = torch.compile(functions[problem.compiled], dynamic=False, fullgraph=True, **mode)
+            if whole.left < COMPILING and task.profile != "quick":
+                absent[COMPILED] = "the time budget: too little is left to compile in"
+            else:
+                functions[COMPILED] = compiled(functions[problem.compiled], task.profile)
         passes = list(directions(problem, functions))
         for turn, (direction, floor, contenders) in enumerate(passes):
             least = floor.seconds(task.rates)
@@ -242,5 +281,6 @@ SECTIONS: dict[str, Callable[[Task, Emit], None]] = {
     "parity": check_parity,
     "timing": time_operations,
     "step": time_step,
+    "compiled step": time_compiled_step,
     "capture": check_capture,
 }

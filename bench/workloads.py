@@ -8,16 +8,19 @@ at random, so that caches help little.
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from umda_fast import ops
+from umda_fast.reference import neighbors as reference_neighbors
 from umda_fast.reference.bag_pool import bag_pool as reference_bag_pool
 from umda_fast.reference.cross_view import cross_view as reference_cross_view
 from umda_fast.reference.cross_view_tokens import cross_view_tokens as reference_tokens
@@ -113,6 +116,14 @@ def dtype_unit(dtype: torch.dtype) -> str:
 def installed(package: str) -> bool:
     """Whether an optional package can be imported."""
     return importlib.util.find_spec(package) is not None
+
+
+@contextmanager
+def untiled() -> Iterator[None]:
+    """The reference of message passing in one piece, as a user would write it: its tiles save memory, cost time, and
+    make as many copies of the code for a compiler."""
+    with mock.patch.object(reference_neighbors, "TILE_ELEMENTS", 1 << 62):
+        yield
 
 
 # --- cross_view

@@ -93,7 +93,7 @@ def pretended_gpu() -> Iterator[dict[str, mock.Mock]]:
 
 def test_cuda_timer() -> None:
     with pretended_gpu() as cuda:
-        [record] = compare([Contender("it", lambda x: None)], CudaTimer(CPU), Clock(0.0), rounds=(3, 3))
+        [record] = compare([Contender("it", lambda x: None)], CudaTimer(CPU), Clock(1.0), rounds=(3, 3))
         cuda["Event"].assert_called_with(enable_timing=True)
     assert record["seconds"]["median"] == 0.002
     assert record["peak_bytes"] == 60
