@@ -25,6 +25,7 @@ from umda_fast.errors import DataError
 from umda_fast.model import UMDA, UMDAConfig
 from umda_fast.model.baselines import BASELINES, Baseline
 from umda_fast.model.readout import Readout
+from umda_fast.sgl.outliers import outlier_tasks
 from umda_fast.train.adapt import adapt_dataset
 from umda_fast.train.collect import calibrate, collect
 from umda_fast.train.config import (
@@ -312,6 +313,7 @@ def summary(
         "view_consistency": result.view_consistency,
         "gradient_variance": mean("gradient_variance"),
         "conflict_share": mean("conflict_share"),
+        "outlier_tasks": outliers(trainer),
         "seconds": trainer.total_seconds,
         "instances_per_second": trainer.instances / max(trainer.train_seconds, 1e-9),
         "peak_memory_mb": peak_memory,
@@ -319,6 +321,14 @@ def summary(
         "versions": versions(),
         "backend": ops.backends_used(),
     }
+
+
+def outliers(trainer: Trainer) -> list[str] | None:
+    """Tasks whose gradients conflict with those of the others, see `outlier_tasks`; None without task gradients."""
+    guided = trainer.guided
+    if guided is None or not guided.statistics:
+        return None
+    return outlier_tasks(guided.cosine_ema, guided.tasks)
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
