@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
@@ -59,8 +60,8 @@ def ours(splits: Splits, seed: int, epochs: int) -> dict[str, float]:
     return scores(splits, val, test)
 
 
-def rows(dataset: BagDataset, scale: np.ndarray) -> np.ndarray:
-    """A row for each film: its first instance, which is the whole plot, with the poster as `scale` has it."""
+def rows(dataset: BagDataset, scale: np.ndarray) -> Any:
+    """CSR, a row for each film: its first instance, which is the whole plot, with the poster as `scale` has it."""
     bags = [dataset[index] for index in range(len(dataset))]
     parts = []
     if "text" in bags[0].views:
@@ -68,7 +69,7 @@ def rows(dataset: BagDataset, scale: np.ndarray) -> np.ndarray:
         parts.append(torch.stack(present).numpy())
     if "poster" in bags[0].views:
         parts.append(np.stack([bag.views["poster"][0].numpy() for bag in bags]) * scale)
-    return np.concatenate(parts, axis=1)
+    return csr_matrix(np.concatenate(parts, axis=1))
 
 
 def linear(splits: Splits) -> dict[str, float]:
@@ -88,7 +89,7 @@ def linear(splits: Splits) -> dict[str, float]:
     return max(found, key=lambda pair: pair[0])[1]
 
 
-def _predictions(model: Any, features: np.ndarray, labels: np.ndarray) -> Predictions:
+def _predictions(model: Any, features: Any, labels: np.ndarray) -> Predictions:
     logits = torch.from_numpy(model.decision_function(features)).float()
     everywhere = torch.ones(len(labels), dtype=torch.bool)
     return Predictions({"genres": logits}, {"genres": torch.from_numpy(labels).float()}, {"genres": everywhere})
