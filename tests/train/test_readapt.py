@@ -33,7 +33,8 @@ def new_labels(run: Run) -> dict[str, BagDataset]:
             branches = run.model(**collate(bags, dataset.views, dataset.tasks).inputs()).branches
         light = 5 + branches[:, 0, :3].sum(1)
         for bag, value in zip(bags, light, strict=True):
-            bag.labels = {"light": value, "bright": (value > light.median()).float(), "size": torch.tensor(len(bag) % 3)}
+            bright = (value > light.median()).float()
+            bag.labels = {"light": value, "bright": bright, "size": torch.tensor(len(bag) % 3)}
         del bags[0].labels["bright"]  # a missing label
         tasks = (
             TaskSpec("light", "regression", mean=float(light.mean()), std=float(light.std())),
