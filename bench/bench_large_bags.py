@@ -114,7 +114,8 @@ def main() -> None:
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        alone(*options.case, options)
+        kind, name = options.case
+        alone(kind, name, options)
         return
     cases = [("train", name, options.train) for name in TRAINING] + [
         ("infer", name, options.infer) for name in INFERENCE

@@ -22,9 +22,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
 from umda_fast.data import BagDataset, Splits, load_source
-from umda_fast.train import make_config, make_fabric, train
+from umda_fast.train import make_config, train
 from umda_fast.train.collect import Predictions, collect
 from umda_fast.train.metrics import TaskMetrics
+from umda_fast.train.run import make_fabric
 from umda_fast.train.thresholds import tune_thresholds
 
 VIEWS = {"plot and poster": ("text", "poster"), "plot": ("text",), "poster": ("poster",)}
@@ -121,7 +122,12 @@ def main() -> None:
     table = []
     print(f"{'':<32} {'f1':>15} {'f1 at 1/2':>15} {'map':>15}")
     for name in options.views:
-        shared = {"views": VIEWS[name], "tasks": ["genres"], "fields": FIELDS, "class_weights": "balanced"}
+        shared: dict[str, Any] = {
+            "views": VIEWS[name],
+            "tasks": ["genres"],
+            "fields": FIELDS,
+            "class_weights": "balanced",
+        }
         splits = load_source(options.data, **shared)
         if options.only != "umda":
             table.append(line(f"linear, {name}", [linear(splits)]))
