@@ -20,7 +20,7 @@ def test_the_whole_table_passes_and_can_be_written() -> None:
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     judged = [row for row in report["rows"] if row["verdict"] == "pass"]
     cpp = {row["op"] for row in judged if row["backend"] == "cpp"}
-    assert cpp == {case.op for case in all_cases()} - {"cross_view_tokens"}
+    assert cpp == {case.op for case in all_cases()} - {"cross_view_tokens", "norm_linear", "linear_residual"}
     for dtype in ("float32", "bfloat16", "float16"):
         assert {row["pass"] for row in judged if row["dtype"] == dtype} == {"forward", "backward"}
     if not torch.cuda.is_available():

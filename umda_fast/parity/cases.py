@@ -154,6 +154,43 @@ def view_fusion_case(
     return Case("view_fusion", shape, inputs, run, features, features)
 
 
+# --- projections
+
+
+def norm_linear_case(shape: str, n: int, views: int, width: int, columns: int, second: int) -> Case:
+    """Two linear layers on one layer norm."""
+    inputs = {
+        "x": normal(n, views, width, seed=24),
+        "norm_weight": normal(width, seed=25),
+        "norm_bias": normal(width, seed=26),
+        "weight": normal(columns, width, seed=27) / math.sqrt(width),
+        "bias": normal(columns, seed=28),
+        "weight2": normal(second, width, seed=29) / math.sqrt(width),
+        "bias2": normal(second, seed=30),
+    }
+
+    def run(x: Inputs, backend: str) -> Outputs:
+        y, y2 = ops.norm_linear(**x, backend=backend)
+        return {"y": y, "y2": y2}
+
+    return Case("norm_linear", shape, inputs, run, ("x", "weight", "bias", "weight2", "bias2"), tuple(inputs))
+
+
+def linear_residual_case(shape: str, n: int, views: int, inputs: int, outputs: int) -> Case:
+    """Without dropout, which draws other elements on every backend."""
+    tensors = {
+        "x": normal(n, views, inputs, seed=31),
+        "weight": normal(outputs, inputs, seed=32) / math.sqrt(inputs),
+        "bias": normal(outputs, seed=33),
+        "residual": normal(n, views, outputs, seed=34),
+    }
+
+    def run(x: Inputs, backend: str) -> Outputs:
+        return {"out": ops.linear_residual(**x, backend=backend)}
+
+    return Case("linear_residual", shape, tensors, run, tuple(tensors), tuple(tensors))
+
+
 # --- knn
 
 
@@ -359,6 +396,10 @@ def all_cases() -> list[Case]:
         cross_view_tokens_case("ragged, H=2 Dh=32", [5, 9, 3, 1, 17, 2, 0], [3, 1, 0, 3], 2, 32, views=3),
         cross_view_tokens_case("one view, Dh=59", [7, 4], [1, 1], 1, 59, views=1),
         cross_view_tokens_case("no token", [], [], 1, 16, views=2),
+        norm_linear_case("N=33 V=3 D=59, 97 + 5 columns", 33, 3, 59, 97, 5),
+        norm_linear_case("N=5 V=1 D=256, 32 + 1 columns", 5, 1, 256, 32, 1),
+        linear_residual_case("N=33 V=3, 59 to 97", 33, 3, 59, 97),
+        linear_residual_case("N=1 V=1, 256 to 16", 1, 1, 256, 16),
         view_fusion_case("N=700 V=3 D=97 P=33", 700, 3, 97, 33),
         view_fusion_case("N=19 V=4 D=59 P=8, missing views", 19, 4, 59, 8, missing=True),
         view_fusion_case("N=5 V=1 D=1 P=1", 5, 1, 1, 1),
