@@ -1,9 +1,11 @@
 """neighbors on the CPU: ``python -m bench.bench_neighbors``.
 
-Random neighbours, the worst case for caches. Floor: one row of D elements gathered per edge and pass (see
-csrc/cpu/neighbors.cpp for the passes), N rows read and written. Baselines: ``F.embedding_bag`` for the sum,
-torch_geometric's GATConv for the attention (beside its linear layer, which ours has outside) and a composition
-of the same attention from index_select and scatter, eager PyTorch for energy and cosine.
+First random neighbours, the worst case for caches; then the kNN graph of shuffled clusters of points, in the order in
+which it came and reordered (`NeighborGraph.reorder`), with what the reordering itself costs. Floor: one row of D
+elements gathered per edge and pass (see csrc/cpu/neighbors.cpp for the passes), N rows read and written. Baselines:
+``F.embedding_bag`` for the sum, ``torch.sparse`` for its forward, torch_geometric's GATConv for the attention (beside
+its linear layer, which ours has outside) and a composition of the same attention from index_select and scatter, eager
+PyTorch for energy and cosine.
 """
 
 import math
@@ -23,7 +25,7 @@ from bench.harness import (
     start,
     traffic_note,
 )
-from umda_fast.ops import NeighborGraph, edge_cosine, neighbor_attention, neighbor_sum, smoothness_energy
+from umda_fast.ops import NeighborGraph, edge_cosine, knn_graph, neighbor_attention, neighbor_sum, smoothness_energy
 from umda_fast.reference import neighbors as reference
 
 try:
@@ -33,17 +35,38 @@ try:
 except ImportError:
     GATConv = None
 
-DEGREE, WIDTH, HEADS, COSINE_WIDTH = 16, 256, 4, 64
+DEGREE, WIDTH, HEADS, COSINE_WIDTH, CLUSTERS = 16, 256, 4, 64, 100
 Function = Callable[..., Tensor]
 
 
-class Workload:
-    """N instances with random neighbours, their features and gradients to feed back."""
+def sparse_sum(graph: NeighborGraph, x: Tensor, weight: Tensor) -> Tensor:
+    """``neighbor_sum`` as a product of a ``torch.sparse`` CSR matrix, on any device; no edge may be absent."""
+    n = graph.num_nodes
+    indptr = graph.indptr
+    if indptr is None:
+        indptr = torch.arange(n + 1, device=x.device) * graph.neighbors.shape[1]
+    index = graph.neighbors.reshape(-1)
+    matrix = torch.sparse_csr_tensor(indptr.to(index.dtype), index, weight.reshape(-1), (n, n), check_invariants=False)
+    return matrix @ x
 
-    def __init__(self, n: int) -> None:
+
+def clustered(n: int) -> NeighborGraph:
+    """The kNN graph of a mixture of Gaussians, its points in no order."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(CLUSTERS, WIDTH, generator=generator)
+    points = centres[torch.randint(CLUSTERS, (n,), generator=generator)]
+    points += torch.randn(n, WIDTH, generator=generator)
+    return knn_graph(points, torch.tensor([0, n]), DEGREE, metric="euclidean")
+
+
+class Workload:
+    """N instances with their neighbours (random ones if none are given), features and gradients to feed back."""
+
+    def __init__(self, n: int, graph: NeighborGraph | None = None) -> None:
         generator = torch.Generator().manual_seed(0)
         self.n = n
         neighbors = torch.randint(0, n, (n, DEGREE), generator=generator, dtype=torch.int32)
+        neighbors = neighbors if graph is None else graph.neighbors
         self.graph = NeighborGraph(neighbors)
         self.graph.transpose()
         self.index = neighbors.long()
@@ -87,6 +110,9 @@ class Workload:
 
     def embedding_bag(self, x: Tensor, w: Tensor) -> Tensor:
         return F.embedding_bag(self.index, x, mode="sum", per_sample_weights=w)
+
+    def sparse_matrix(self, x: Tensor, w: Tensor) -> Tensor:
+        return sparse_sum(self.graph, x, w)
 
     def gather_scatter(self, x: Tensor, w: Tensor) -> Tensor:
         messages = w.reshape(-1, 1) * x.index_select(0, self.target)
@@ -139,6 +165,43 @@ def attention_contenders(work: Workload) -> dict[str, Callable[[], object]]:
     return contenders
 
 
+def bench_order(n: int, repeats: int) -> None:
+    """The same operations on a graph in the order in which it came, and with neighbours near each other."""
+    graph = clustered(n)
+    made = graph.reorder()
+    works = {"as it came": Workload(n, graph), "reordered": Workload(n, made.graph)}
+    works["reordered"].weight = works["as it came"].weight.flatten()[made.edges]
+    for operation in ("neighbor_sum", "neighbor_attention"):
+        for direction in ("forward", "forward + backward"):
+            contenders: dict[str, Callable[[], object]] = {}
+            for name in reversed(works):
+                leaves, grad = works[name].arguments(operation)
+                function = works[name].ours()[operation]
+                if direction == "forward":
+                    contenders[name] = lambda f=function, a=leaves: f(*a)
+                else:
+                    contenders[name] = lambda f=function, a=leaves, g=grad: both(f, a, g)
+            title = f"{operation}, n = {n:,}, k = {DEGREE}, kNN graph of {CLUSTERS} shuffled clusters: {direction}"
+            report(title, medians(contenders, repeats))
+    x = works["as it came"].x
+    symmetric = graph.symmetrize()
+    assert symmetric.indptr is not None
+    backwards, indptr = symmetric.neighbors.flip(0), symmetric.neighbors.shape[0] - symmetric.indptr.flip(0)
+    once: dict[str, Callable[[], object]] = {
+        "reorder()": graph.reorder,
+        "moving features there and back": lambda: x[made.order][made.rank],
+        "transpose, table": lambda: NeighborGraph(graph.neighbors, trusted=True).transpose(),
+        "transpose, symmetric": lambda: NeighborGraph(
+            symmetric.neighbors, indptr=symmetric.indptr, trusted=True
+        ).transpose(),
+        "transpose, as many edges, not symmetric": lambda: NeighborGraph(
+            backwards, indptr=indptr, trusted=True
+        ).transpose(),
+    }
+    edges = symmetric.neighbors.numel()
+    report(f"once per graph, n = {n:,}, k = {DEGREE}; {edges:,} edges symmetrised", medians(once, repeats))
+
+
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--peak-of", help="run this contender of neighbor_attention once, print its memory")
@@ -161,12 +224,15 @@ def main() -> None:
     }
     if GATConv is not None:
         baselines["neighbor_sum"]["torch_geometric gather + scatter"] = work.gather_scatter
+    forward_only = {"torch.sparse CSR": work.sparse_matrix}  # its backward takes tens of seconds
     passes = {"neighbor_sum": (1, 2), "smoothness_energy": (1, 3), "edge_cosine": (1, 3)}
     for operation, others in baselines.items():
-        functions = {"umda_fast": ours[operation], **others}
         leaves, grad = work.arguments(operation)
         width = leaves[0].shape[1]
         for direction, gathers in zip(("forward", "forward + backward"), passes[operation], strict=True):
+            functions = {"umda_fast": ours[operation], **others}
+            if operation == "neighbor_sum" and direction == "forward":
+                functions |= forward_only
             contenders: dict[str, Callable[[], object]] = {
                 name: (
                     (lambda f=function, a=leaves: f(*a))
@@ -187,6 +253,7 @@ def main() -> None:
     if GATConv is not None:
         without = seconds["GATConv with its linear layer"] - seconds["that linear layer alone"]
         print(f"  GATConv without its linear layer: {without / seconds['umda_fast']:.2f}x")
+    bench_order(n, chosen.repeats)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,12 @@ def test_error_rule(case: int, dtype: torch.dtype) -> None:
     check(*CASES[case], dtype)
 
 
+@pytest.mark.parametrize("csr", [False, True])
+def test_bag_of_50000(csr: bool) -> None:
+    """Chunks, and more edges to one node than any chunk holds: in a table, everybody points at node 1."""
+    check(50_000, 3, 1, 3, csr, torch.float32)
+
+
 @pytest.mark.parametrize("instruction_set", FORCED_SETS)
 def test_forced_instruction_set(instruction_set: str) -> None:
     run_on(instruction_set, __name__, "check_all")
