@@ -8,6 +8,7 @@ its linear layer, which ours has outside) and a composition of the same attentio
 PyTorch for energy and cosine.
 """
 
+import argparse
 import math
 from collections.abc import Callable
 
@@ -205,6 +206,7 @@ def bench_order(n: int, repeats: int) -> None:
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--peak-of", help="run this contender of neighbor_attention once, print its memory")
+    options.add_argument("--graph", choices=["random", "clustered"], help="one of the two graphs only")
     chosen = options.parse_args()
     n = int(50_000 * chosen.size)
     if chosen.peak_of is not None:
@@ -212,6 +214,14 @@ def main() -> None:
         return
     start(chosen)
     check()
+    if chosen.graph != "clustered":
+        bench_random(n, chosen)
+    if chosen.graph != "random":
+        bench_order(n, chosen.repeats)
+
+
+def bench_random(n: int, chosen: argparse.Namespace) -> None:
+    """Every operation against what can be composed, on a graph of random neighbours."""
     work = Workload(n)
     ours = work.ours()
     gathered = work.target.numel() * work.x.element_size()
@@ -224,7 +234,7 @@ def main() -> None:
     }
     if GATConv is not None:
         baselines["neighbor_sum"]["torch_geometric gather + scatter"] = work.gather_scatter
-    forward_only = {"torch.sparse CSR": work.sparse_matrix}  # its backward takes tens of seconds
+    forward_only = {"torch.sparse CSR": work.sparse_matrix}  # what a user without gradients would take
     passes = {"neighbor_sum": (1, 2), "smoothness_energy": (1, 3), "edge_cosine": (1, 3)}
     for operation, others in baselines.items():
         leaves, grad = work.arguments(operation)
@@ -253,7 +263,6 @@ def main() -> None:
     if GATConv is not None:
         without = seconds["GATConv with its linear layer"] - seconds["that linear layer alone"]
         print(f"  GATConv without its linear layer: {without / seconds['umda_fast']:.2f}x")
-    bench_order(n, chosen.repeats)
 
 
 if __name__ == "__main__":
