@@ -26,8 +26,9 @@ It writes ``DIR/gpu_suite.json`` and ``DIR/gpu_suite.html``. The JSON (seconds a
     largest     {instances, status, detail, seconds, peak_bytes, finite}: one bag that has to fit
     capture     rows {op, backend, shape, verdict}: CUDA graph capture and replay, side stream, no waiting
     aims        [{aim, target, value, verdict: met | not met | not measured, detail}]
+    broken      where ours raised while it was timed
     notes       sections that crashed or were left out, operations without a workload
-    passed      the device's native backends are there, parity and capture hold, and no section crashed
+    passed      the device's native backends are there, parity and capture hold, nothing crashed or broke
 
     CONTENDER = {name, status: timed | out of memory | failed | skipped | missing, detail, peak_bytes,
                  seconds: {median, min, q10, q25, q75, q90, repetitions} or null,
@@ -57,7 +58,7 @@ from .measure import Clock
 from .processes import Here, Processes, run_section
 from .report import write_html
 from .sections import BACKENDS, STEP, Task
-from .workloads import WORKLOADS
+from .workloads import OURS, WORKLOADS
 
 Record = dict[str, Any]
 
@@ -155,6 +156,7 @@ def run(
         "largest": None,
         "capture": [],
         "aims": [],
+        "broken": [],
         "notes": [],
         "passed": False,
     }
@@ -211,7 +213,8 @@ def run(
     missing = {name: reason for name, reason in result["backends"].items() if reason is not None}
     result["notes"] += [f"backend {name}: {reason}" for name, reason in missing.items()]
     captured = all(row["verdict"] == "pass" for row in result["capture"])
-    result["passed"] = not refused and not missing and captured and not crashed
+    result["broken"] += broken_contenders(result)
+    result["passed"] = not (refused or missing or crashed or result["broken"]) and captured
     save(result)
     return result
 
@@ -219,11 +222,25 @@ def run(
 def _store(result: Record, record: Record) -> None:
     """Puts a section's record where the schema has it."""
     kind, value = record["kind"], record["value"]
-    lists = {"parity": "parity_rows", "timing": "timings", "step": "steps", "capture": "capture", "note": "notes"}
+    lists = {"parity": "parity_rows", "timing": "timings", "step": "steps", "note": "notes"}
+    lists |= {"capture": "capture", "broken": "broken"}
     if kind in lists:
         result[lists[kind]].append(value)
     else:
         result[kind] = value
+
+
+def broken_contenders(result: Record) -> list[str]:
+    """Where ours raised at a size that nothing but a benchmark uses; out of memory is no fault on a small GPU."""
+    found = []
+    for record in [*result["timings"], *result["steps"]]:
+        where = record.get("op", STEP), record.get("pass", ""), record.get("shape", record.get("instances"))
+        failed = [x for x in record["contenders"] if x["name"] == OURS and x["status"] == "failed"]
+        found += [f"{' '.join(map(str, where))}: {x['detail']}" for x in failed]
+    largest = result["largest"]
+    if largest and largest["status"] == "failed":
+        found.append(f"{STEP} {largest['instances']}: {largest['detail']}")
+    return found
 
 
 def verdict(op: str, rows: Sequence[Record], kind: str) -> str:
@@ -280,6 +297,7 @@ def brief(result: Record) -> str:
     judged = [x for x in result["aims"] if x["verdict"] != "not measured"]
     lines += [f"aim: {x['aim']}: {x['verdict']} ({x['detail']})" for x in judged]
     lines.append(f"{len(result['aims']) - len(judged)} of {len(result['aims'])} aims not measured")
+    lines += [f"BROKEN: {text}" for text in result["broken"]]
     lines += [f"note: {text}" for text in result["notes"]]
     return "\n".join(lines)
 

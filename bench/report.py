@@ -55,13 +55,19 @@ def render(result: Mapping[str, Any]) -> str:
         _section("CUDA graphs, streams, waiting", _capture(result)),
         _section("Operations", _timings(result["timings"])),
         _section("A whole training step", _steps(result)),
-        _section("Notes", "".join(f"<p>{escape(text)}</p>" for text in result["notes"]) or "<p>None.</p>"),
+        _section("Notes", _notes(result)),
     ]
     return (
         f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
         f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{_STYLE}</style></head>\n"
         f"<body>{''.join(body)}</body></html>\n"
     )
+
+
+def _notes(result: Mapping[str, Any]) -> str:
+    lines = [f"<p class='bad'>{escape(text)}</p>" for text in result["broken"]]
+    lines += [f"<p>{escape(text)}</p>" for text in result["notes"]]
+    return "".join(lines) or "<p>None.</p>"
 
 
 def _section(title: str, content: str) -> str:

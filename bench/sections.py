@@ -186,7 +186,10 @@ def time_operation(op: str, task: Task, timer: Timer, clock: Clock, whole: Clock
             problem.contenders[OURS](*problem.leaves)
             served = ops.backends_used()[op]
         except Exception as error:
-            emit({"kind": "note", "value": f"{op}, size {size}: {': '.join(explain(error))}"})
+            status, detail = explain(error)
+            emit(
+                {"kind": "broken" if status == "failed" else "note", "value": f"{op}, size {size}: {status}: {detail}"}
+            )
             del error
             timer.free()
             continue

@@ -225,6 +225,29 @@ def test_without_time_the_least_is_done(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(record["seconds"]["repetitions"]) == 1
 
 
+def test_ours_that_raises_while_it_is_timed_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity is of small shapes. Whatever raises first, the call outside the clock or the one inside."""
+    right = ops.combine_task_gradients
+    for limit, shown in ((500, 3), (5_000, 2)):
+        calls = []
+
+        def fragile(ema: torch.Tensor, *args: Any, limit: int = limit, calls: list[int] = calls, **options: Any) -> Any:
+            calls.append(ema.shape[1])
+            if ema.shape[1] == 1_000 and (limit > 1_000 or calls.count(1_000) > 1):
+                raise RuntimeError("an illegal memory access")
+            return right(ema, *args, **options)
+
+        monkeypatch.setattr(ops, "combine_task_gradients", fragile)
+        result = gpu_suite.run(
+            "cpu", quick=True, only=["combine_task_gradients"], seconds=SECONDS, say=lambda text: None
+        )
+        assert not result["passed"]
+        [text] = result["broken"]
+        assert "RuntimeError: an illegal memory access" in text
+        assert len(result["timings"]) == shown
+        assert "illegal memory access" in gpu_suite.brief(result)
+
+
 def test_a_backend_that_is_not_there_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a run on a machine where the library does not load would measure the reference, and say that all is well."""
     monkeypatch.setattr("umda_fast.ops._library.cpp_status", "does not load")

@@ -170,7 +170,7 @@ def norm_linear_case(shape: str, n: int, views: int, width: int, columns: int, s
     }
 
     def run(x: Inputs, backend: str) -> Outputs:
-        y, y2 = ops.norm_linear(**x, backend=backend)
+        y, y2 = ops.norm_linear(*(x[name] for name in inputs), backend=backend)
         return {"y": y, "y2": y2}
 
     return Case("norm_linear", shape, inputs, run, ("x", "weight", "bias", "weight2", "bias2"), tuple(inputs))
@@ -186,7 +186,7 @@ def linear_residual_case(shape: str, n: int, views: int, inputs: int, outputs: i
     }
 
     def run(x: Inputs, backend: str) -> Outputs:
-        return {"out": ops.linear_residual(**x, backend=backend)}
+        return {"out": ops.linear_residual(*(x[name] for name in tensors), backend=backend)}
 
     return Case("linear_residual", shape, tensors, run, tuple(tensors), tuple(tensors))
 
