@@ -181,6 +181,24 @@ def test_the_same_bits_twice() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, projections.norm_linear(*given.values(), EPS), strict=True))
 
 
+def test_gradients_of_several_tasks_at_once() -> None:
+    """vmap over the gradients, and over the inputs."""
+    given = {name: value.requires_grad_() for name, value in norm_inputs((4, 16), 24, 2).items()}
+    y, y2 = ops.norm_linear(*given.values(), backend="triton")
+    out = ops.linear_residual(y, normal(24, 24, seed=7), None, y, backend="triton")
+    leaves = list(given.values())
+    d_out, d_y2 = normal(3, *out.shape, seed=8), normal(3, *y2.shape, seed=9)
+    together = torch.autograd.grad([out, y2], leaves, [d_out, d_y2], is_grads_batched=True, retain_graph=True)
+    for b in range(3):
+        alone = torch.autograd.grad([out, y2], leaves, [d_out[b], d_y2[b]], retain_graph=True)
+        for batched, single in zip(together, alone, strict=True):
+            torch.testing.assert_close(batched[b], single)
+    x = normal(3, 4, 16, seed=10)
+    rest = [value.detach() for value in leaves[1:]]
+    mapped = torch.vmap(lambda x: ops.norm_linear(x, *rest, backend="triton")[0])(x)
+    assert torch.equal(mapped, torch.stack([ops.norm_linear(row, *rest, backend="triton")[0] for row in x]))
+
+
 def test_opcheck() -> None:
     given = [value.requires_grad_() for value in norm_inputs((4, 2, 16), 24, 2).values()]
     torch.library.opcheck(torch.ops.umda_fast.norm_linear_triton.default, (*given, EPS))
