@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import (
+from umda_fast.ops import NeighborGraph, edge_cosine, knn_graph, neighbor_attention, neighbor_sum, smoothness_energy
+from umda_fast.reference import neighbors as reference
+
+from .harness import (
     medians,
     parser,
     peak_growth,
@@ -26,8 +29,6 @@ from bench.harness import (
     start,
     traffic_note,
 )
-from umda_fast.ops import NeighborGraph, edge_cosine, knn_graph, neighbor_attention, neighbor_sum, smoothness_energy
-from umda_fast.reference import neighbors as reference
 
 try:
     from torch_geometric.nn import GATConv

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.harness import arguments, medians, report
 from umda_fast.data import load_source
 from umda_fast.data.pack import pack_slides
+
+from .harness import arguments, medians, report
 
 WIDTH = 1024
 

@@ -19,7 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.harness import (
+from umda_fast import UMDA, TaskSpec, UMDAConfig, ViewSpec
+from umda_fast.model import UMDAOutput, penalty_loss, task_losses
+from umda_fast.ops import combine_task_gradients, task_gradient_statistics
+from umda_fast.sgl import SelfGuided, SGLBalancer
+
+from .harness import (
     Contender,
     Seconds,
     medians,
@@ -30,10 +35,6 @@ from bench.harness import (
     require_parity,
     start,
 )
-from umda_fast import UMDA, TaskSpec, UMDAConfig, ViewSpec
-from umda_fast.model import UMDAOutput, penalty_loss, task_losses
-from umda_fast.ops import combine_task_gradients, task_gradient_statistics
-from umda_fast.sgl import SelfGuided, SGLBalancer
 
 BETA = 0.9
 TASKS = (2, 4, 8, 16)

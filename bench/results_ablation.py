@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import tables
+from . import tables
 
 COMMON: dict[str, Any] = {
     "model": {"width": 32, "heads": 4, "layers": 1},

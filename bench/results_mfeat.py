@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from bench import tables
 from umda_fast.data import BagDataset, split_bags
+
+from . import tables
 
 TITLE = "Digits from weak views, some missing"
 VIEWS = ("zer", "fou", "mor")

@@ -17,8 +17,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from bench import tables
 from umda_fast.data import load_folds
+
+from . import tables
 
 FOLDS = 10
 BASE: dict[str, Any] = {

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bench import tables
+from . import tables
 
 WINDOW = 25
 TITLE = "Self-guided learning against other balancers"
