@@ -244,52 +244,14 @@ struct Sources {
 // A stable counting sort: edges are cut into `parts` ranges; each counts its edges per target, a prefix sum over (target,
 // range) gives each range its own place for every target. The result is the only stable order: the number of
 // ranges does not show.
-//
-// A symmetric graph whose rows ascend needs no sort: it is its own transpose, and as the rows are walked in order, the
-// edges back to them are met in order as well. Whether it is one is found on the way, at the first edge that is not.
 
 struct Range {
   int64_t begin, end;
 };
 
-UMDA_INLINE Range part_range(int64_t count, int64_t parts, int64_t part) {
-  const int64_t size = (count + parts - 1) / parts;
-  return {smaller(part * size, count), smaller((part + 1) * size, count)};
-}
-
-// t_edge of a symmetric graph with ascending rows; false, with t_edge spoilt, for any other.
-bool transpose_symmetric(const NeighborTable& g, int64_t parts, int64_t* cursors, int64_t* t_edge) {
-  int64_t differs = 0;
-  parallel_items(parts, [&](int64_t part) {
-    int64_t* const next = &cursors[part * g.nodes];  // of every row, the first edge to this row or one behind it
-    const Range rows = part_range(g.nodes, parts, part);
-    for (int64_t i = 0; i < g.nodes; ++i) {
-      int64_t low = g.indptr[i], high = part == 0 ? low : g.indptr[i + 1];
-      while (low < high) {
-        const int64_t middle = low + (high - low) / 2;
-        if (g.neighbors[middle] < rows.begin) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
-      }
-      next[i] = low;
-    }
-    for (int64_t j = rows.begin; j < rows.end && __atomic_load_n(&differs, __ATOMIC_RELAXED) == 0; ++j) {
-      int32_t before = -1;
-      for (int64_t p = g.indptr[j]; p < g.indptr[j + 1]; ++p) {
-        const int32_t i = g.neighbors[p];
-        const int64_t back = present(g, i) && i >= before ? next[i]++ : g.edges;
-        if (back >= g.edges || back >= g.indptr[i + 1] || g.neighbors[back] != j) {
-          __atomic_store_n(&differs, 1, __ATOMIC_RELAXED);
-          break;
-        }
-        t_edge[p] = back;
-        before = i;
-      }
-    }
-  });
-  return differs == 0;
+UMDA_INLINE Range part_range(int64_t edges, int64_t parts, int64_t part) {
+  const int64_t size = (edges + parts - 1) / parts;
+  return {smaller(part * size, edges), smaller((part + 1) * size, edges)};
 }
 
 }  // namespace
@@ -301,10 +263,6 @@ void graph_transpose(const NeighborTable& g, int64_t* t_ptr, int64_t* t_edge) {
   const int64_t most = nodes == 0 ? 1 : edges / nodes;
   const int64_t parts = larger<int64_t>(1, smaller(num_threads(), most));
   const Scratch<int64_t> cursors(parts * nodes);
-  if (g.indptr != nullptr && transpose_symmetric(g, parts, cursors.data(), t_edge)) {
-    __builtin_memcpy(t_ptr, g.indptr, static_cast<size_t>(nodes + 1) * sizeof(int64_t));
-    return;
-  }
   parallel_items(parts, [&](int64_t part) {
     int64_t* const count = &cursors[part * nodes];
     __builtin_memset(count, 0, static_cast<size_t>(nodes) * sizeof(int64_t));

@@ -282,7 +282,7 @@ def test_order_of_nothing() -> None:
 @few
 @given(nodes=st.integers(1, 60), degree=st.integers(0, 9), broken=st.booleans(), count=st.integers(1, 3))
 def test_transpose_of_symmetric_graphs(nodes: int, degree: int, broken: bool, count: int) -> None:
-    """They need no sort; what only looks like one (the same degrees, in and out) is told from one."""
+    """Where a kernel takes a short cut for them, what only looks like one must be told from one."""
     g = graph(nodes, degree).symmetrize()
     assert g.indptr is not None
     neighbors = g.neighbors.clone()
