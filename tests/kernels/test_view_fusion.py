@@ -38,8 +38,8 @@ def check(case: Case) -> None:
             assert (x[~case.mask] == 0).all()
 
 
-@pytest.mark.parametrize("views", range(1, 17))
-def test_every_number_of_views(views: int) -> None:
+@pytest.mark.parametrize("views", [1, 2, 3, 4, 5, 8, 9, 16])
+def test_numbers_of_views(views: int) -> None:
     check(make_case(7, views, 11, 5, masked=True))
 
 
