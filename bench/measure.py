@@ -172,7 +172,7 @@ def compare(
     costs: dict[str, float] = {}  # of one repetition, its preparation included
     for contender in contenders:
         name, likely = contender.name, expected.get(contender.name, 0.0)
-        if 3 * likely > max(0.0, clock.left):
+        if 3 * likely > max(PATIENCE, clock.left):
             records[name] = line(name, "skipped", f"the time budget: a call would take about {likely:.2g} s")
             continue
         try:
