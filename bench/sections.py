@@ -66,9 +66,15 @@ def time_operations(task: Task, emit: Emit) -> None:
         if op in task.refused:
             emit({"kind": "note", "value": f"{op}: not timed, it is not known to be right on this device"})
     for place, op in enumerate(wanted):
-        time_operation(op, task, timer, clock.share(1 / (len(wanted) - place)), clock, emit)
-        torch.compiler.reset()
-        timer.free()
+        time_operation(op, task, timer, clock.share(1 / (len(wanted) - place)), emit)
+    # Only then, and at the largest size only: compiling takes longer than all else.
+    for op in wanted:
+        if clock.left > COMPILING or task.profile == "quick":
+            time_operation(op, task, timer, clock, emit, compiling=True)
+            torch.compiler.reset()
+            timer.free()
+        else:
+            emit({"kind": "note", "value": f"{op}: {COMPILED}: left out, too little time to compile in"})
 
 
 class _Steps:
@@ -174,10 +180,11 @@ def compiled(function: Callable[..., Any], profile: str) -> Callable[..., Any]:
     return run
 
 
-def time_operation(op: str, task: Task, timer: Timer, clock: Clock, whole: Clock, emit: Emit) -> None:
-    """All sizes of one operation; each pass gets its part of ``clock``, the whole section has ``whole``."""
+def time_operation(op: str, task: Task, timer: Timer, clock: Clock, emit: Emit, *, compiling: bool = False) -> None:
+    """All sizes of one operation, each pass with its part of ``clock``; ``compiling``: ours and the compiled contender
+    at the largest size."""
     workload = WORKLOADS[op]
-    sizes = getattr(workload, task.profile)
+    sizes = getattr(workload, task.profile)[-1 if compiling else 0 :]
     place = Place(timer.device, torch.bfloat16 if timer.device.type == "cuda" else torch.float32)
     last: dict[tuple[str, str], tuple[float, float]] = {}
     for index, size in enumerate(sizes):
@@ -195,12 +202,11 @@ def time_operation(op: str, task: Task, timer: Timer, clock: Clock, whole: Clock
             continue
         functions = dict(problem.contenders)
         absent = dict(problem.absent)
-        if problem.compiled is not None and index == len(sizes) - 1:
-            # At the largest size only: compiling takes longer than all else.
-            if whole.left < COMPILING and task.profile != "quick":
-                absent[COMPILED] = "the time budget: too little is left to compile in"
-            else:
-                functions[COMPILED] = compiled(functions[problem.compiled], task.profile)
+        if compiling:
+            if problem.compiled is None:
+                return
+            absent = {}
+            functions = {OURS: functions[OURS], COMPILED: compiled(functions[problem.compiled], task.profile)}
         passes = list(directions(problem, functions))
         for turn, (direction, floor, contenders) in enumerate(passes):
             least = floor.seconds(task.rates)
@@ -221,7 +227,7 @@ def time_operation(op: str, task: Task, timer: Timer, clock: Clock, whole: Clock
             records += [line(name, "missing", why) for name, why in absent.items()]
             emit(
                 {
-                    "kind": "timing",
+                    "kind": "compiled" if compiling else "timing",
                     "value": {
                         "op": op,
                         "pass": direction,
