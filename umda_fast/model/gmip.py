@@ -129,9 +129,21 @@ class GMIP(nn.Module):
         if self.symmetrize:
             graph = graph.symmetrize()
         log_weight = (edge_cosine(r, graph) - 1.0) / self.tau
+        return GMIPOutput(self._passes(z, graph, log_weight), graph, log_weight.exp())
+
+    def _passes(self, z: Tensor, graph: NeighborGraph, log_weight: Tensor) -> Tensor:
+        """All rounds of message passing; on a CPU among instances ordered so that neighbours are near, where that
+        pays. Every sum over neighbours keeps its order."""
+        if not len(self.layers):
+            return z
+        # What an edge gathers: of attention the key and the value.
+        gathered = z.shape[1] * z.element_size() * (2 if self.layers[0].message == "attention" else 1)
+        moved = graph.reorder_where_it_pays(gathered)
+        if moved is not None:
+            z, graph, log_weight = z[moved.order], moved.graph, log_weight.reshape(-1)[moved.edges]
         for layer in self.layers:
             z = layer(z, graph, log_weight)
-        return GMIPOutput(z, graph, log_weight.exp())
+        return z if moved is None else z[moved.rank]
 
 
 class BagPoolingOutput(NamedTuple):
