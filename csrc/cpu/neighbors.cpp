@@ -974,7 +974,9 @@ void attention_backward(const NeighborAttentionBackward& a, const Sources& sourc
         }
         continue;
       }
-      // out has lost digits that d_log_weight, in float32, would miss: delta = sum alpha d_out.v instead.
+      // out has lost digits that d_log_weight, in float32, would miss: delta = sum alpha d_out.v / sum alpha instead.
+      // All alpha of a row share the rounding of lse; divided by their sum it does not meet the difference
+      // d_out.v - delta, which may cancel.
       const int64_t end = row_begin(g, i + 1);
       int64_t e = row_begin(g, i);
       bool own = a.self_loop;
@@ -982,9 +984,9 @@ void attention_backward(const NeighborAttentionBackward& a, const Sources& sourc
       for (int lane = 0; lane < kRoom; ++lane) {
         of_lanes[lane] = lse[lane % kLanes];
       }
-      Vec total[kVecs];
+      Vec total[kVecs], sum[kVecs];
       for (int u = 0; u < kVecs; ++u) {
-        total[u] = zero();
+        total[u] = sum[u] = zero();
       }
       while (own || e < end) {
         list.fill(g, i, e, end, own, ahead, a.log_weight);
@@ -994,15 +996,19 @@ void attention_backward(const NeighborAttentionBackward& a, const Sources& sourc
           for (int u = 0; u < kVecs; ++u) {
             const int at = n + u * kWidth;
             const Vec score = fma(load(scores + at), splat(scale), load(list.bias + at));
-            total[u] = fma(exp(score - load(of_lanes + u * kWidth)), load(d_alpha + at), total[u]);
+            const Vec alpha = exp(score - load(of_lanes + u * kWidth));
+            total[u] = fma(alpha, load(d_alpha + at), total[u]);
+            sum[u] = sum[u] + alpha;
           }
         }
       }
+      alignas(64) float sums[kRoom];
       for (int u = 0; u < kVecs; ++u) {
         store(of_lanes + u * kWidth, sum_by_period<kLanes>(total[u]));
+        store(sums + u * kWidth, sum_by_period<kLanes>(sum[u]));
       }
       for (int64_t h = 0; h < heads; ++h) {
-        delta[h] = of_lanes[h];
+        delta[h] = sums[h] > 0.0f ? of_lanes[h] / sums[h] : 0.0f;
       }
     }
   });

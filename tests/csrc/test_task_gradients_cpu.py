@@ -40,9 +40,12 @@ def check(tasks: int, columns: int, dtype: torch.dtype, seed: int, cuts: list[in
     assert gram.dtype == torch.float32
     assert torch.equal(gram, gram.T)
     corrected = composed * correction[:, None]
-    # 1e-6 of the norms: the contract's figure; and the error rule.
-    norms = exact_gram.diagonal().sqrt()
-    assert ((gram.double() - exact_gram).abs() <= 1e-6 * norms[:, None] * norms).all()
+    # 1e-6 of the norms: the contract's figure, for the products of the averages as they are stored (in few columns an
+    # average may cancel, and what is left of it is rounding); and the error rule, for both together.
+    stored = ema.double() * correction.double()[:, None]
+    stored_gram = stored @ stored.T
+    norms = stored_gram.diagonal().sqrt()
+    assert ((gram.double() - stored_gram).abs() <= 1e-6 * norms[:, None] * norms).all()
     assert_close("gram", gram, exact_gram, corrected @ corrected.T, 2)
 
     bounds = sorted({min(cut, columns) for cut in cuts}) if cuts else []
@@ -60,7 +63,12 @@ def check(tasks: int, columns: int, dtype: torch.dtype, seed: int, cuts: list[in
         reference.combine_task_gradients(ema.double(), weights.double(), combined)
         own = torch.empty(columns, dtype=out_type)
         reference.combine_task_gradients(ema, weights, own)
-        assert_close("out", out, combined, own, 2)
+        # In one column another order of the same sum may be exact by luck: what every order keeps (Higham 2002, 3.1),
+        # T roundings of its terms and one of the result, is allowed as well.
+        terms = weights.double().abs() @ ema.double().abs()
+        rounding = tasks * 2.0**-24 * terms + torch.finfo(out_type).eps / 2 * combined.abs()
+        theirs = (own.double() - combined).abs().max() if columns else 0.0
+        assert ((out.double() - combined).abs() <= rounding.clamp_min(2 * theirs)).all()
 
 
 @settings(max_examples=40, deadline=None)

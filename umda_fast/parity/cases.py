@@ -147,7 +147,8 @@ def view_fusion_case(
 
     def run(x: Inputs, backend: str) -> Outputs:
         found = ops.fuse_views(x["y"], x["scores"], x.get("projected"), mask=x.get("mask"), backend=backend)
-        counts = {"instances": found.instances.double(), "pairs": found.pairs.double()}  # whole numbers: held to equality
+        # Whole numbers: held to equality.
+        counts = {"instances": found.instances.double(), "pairs": found.pairs.double()}
         return {**found._asdict(), **counts}
 
     features = tuple(name for name in inputs if name != "mask")
