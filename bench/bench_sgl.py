@@ -14,6 +14,7 @@ import argparse
 import copy
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from umda_fast import UMDA, TaskSpec, UMDAConfig, ViewSpec
 from umda_fast.model import UMDAOutput, penalty_loss, task_losses
 from umda_fast.ops import combine_task_gradients, task_gradient_statistics
-from umda_fast.sgl import SelfGuided, SGLBalancer
+from umda_fast.sgl import Scope, SelfGuided, SGLBalancer
 
 from .harness import (
     Contender,
@@ -80,7 +81,7 @@ def plain(network: Network) -> Contender:
     return step
 
 
-def guided(network: Network, scope: str, **options: object) -> Contender:
+def guided(network: Network, scope: Scope, **options: Any) -> Contender:
     """`SelfGuided` with its balancer."""
     last = list(network.trunk[-2].parameters()) if scope == "last_shared_layer" else []
     sgl = SelfGuided(
@@ -88,9 +89,9 @@ def guided(network: Network, scope: str, **options: object) -> Contender:
         network.names,
         task_parameters=network.own(),
         last_shared_layer=last,
-        scope=scope,  # type: ignore[arg-type]
+        scope=scope,
         beta=BETA,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
     def step() -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from umda_fast.heap import keep_freed_pages
+from umda_fast.parity.rule import allowed_error, error_of
 
 Contender = Callable[[], object]
 
@@ -134,9 +135,7 @@ def require_parity(
 ) -> None:
     """Exit unless ours err at most ``factor`` times as much against float64 as PyTorch's own composition."""
     for i, (o, e, c) in enumerate(zip(ours, exact, own, strict=True)):
-        error = (o.double() - e).abs().max().item()
-        allowed = factor * (c.double() - e).abs().max().item()
-        allowed += 4 * torch.finfo(o.dtype).eps * e.abs().max().item()
+        error, allowed = error_of(o, e), allowed_error(e, c, o.dtype, factor)
         if not error <= allowed:
             raise SystemExit(f"{what}: result {i} errs by {error:.3g}, allowed {allowed:.3g}; nothing was timed")
 

@@ -9,28 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import umda_fast.ops  # noqa: F401  (defines the operations and loads the library)
+from umda_fast.parity.rule import assert_close as assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Sets that are not the best one of the machine are tested in a process of their own.
 FORCED_SETS = ("baseline", "avx2")
-
-
-def assert_close(name: str, ours: Tensor, exact: Tensor, torch_own: Tensor, factor: float) -> None:
-    """Error against float64 at most ``factor`` times that of PyTorch's composition in the same precision.
-
-    The floor of four ulp of the output's scale is for compositions that happen to be exact.
-    """
-    assert ours.shape == exact.shape, name
-    if ours.numel() == 0:
-        return
-    error = (ours.double() - exact).abs().max().item()
-    allowed = factor * (torch_own.double() - exact).abs().max().item()
-    allowed += 4 * torch.finfo(ours.dtype).eps * exact.abs().max().item()
-    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
 @contextmanager

@@ -12,9 +12,7 @@ from umda_fast.data import BagDataset
 from umda_fast.model import TaskSpec
 from umda_fast.train.calibration import Calibration, fit_calibration
 from umda_fast.train.config import DataConfig
-from umda_fast.train.evaluation import batches_in_order, infer
-from umda_fast.train.guard import check_batch
-from umda_fast.train.progress import ProgressReport
+from umda_fast.train.evaluation import outputs_in_order
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -60,15 +58,9 @@ def collect(
     model.eval()
     names = [task.name for task in dataset.tasks]
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
-    done = 0
-    with ProgressReport(title, device=fabric.device, enabled=progress) as report:
-        for host in batches_in_order(dataset, data):
-            check_batch(host)
-            logits = infer(model, host, fabric)[1].logits
-            for name in names:
-                parts[name].append((logits[name].float().cpu(), host.labels[name], host.label_mask[name]))
-            done += len(host)
-            report.update(done / len(dataset), instances=host.num_instances)
+    for host, _, out in outputs_in_order(model, dataset, fabric, data, title=title, progress=progress):
+        for name in names:
+            parts[name].append((out.logits[name].float().cpu(), host.labels[name], host.label_mask[name]))
     model.train(was_training)
     logits, labels, masks = (
         {name: torch.cat([columns[column] for columns in parts[name]]) for name in names} for column in range(3)

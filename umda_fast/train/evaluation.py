@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from umda_fast.train.together import label_counts, penalty_counts, processes_of
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["SplitResult", "batches_in_order", "evaluate_dataset", "infer", "to_device"]
+__all__ = ["SplitResult", "batches_in_order", "evaluate_dataset", "infer", "outputs_in_order", "to_device"]
 
 # Batches of more instances go through the model in chunks.
 LARGE = 32_768
@@ -104,6 +104,23 @@ def infer(model: nn.Module, host: BagBatch, fabric: Fabric) -> tuple[BagBatch, A
     batch = to_device(host, fabric)
     with fabric.autocast():
         return batch, model(**batch.inputs())
+
+
+def outputs_in_order(
+    model: nn.Module, dataset: BagDataset, fabric: Fabric, data: DataConfig, *, title: str, progress: bool = False
+) -> Iterator[tuple[BagBatch, BagBatch, Any]]:
+    """Every batch of `dataset` in its order, on the host and on `fabric`'s device, and what `model` makes of it.
+
+    Raises:
+        DataError: a feature or a label is NaN or infinite; names bag, view and instance.
+    """
+    done = 0
+    with ProgressReport(title, device=fabric.device, enabled=progress) as report:
+        for host in batches_in_order(dataset, data):
+            check_batch(host)
+            yield host, *infer(model, host, fabric)
+            done += len(host)
+            report.update(done / max(len(dataset), 1), instances=host.num_instances)
 
 
 # Logits, labels and label masks of some bags, each task -> [B, ...].

@@ -21,11 +21,9 @@ from umda_fast.data import BagBatch, BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec, decode
 from umda_fast.train.calibration import Calibration, confidence
-from umda_fast.train.evaluation import batches_in_order, infer
+from umda_fast.train.evaluation import outputs_in_order
 from umda_fast.train.files import atomic_file
-from umda_fast.train.guard import check_batch
 from umda_fast.train.metrics import predicted_labels
-from umda_fast.train.progress import ProgressReport
 from umda_fast.train.run import Run, model_data
 from umda_fast.train.rundir import RunDirectory
 
@@ -115,13 +113,8 @@ def predict_batches(
     its order.
     """
     model = fabric.to_device(run.model).eval()
-    done = 0
-    with ProgressReport(title, device=fabric.device, enabled=progress) as report:
-        for host in batches_in_order(dataset, run.config.data):
-            check_batch(host)
-            yield infer(model, host, fabric)
-            done += len(host)
-            report.update(done / max(len(dataset), 1), instances=host.num_instances)
+    for _, batch, out in outputs_in_order(model, dataset, fabric, run.config.data, title=title, progress=progress):
+        yield batch, out
 
 
 def predict(
