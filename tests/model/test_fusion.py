@@ -102,8 +102,10 @@ def test_the_model_takes_one_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_autocast(modules: tuple[ViewFusion, ViewConsistency]) -> None:
     y, mask = make(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fused = fuse_and_penalize(*modules, y.bfloat16(), mask, 0.9)
-    separate = results(False, modules, y.bfloat16().float(), mask)[0]
+        y = y.bfloat16()
+        fused = fuse_and_penalize(*modules, y, mask, 0.9)
+        separate = [*modules[0](y, mask), modules[1](y, mask), dispersion_penalty(y, mask, 0.9)]
+    exact = results(False, modules, y.double(), mask)[0]
     assert [x.dtype for x in fused] == [torch.bfloat16] + 3 * [torch.float32]
-    for a, b in zip(fused, separate, strict=True):
-        torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-2)
+    for name, a, b, c in zip(("z", "beta", "consistency", "dispersion"), fused, exact, separate, strict=True):
+        assert_close(name, a, b, c)
