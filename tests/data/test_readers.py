@@ -282,7 +282,7 @@ def test_cut_anywhere(tmp_path, features, coords, kind):
 def test_flipped_bytes(tmp_path, features, coords, kind):
     """Whatever bytes a file holds, it is read or it is an error with its name: never another exception.
 
-    Not HDF5: from some such files the library itself does not come back.
+    Not HDF5: from some such files the library itself does not come back, see test_isolated.py.
     """
     path = tmp_path / f"a.{kind}"
     if kind == "pt":

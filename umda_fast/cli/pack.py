@@ -24,7 +24,7 @@ def pack(
     """Rewrite a directory of bags into one file per view, labels and splits included. Started again after it was
     stopped, it goes on.
 
-    `--set` takes the options labels, splits, views, mpp, match and tolerance of the source, as
+    `--set` takes the options labels, splits, views, mpp, match, tolerance and read_timeout of the source, as
     `--set data.options.mpp=0.25`.
     """
     from umda_fast.cli.render import make_console
@@ -34,7 +34,7 @@ def pack(
     from umda_fast.train.run import tell_skipped
 
     options: dict[str, Any] = load_config(overrides=set_ or ()).data.options
-    understood = ("labels", "splits", "views", "mpp", "match", "tolerance", "skip_bad")
+    understood = ("labels", "splits", "views", "mpp", "match", "tolerance", "skip_bad", "read_timeout")
     for name in options:
         if name not in understood:
             raise DataError(f"data.options.{name}: expected one of {', '.join(understood)} to pack")

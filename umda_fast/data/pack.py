@@ -22,7 +22,7 @@ import torch
 
 from umda_fast.data.labels_table import read_rows
 from umda_fast.data.packed import COORDS, DTYPES, MANIFEST, MASK, VERSION, checksum, view_file
-from umda_fast.data.slides import FileIndex, Matching, OpenedSlides, is_slides, open_slides
+from umda_fast.data.slides import READ_TIMEOUT, FileIndex, Matching, OpenedSlides, is_slides, open_slides
 from umda_fast.data.splits import SPLITS
 from umda_fast.errors import DataError
 
@@ -53,6 +53,7 @@ def pack_slides(
     match: Matching = "coords",
     tolerance: float = 1.0,
     skip_bad: bool = False,
+    read_timeout: float = READ_TIMEOUT,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> PackResult:
     """Write the bags of `source` into the new directory `out`, float16 and float32 as they are.
@@ -60,7 +61,7 @@ def pack_slides(
     Args:
         source: a directory of bags, see `umda_fast.data.slides`.
         out: must not exist. `<out>.partial` is continued if it comes from the same files and options.
-        labels, splits, views, mpp, match, tolerance, skip_bad: as of `load_slides_source`.
+        labels, splits, views, mpp, match, tolerance, skip_bad, read_timeout: as of `load_slides_source`.
         progress: called after every bag with bags done, bags in all, and the bag's instances.
 
     Raises:
@@ -80,6 +81,7 @@ def pack_slides(
         match=match,
         tolerance=tolerance,
         skip_bad=skip_bad,
+        read_timeout=read_timeout,
     )
     index = opened.index
     if not isinstance(index, FileIndex):

@@ -165,7 +165,8 @@ def check_pixel_size(where: str, value: object) -> float:
 
 def _checked_coords(file: BagFile, stored: Array) -> FloatArray:
     where = f"{file.path}: coords"
-    coords: FloatArray = stored.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of a NaN that signals; said below with its place
+        coords: FloatArray = stored.astype(np.float64)
     if not np.isfinite(coords).all():
         row = int(np.flatnonzero(~np.isfinite(coords).all(axis=1))[0])
         raise DataError(f"{where}: expected finite numbers, got {coords[row].tolist()} at row {row}")

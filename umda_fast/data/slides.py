@@ -29,6 +29,7 @@ from torch import Tensor
 
 from umda_fast.data._random import IntArray
 from umda_fast.data.bags import Bag, BagDataset, Positions, label_tensor
+from umda_fast.data.isolated import IsolatedCalls
 from umda_fast.data.labels import ClassWeights, FloatArray, KindOverrides, fixed_tasks, label_columns
 from umda_fast.data.labels_table import (
     LabelTable,
@@ -60,6 +61,9 @@ _NOT_FEATURES = re.compile(r"patches|slide_features_.*")  # coordinates alone; o
 _DEPTH = 4  # levels of directories below a view that are looked at
 
 Matching: TypeAlias = Literal["coords", "position"]
+
+READ_TIMEOUT = 60.0
+"""Seconds of processor time that the first reading of one file may take; the largest slides take a few."""
 
 
 def is_slides(source: str) -> bool:
@@ -108,8 +112,10 @@ def _files_of(directory: Path) -> list[Path]:
     return _clam_files(directory) or list(_files_below(directory))
 
 
-def find_files(path: Path) -> dict[str, list[Path]]:
+def find_files(path: Path, isolated: IsolatedCalls) -> dict[str, list[Path]]:
     """The files of every view, views called after their directories, `features` where there is only `path` itself.
+
+    `isolated` reads a header or two, where directories may be views or folders of slides.
 
     Raises:
         DataError: no file, or features of several patch sizes.
@@ -125,17 +131,17 @@ def find_files(path: Path) -> dict[str, list[Path]]:
         names = ", ".join(folder.name for folder in sizes)
         raise DataError(f"{path}: expected patches of one size, got {names}; give one of these directories")
     if sizes:
-        return find_files(sizes[0])
+        return find_files(sizes[0], isolated)
     views = {folder.name: _files_of(folder) for folder in folders}
     views = {name: files for name, files in views.items() if files}
     if not views:
         raise DataError(f"{path}: expected files of bags ({', '.join(SUFFIXES)}), got none")
-    if len(views) > 1 and _one_view(list(views.values())):
+    if len(views) > 1 and _one_view(list(views.values()), isolated):
         return {"features": [file for files in views.values() for file in files]}
     return views
 
 
-def _one_view(groups: Sequence[Sequence[Path]]) -> bool:
+def _one_view(groups: Sequence[Sequence[Path]], isolated: IsolatedCalls) -> bool:
     """Whether directories are folders of slides, not views: different slides, of one encoder and width."""
     stems = [file.stem for files in groups for file in files]
     if len(set(stems)) < len(stems):
@@ -143,7 +149,7 @@ def _one_view(groups: Sequence[Sequence[Path]]) -> bool:
     kinds = set()
     for files in groups:
         try:
-            header = read_header(files[0])
+            header = isolated(files[0], read_header, files[0])
         except DataError:
             continue
         if header.width is not None:
@@ -205,7 +211,10 @@ class _Slide:
 
 
 class FileIndex:
-    """Bags in files of their own. Keeps headers only; every read opens its files and closes them."""
+    """Bags in files of their own. Keeps headers only; every read opens its files and closes them.
+
+    What is read here, when the index is made, is read in another process (`umda_fast.data.isolated`).
+    """
 
     def __init__(
         self,
@@ -215,15 +224,29 @@ class FileIndex:
         pixel_sizes: Mapping[str, float] | float | None = None,
         match: Matching = "coords",
         tolerance: float = 1.0,
+        read_timeout: float = READ_TIMEOUT,
         skipped: Skipped,
     ) -> None:
         if match not in ("coords", "position"):
             raise DataError(f"match: expected coords or position, got {match!r}")
         if not tolerance > 0:
             raise DataError(f"tolerance: expected a positive number of micrometres, got {tolerance!r}")
+        if not read_timeout > 0:
+            raise DataError(f"read_timeout: expected a positive number of seconds, got {read_timeout!r}")
         self._match, self._tolerance = match, tolerance
-        paths = find_files(path)
-        found = {view: self._headers(files, skipped) for view, files in paths.items()}
+        with IsolatedCalls(read_timeout) as isolated:
+            self._open(path, views, pixel_sizes, skipped, isolated)
+
+    def _open(
+        self,
+        path: Path,
+        views: Sequence[str] | None,
+        pixel_sizes: Mapping[str, float] | float | None,
+        skipped: Skipped,
+        isolated: IsolatedCalls,
+    ) -> None:
+        paths = find_files(path, isolated)
+        found = {view: self._headers(files, skipped, isolated) for view, files in paths.items()}
         found = _named(found)
         there = {file.stem for files in paths.values() for file in files}
         if views is not None:
@@ -236,7 +259,7 @@ class FileIndex:
         for view, files in found.items():
             width = _common_width(path, view, files, skipped)
             specs.append(ViewSpec(view, width))
-            _find_duplicates(files, skipped)
+            _find_duplicates(files, skipped, isolated)
             kinds = {file.dtype for file in files.values() if file.rows}
             # Half precision is kept where all files have it; anything else meets in float32.
             self._dtypes[view] = kinds.pop() if len(kinds) == 1 and torch.float64 not in kinds else torch.float32
@@ -246,14 +269,14 @@ class FileIndex:
             _Slide(name, {v: files[name] for v, files in found.items() if name in files}, math.nan) for name in names
         ]
         if skipped.skip_bad:
-            slides = [slide for slide in slides if self._verified(slide, skipped)]
+            slides = [slide for slide in slides if self._verified(slide, skipped, isolated)]
         for slide in slides:
             slide.pixel_size = _slide_pixel_size(slide, pixel_sizes)
         self._unit = self._common_unit(slides, skipped)
         self._slides = []
         for slide in slides:
             try:
-                self._align(slide)
+                self._align(slide, isolated)
             except DataError as error:
                 skipped(str(error))
                 continue
@@ -277,12 +300,12 @@ class FileIndex:
                 self.notes.append(f"{len(lacking)} without view {spec.name}")
 
     @staticmethod
-    def _headers(files: Sequence[Path], skipped: Skipped) -> dict[str, BagFile]:
+    def _headers(files: Sequence[Path], skipped: Skipped, isolated: IsolatedCalls) -> dict[str, BagFile]:
         headers: dict[str, BagFile] = {}
         paths: dict[str, Path] = {}
         for file in files:
             try:
-                header = read_header(file)
+                header = isolated(file, read_header, file)
             except DataError as error:
                 skipped(str(error))
                 continue
@@ -292,13 +315,12 @@ class FileIndex:
             headers[file.stem], paths[file.stem] = header, file
         return headers
 
-    def _verified(self, slide: _Slide, skipped: Skipped) -> bool:
+    @staticmethod
+    def _verified(slide: _Slide, skipped: Skipped, isolated: IsolatedCalls) -> bool:
         """Drops the files of a slide that cannot be read to the end, or hold what they must not."""
         for view, file in list(slide.files.items()):
             try:
-                _, coords = read_bag(file)
-                if coords is not None:
-                    check_step(file, coords)
+                isolated(file.path, _check_content, file)
             except DataError as error:
                 skipped(str(error))
                 del slide.files[view]
@@ -328,7 +350,7 @@ class FileIndex:
             _drop(slide, file)
         return "um"
 
-    def _align(self, slide: _Slide) -> None:
+    def _align(self, slide: _Slide, isolated: IsolatedCalls) -> None:
         """Sets the size of a slide and, where its views differ in their rows, which rows belong together."""
         files = list(slide.files.values())
         if not files:
@@ -354,7 +376,7 @@ class FileIndex:
             return
         self._check_patch_sizes(slide)
         plain = all(file.unit == "px" for file in full)
-        coords = [self._coords(slide, file, "px" if plain else "um") for file in files]
+        coords = [self._coords(slide, file, "px" if plain else "um", isolated) for file in files]
         rows = match_rows(coords, 0.0 if plain else self._tolerance)
         if rows is None:
             return
@@ -388,8 +410,8 @@ class FileIndex:
         scale = slide.pixel_size if file.unit == "px" and unit == "um" else 1.0
         return file.patch_size * scale
 
-    def _coords(self, slide: _Slide, file: BagFile, unit: str | None) -> FloatArray:
-        coords = read_coords(file)
+    def _coords(self, slide: _Slide, file: BagFile, unit: str | None, isolated: IsolatedCalls) -> FloatArray:
+        coords = isolated(file.path, read_coords, file)
         if coords is None:
             return np.zeros((file.rows, 2))
         return self._converted(slide, file, coords, unit)
@@ -486,7 +508,18 @@ def _common_width(path: Path, view: str, files: dict[str, BagFile], skipped: Ski
     return width
 
 
-def _find_duplicates(files: dict[str, BagFile], skipped: Skipped) -> None:
+def _check_content(file: BagFile) -> None:
+    """Raise DataError if a file cannot be read to the end, or holds what it must not."""
+    _, coords = read_bag(file)
+    if coords is not None:
+        check_step(file, coords)
+
+
+def _same_features(one: BagFile, other: BagFile) -> bool:
+    return torch.equal(read_bag(one)[0], read_bag(other)[0])
+
+
+def _find_duplicates(files: dict[str, BagFile], skipped: Skipped, isolated: IsolatedCalls) -> None:
     """Slides with the same features under two names: with the same first row the whole is compared."""
     seen: dict[tuple[object, ...], list[BagFile]] = {}
     for name, file in list(files.items()):
@@ -494,7 +527,7 @@ def _find_duplicates(files: dict[str, BagFile], skipped: Skipped) -> None:
             continue
         alike = seen.setdefault(file.probe, [])
         try:
-            same = next((other for other in alike if torch.equal(read_bag(file)[0], read_bag(other)[0])), None)
+            same = next((other for other in alike if isolated(file.path, _same_features, file, other)), None)
         except DataError as error:
             skipped(str(error))
             del files[name]
@@ -599,6 +632,7 @@ def open_slides(
     match: Matching = "coords",
     tolerance: float = 1.0,
     skip_bad: bool = False,
+    read_timeout: float = READ_TIMEOUT,
 ) -> OpenedSlides:
     """Index a directory, packed or not, and find its table of labels and its splits.
 
@@ -619,7 +653,15 @@ def open_slides(
         index = PackIndex(where, views=chosen, report=skipped, verify=skip_bad)
     else:
         sizes = _pixel_sizes(table, mpp)
-        index = FileIndex(where, views=chosen, pixel_sizes=sizes, match=match, tolerance=tolerance, skipped=skipped)
+        index = FileIndex(
+            where,
+            views=chosen,
+            pixel_sizes=sizes,
+            match=match,
+            tolerance=tolerance,
+            read_timeout=read_timeout,
+            skipped=skipped,
+        )
     rows: list[int | None] = [None] * len(index.names)
     if table is not None:
         # A table beside the directory may be another directory's.
@@ -775,6 +817,7 @@ def load_slides_source(
     match: Matching = "coords",
     tolerance: float = 1.0,
     skip_bad: bool = False,
+    read_timeout: float = READ_TIMEOUT,
 ) -> Splits:
     """A directory of bags, see the head of this module, with a table of labels.
 
@@ -798,6 +841,8 @@ def load_slides_source(
         match: how rows of several views are brought together: by coords, or by position in the file.
         tolerance: in micrometres, of coordinates that are not whole pixels.
         skip_bad: leave out what is bad and list it in `Splits.skipped`, instead of stopping. Reads every file once.
+        read_timeout: seconds of processor time that the first reading of one file may take before it counts as bad:
+            the library does not come back from some corrupt HDF5 files. (On Linux; not of a packed directory.)
 
     Raises:
         DataError: naming the file, what was expected and what came.
@@ -814,6 +859,7 @@ def load_slides_source(
         match=match,
         tolerance=tolerance,
         skip_bad=skip_bad,
+        read_timeout=read_timeout,
     )
     files = opened.split_files
     if files and not 0 <= fold < len(files):
@@ -851,6 +897,7 @@ def fold_slides_source(
     match: Matching = "coords",
     tolerance: float = 1.0,
     skip_bad: bool = False,
+    read_timeout: float = READ_TIMEOUT,
 ) -> Iterator[Splits]:
     """Cross-validation: CLAM's split files as they are, or else stratified folds, bags of a patient together.
 
@@ -868,6 +915,7 @@ def fold_slides_source(
         match=match,
         tolerance=tolerance,
         skip_bad=skip_bad,
+        read_timeout=read_timeout,
     )
     files = opened.split_files
     if files and (folds, repeats) != (len(files), 1):
