@@ -76,6 +76,7 @@ def test_shapes_and_gradients(variant: str, dtype: torch.dtype) -> None:
         "diversity",
         "divergence",
         "cohesion",
+        "linear",
     ]
     assert all(x.dtype == dtype and x.isfinite().all() for x in tensors(out).values())
     ones = torch.ones(n, dtype=dtype)

@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.train.small import small_config
 from umda_fast.data import BagDataset
+from umda_fast.errors import DataError
 from umda_fast.model import UMDA, FeatureEncoder, UMDAConfig
 from umda_fast.train import load_run, train
 from umda_fast.train.scaling import feature_moments, standardize_inputs
@@ -76,3 +77,17 @@ def test_it_can_be_switched_off(tmp_path: Path) -> None:
     config = small_config(data={"standardize": False}, train={"epochs": 1}, model={"width": 16, "heads": 2})
     train(config, tmp_path / "run", datasets={"train": make_bags()}, progress=False, plots=False)
     assert load_run(tmp_path / "run").model.encoders.encoders[0].shift.abs().max() == 0
+
+
+def test_only_the_views_that_are_named() -> None:
+    data = make_bags()
+    model = UMDA(UMDAConfig(data.views, data.tasks, width=16, heads=2))
+    standardize_inputs(model, data, only=["b"])
+    first, second = model.encoders.encoders
+    assert isinstance(first, FeatureEncoder)
+    assert isinstance(second, FeatureEncoder)
+    assert (first.shift == 0).all()
+    assert (first.scale == 1).all()
+    torch.testing.assert_close(second.shift, rows(data, "b", 1).mean(0).float())
+    with pytest.raises(DataError, match=r"data.standardize: expected views among a, b, got 'c'"):
+        standardize_inputs(model, data, only=["c"])

@@ -6,8 +6,9 @@ movies.csv            a row per film; `id` names it. `overview` and `tagline` ar
 poster_features.npy   [films, d], rows in the order of movies.csv; a row of NaN is a missing poster
 
 Instances: the whole plot, then (with more than one) each of its sentences. Views: `text`, hashed n-grams of the
-instance's words (or embeddings of the user's own), and `poster`, which every instance of a film shares: what a
-sentence says is so read beside what the poster shows. A film without a plot is one instance without text.
+instance's words (or features of the user's own); with an encoder `embedding`, its vector for them; and `poster`, which
+every instance of a film shares: what a sentence says is so read beside what the poster shows. A film without a plot
+is one instance without text.
 
 Tasks: `genres` (multilabel), `runtime` (regression, minutes), `revenue` (regression, log10 of it, 0 counts as
 missing: it spans six orders of magnitude), `language` and `decade` (multiclass; languages and decades that fewer than
@@ -34,6 +35,7 @@ from umda_fast.data.labels_table import read_rows
 from umda_fast.data.splits import SPLITS, Splits, held_out, k_fold, split_bags
 from umda_fast.data.text import WIDTH, text_features
 from umda_fast.data.text import sentences as sentences_of
+from umda_fast.data.text_encoder import SentenceEncoder
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskKind, TaskSpec, ViewSpec
 
@@ -46,7 +48,7 @@ TASKS: dict[str, TaskKind] = {
     "language": "multiclass",
     "decade": "multiclass",
 }
-_VIEWS = ("text", "poster")
+_VIEWS = ("text", "embedding", "poster")
 _COLUMNS = {
     "genres": "genres",
     "runtime": "runtime",
@@ -136,8 +138,8 @@ class FilmStore:
 
     Args:
         names: [B].
-        text: features of all texts, a CSR matrix or an array [M, d], or None without that view.
-        ptr: int64 [B+1]; film b owns rows ptr[b]:ptr[b+1] of `text`.
+        texts: view -> features of all texts, a CSR matrix or an array [M, d].
+        ptr: int64 [B+1]; film b owns rows ptr[b]:ptr[b+1] of them.
         posters: float32 [B, d], rows of NaN where missing, or None without that view.
         tasks, labels: task name -> column.
     """
@@ -145,13 +147,13 @@ class FilmStore:
     def __init__(
         self,
         names: Sequence[str],
-        text: Any,
+        texts: Mapping[str, Any],
         ptr: IntArray,
         posters: _FloatMatrix | None,
         tasks: Sequence[TaskSpec],
         labels: Mapping[str, FloatArray],
     ) -> None:
-        self._text = text
+        self._texts = dict(texts)
         self._ptr = ptr
         self._posters = posters
         self._tasks = tuple(tasks)
@@ -163,10 +165,10 @@ class FilmStore:
         first, last = int(self._ptr[index]), int(self._ptr[index + 1])
         n = int(self.sizes[index])
         views, present = {}, []
-        if self._text is not None:
-            rows = self._text[first:last]
+        for view, features in self._texts.items():
+            rows = features[first:last]
             dense = rows if isinstance(rows, np.ndarray) else rows.toarray()
-            views["text"] = torch.from_numpy(dense if last > first else np.zeros((n, dense.shape[1]), np.float32))
+            views[view] = torch.from_numpy(dense if last > first else np.zeros((n, dense.shape[1]), np.float32))
             present.append(last > first)
         if self._posters is not None:
             poster = torch.from_numpy(self._posters[index])
@@ -243,9 +245,10 @@ def _task(table: _Table, name: str, rows: IntArray, given: TaskSpec | None) -> t
 class _Films:
     path: Path
     table: _Table
-    text: Any
+    texts: dict[str, Any]
     ptr: IntArray
     posters: _FloatMatrix | None
+    fixed: dict[str, Any]
     split: list[str] | None
     tasks: tuple[str, ...]
     given: dict[str, TaskSpec]
@@ -253,15 +256,15 @@ class _Films:
     @property
     def specs(self) -> list[ViewSpec]:
         """The views, in the order of the masks' columns."""
-        arrays = {"text": self.text, "poster": self.posters}
-        return [ViewSpec(name, array.shape[1]) for name, array in arrays.items() if array is not None]
+        arrays = self.texts if self.posters is None else {**self.texts, "poster": self.posters}
+        return [ViewSpec(name, array.shape[1]) for name, array in arrays.items()]
 
     def dataset(self, rows: IntArray) -> BagDataset:
         """All films, with the classes of those at `rows`."""
         found = [_task(self.table, name, rows, self.given.get(name)) for name in self.tasks]
         labels = {task.name: column for task, column in found}
         specs = [task for task, _ in found]
-        store = FilmStore(self.table.column("id"), self.text, self.ptr, self.posters, specs, labels)
+        store = FilmStore(self.table.column("id"), self.texts, self.ptr, self.posters, specs, labels)
         return BagDataset(store, self.specs, specs, str(self.path))
 
     def splits(
@@ -270,7 +273,7 @@ class _Films:
         datasets = {split: dataset.subset(rows, f"{self.path} ({split})") for split, rows in parts.items()}
         films, rows = len(dataset), int(dataset.sizes.sum())
         description = f"{films} films, {rows} instances, {len(dataset.tasks)} task(s); {how}"
-        splits = Splits(self.path.resolve().name, description, **datasets, whole=dataset)
+        splits = Splits(self.path.resolve().name, description, **datasets, whole=dataset, fixed=self.fixed)
         return splits.fitted(class_weights, keep=list(self.given))
 
 
@@ -283,6 +286,45 @@ def _chosen(path: Path, argument: str, names: Sequence[str] | None, known: Seque
     return tuple(name for name in known if name in chosen)
 
 
+def _texts(
+    path: Path,
+    table: _Table,
+    views: Sequence[str],
+    fields: Sequence[str],
+    cut: bool,
+    width: int,
+    own: str | None,
+    encoder: str | None,
+    encoder_id: str | None,
+) -> tuple[dict[str, Any], IntArray, dict[str, Any]]:
+    """View -> features of all texts, the films' offsets in them, and what identifies the encoder."""
+    films = len(table.column("id"))
+    if "text" in views and own is not None:
+        if "embedding" in views:
+            raise DataError(f"{path}: expected `text` or `encoder`, got both: features of one's own have no words")
+        text, ptr = _own_text(Path(own), films)
+        return {"text": text}, ptr, {}
+    if not set(views) & {"text", "embedding"}:
+        return {}, np.arange(films + 1, dtype=np.int64), {}
+    plots = _plots(table, (fields,) if isinstance(fields, str) else fields, cut)
+    words = [text for plot in plots for text in plot]
+    texts: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
+    if "text" in views:
+        texts["text"] = text_features(words, width)
+    if "embedding" in views:
+        assert encoder is not None
+        model = SentenceEncoder(encoder)
+        if encoder_id not in (None, model.id):
+            raise DataError(
+                f"encoder {encoder!r}: expected the model with the id {encoder_id} (its width, then a hash of weights, "
+                f"tokeniser and pooling), which this run was trained with, got {model.id}"
+            )
+        texts["embedding"] = model.encode(words)
+        fixed["encoder_id"] = model.id
+    return texts, np.array([0, *(len(plot) for plot in plots)], dtype=np.int64).cumsum(), fixed
+
+
 def _open(
     path: str,
     views: Sequence[str] | None,
@@ -291,20 +333,20 @@ def _open(
     sentences: bool,
     text_width: int,
     text_features_file: str | None,
+    encoder: str | None,
+    encoder_id: str | None,
     kinds: Sequence[TaskSpec] | None,
 ) -> _Films:
     place = Path(path)
     table = _read_table(place / TABLE)
     films = len(table.column("id"))
-    shown = _chosen(place, "views", views, _VIEWS)
-    text, ptr = None, np.arange(films + 1, dtype=np.int64)
-    if "text" in shown and text_features_file is not None:
-        text, ptr = _own_text(Path(text_features_file), films)
-    elif "text" in shown:
-        fields = (fields,) if isinstance(fields, str) else fields
-        plots = _plots(table, fields, sentences)
-        text = text_features([words for plot in plots for words in plot], text_width)
-        ptr = np.array([0, *(len(plot) for plot in plots)], dtype=np.int64).cumsum()
+    known = _VIEWS if encoder is not None else tuple(view for view in _VIEWS if view != "embedding")
+    if encoder is None and views is not None and "embedding" in views:
+        raise DataError(f"{path}: views: 'embedding' needs `encoder`, a sentence-transformers model, got none")
+    shown = _chosen(place, "views", views, known)
+    texts, ptr, fixed = _texts(
+        place, table, shown, fields, sentences, text_width, text_features_file, encoder, encoder_id
+    )
     split = None
     if "split" in table.columns:
         split = table.column("split")
@@ -316,9 +358,10 @@ def _open(
     return _Films(
         path=place,
         table=table,
-        text=text,
+        texts=texts,
         ptr=ptr,
         posters=_posters(place / POSTERS, films) if "poster" in shown else None,
+        fixed=fixed,
         split=split,
         tasks=_chosen(place, "tasks", tasks, tuple(TASKS)),
         given=given,
@@ -335,6 +378,8 @@ def load_films_source(
     sentences: bool = True,
     text_width: int = WIDTH,
     text: str | None = None,
+    encoder: str | None = None,
+    encoder_id: str | None = None,
     kinds: Sequence[TaskSpec] | None = None,
     val_share: float = 0.1,
     test_share: float = 0.1,
@@ -355,6 +400,8 @@ def load_films_source(
         text_width: width of the view `text`.
         text: an .npz with features of the user's own instead: X [N, d], and ptr [films+1], film b owns rows
             ptr[b]:ptr[b+1].
+        encoder: folder or name of a sentence-transformers model, which makes the view `embedding`; None: no such view.
+        encoder_id: `SentenceEncoder.id` that it must have; a run remembers that of its training.
         kinds: specs with fixed classes, as another dataset's `tasks`; genres that they lack are left out.
         val_share, test_share: of the films, where the table does not say.
         class_weights: "balanced" or None.
@@ -362,7 +409,7 @@ def load_films_source(
     Raises:
         DataError: naming the file and the column or row, what was expected and what came.
     """
-    films = _open(path, views, tasks, fields, sentences, text_width, text, kinds)
+    films = _open(path, views, tasks, fields, sentences, text_width, text, encoder, encoder_id, kinds)
     count = len(films.ptr) - 1
     if films.split is None:
         shares = {"train": 1.0 - val_share - test_share, "val": val_share, "test": test_share}
@@ -392,6 +439,8 @@ def fold_films_source(
     sentences: bool = True,
     text_width: int = WIDTH,
     text: str | None = None,
+    encoder: str | None = None,
+    encoder_id: str | None = None,
     kinds: Sequence[TaskSpec] | None = None,
     val_share: float = 0.1,
     class_weights: ClassWeights = None,
@@ -400,7 +449,7 @@ def fold_films_source(
 
     The table's `split` is not used. Raises as `load_films_source`.
     """
-    films = _open(path, views, tasks, fields, sentences, text_width, text, kinds)
+    films = _open(path, views, tasks, fields, sentences, text_width, text, encoder, encoder_id, kinds)
     dataset = films.dataset(np.arange(len(films.ptr) - 1))
     for fold in k_fold(dataset, folds, repeats, seed):
         # Its own stream for every fold, or all folds would break ties alike.

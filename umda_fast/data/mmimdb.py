@@ -187,7 +187,8 @@ def _make_splits(
     path = dataset.name
     datasets = {split: dataset.subset(rows, f"{path} ({split})") for split, rows in parts.items()}
     description = f"{len(dataset)} films of MM-IMDb, {dataset.tasks[0].classes} genres; {how}"
-    splits = Splits(Path(path).stem, description, **datasets, whole=dataset)
+    train, val, test = (datasets[split] for split in ("train", "val", "test"))
+    splits = Splits(Path(path).stem, description, train, val, test, whole=dataset)
     return splits.fitted(weights, keep=[TASK] if fixed else [])
 
 

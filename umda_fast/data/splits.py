@@ -9,7 +9,8 @@ mixture of tasks with missing labels; for one binary task it is plain stratifica
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -221,6 +222,7 @@ class Splits(Mapping[str, BagDataset]):
         description: one sentence on what it holds.
         train, val, test: share views and tasks; regressions are standardised by the training labels.
         whole: all bags, in the source's order.
+        fixed: options that a run keeps beside those it was given, so that its source is read alike later.
     """
 
     name: str
@@ -229,6 +231,7 @@ class Splits(Mapping[str, BagDataset]):
     val: BagDataset
     test: BagDataset
     whole: BagDataset
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:

@@ -142,10 +142,13 @@ def forward_chunked(
         whole = {name: wide(features) for name, features in views.items()}
         out: UMDAOutput = model(whole, ptr, mask, coords, metadata=metadata)
         return out
-    fused, masses, betas = [], [], []
+    fused, masses, betas, linear = [], [], [], []
     entropies, consistency, moments = _WeightedMean(), _WeightedMean(), _Moments()
     for part, own in _pieces(views, mask, chunk):
-        x, mass, entropy = model.cross_views({name: wide(features) for name, features in part.items()}, own)
+        part = {name: wide(features) for name, features in part.items()}
+        x, mass, entropy = model.cross_views(part, own)
+        if model.linear is not None:
+            linear.append(model.linear.scores(model.encoders, part, own))
         z, beta = model.fusion(x, own)
         present = x.new_full((len(x),), x.shape[1]) if own is None else own.sum(1)
         consistency.add(model.consistency(x, own), (present * (present - 1)).sum())
@@ -161,4 +164,5 @@ def forward_chunked(
         "consistency": consistency.value().to(view_mass),
         "dispersion": moments.dispersion(model.config.delta).to(view_mass),
     }
-    return model.pool(torch.cat(fused), ptr, coords, view_mass, torch.cat(betas), penalties, metadata)
+    result = model.pool(torch.cat(fused), ptr, coords, view_mass, torch.cat(betas), penalties, metadata)
+    return model.with_linear(result, torch.cat(linear), ptr) if linear else result

@@ -28,7 +28,7 @@ _AT_LEAST = {
     "chunk": 0,
 }
 _AT_LEAST_OR_NONE = ("encoder_hidden", "pool_hidden", "private_rank")
-_SWITCHES = ("symmetrize", "hcva", "graph", "private", "scale_wide")
+_SWITCHES = ("symmetrize", "hcva", "graph", "private", "scale_wide", "linear_path")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class UMDAConfig:
         dropout: in the encoders, after attention, messages and feed-forward parts, and before the heads.
         encoder_hidden: hidden width of a default encoder; None takes `width`.
         input_dropout: of the features that a default encoder is given: for few bags with many features.
+        linear_path: add to the logits a regularised linear map of each bag's mean features, see `LinearPath`: for
+            many weak features and few bags.
         scale_wide: whether default encoders of wide features begin with a smaller gain, see `FeatureEncoder`.
         graph_k: neighbours of an instance.
         graph_width: width of r, by which neighbours are chosen.
@@ -85,6 +87,7 @@ class UMDAConfig:
     encoder_hidden: int | None = None
     input_dropout: float = 0.0
     scale_wide: bool = False
+    linear_path: bool = False
     graph_k: int = 8
     graph_width: int = 64
     graph_tau: float = 0.5

@@ -21,7 +21,7 @@ class UMDAOutput:
 
     Attributes:
         logits: task -> [B, outputs].
-        penalties: entropy, consistency, dispersion, smoothness, diversity, divergence, cohesion -> scalar; 0
+        penalties: entropy, consistency, dispersion, smoothness, diversity, divergence, cohesion, linear -> scalar; 0
             where there is nothing to take a mean of.
         attention: [N, T], of the pooling; sums to 1 over the instances of a bag.
         attention_entropy: [B, T], its entropy in nats, 0 for an empty bag.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from umda_fast.model.film import FiLM
 from umda_fast.model.fusion import ViewConsistency, ViewFusion, fuse_and_penalize
 from umda_fast.model.gmip import GMIP, BagPooling, diversity_penalty
 from umda_fast.model.hcva import HCVA, concentration_penalty
+from umda_fast.model.linear_path import LinearPath
 from umda_fast.model.output import UMDAOutput
 from umda_fast.ops import _validate, smoothness_energy
 
@@ -85,6 +87,7 @@ class UMDA(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleList(nn.Linear(width, task.outputs) for task in config.tasks)
+        self.linear = LinearPath(config.views, config.tasks) if config.linear_path else None
 
     def forward(
         self,
@@ -122,7 +125,10 @@ class UMDA(nn.Module):
             "dispersion": fused.dispersion,
         }
         z, view_weights = fused.z, fused.beta
-        return self.pool(z, ptr, coords, view_mass, view_weights, penalties, metadata, task_cosines)
+        out = self.pool(z, ptr, coords, view_mass, view_weights, penalties, metadata, task_cosines)
+        if self.linear is not None:
+            out = self.with_linear(out, self.linear.scores(self.encoders, views, mask), ptr)
+        return out
 
     def cross_views(
         self, views: Mapping[str, Tensor], mask: Tensor | None = None
@@ -166,6 +172,7 @@ class UMDA(nn.Module):
         branches, influence = self.atsb(pooled, task_cosines)
         penalties["divergence"] = self.atsb.divergence()
         penalties["cohesion"] = cohesion_penalty(branches, influence, ptr.diff() > 0) if self.atsb.private else zero
+        penalties["linear"] = zero if self.linear is None else self.linear.penalty()
         heads = zip(self.config.tasks, self.heads, self.dropout(branches).unbind(1), strict=True)
         return UMDAOutput(
             logits={task.name: head(branch) for task, head, branch in heads},
@@ -182,6 +189,12 @@ class UMDA(nn.Module):
             graph=graph,
         )
 
+    def with_linear(self, out: UMDAOutput, scores: Tensor, ptr: Tensor) -> UMDAOutput:
+        """`out` with the logits of the linear path, from `scores` of all instances, added to its own."""
+        assert self.linear is not None
+        wide = self.linear.pool(scores, ptr)
+        return replace(out, logits={name: logits + wide[name] for name, logits in out.logits.items()})
+
     def shared_parameters(self) -> list[nn.Parameter]:
         """What all tasks train: encoders, cross-view attention, fusion, graph, the hidden units of the pooling,
         conditioning on metadata, the shared path S of the branches and the shared experts."""
@@ -191,7 +204,8 @@ class UMDA(nn.Module):
         return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
     def task_parameters(self) -> list[nn.Parameter]:
-        """All other parameters: scores of the pooling, private paths, influence, norms and heads of the tasks."""
+        """All other parameters: scores of the pooling, private paths, influence, norms, heads and
+        linear paths of the tasks."""
         shared = {id(parameter) for parameter in self.shared_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in shared]
 

@@ -68,8 +68,9 @@ class DataConfig(_Section):
     """Options of the source, for example `train_bags` of `digits`."""
     budget: Positive = 512
     """Instances in a batch; a batch holds whole bags."""
-    standardize: bool = True
-    """Give every feature mean 0 and standard deviation 1 over the training instances, inside the model."""
+    standardize: bool | list[str] = True
+    """Give every feature mean 0 and standard deviation 1 over the training instances, inside the model; a list of views
+    does so for these only (sparse counts of words are better left as they are)."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read bags ahead."""
     instance_dropout: Decay = 0.0
@@ -113,6 +114,8 @@ class PenaltyConfig(_Section):
     diversity: NonNegative = 0.01
     divergence: NonNegative = 0.01
     cohesion: NonNegative = 0.01
+    linear: NonNegative = 0.001
+    """The ridge of the linear path (`model.linear_path`)."""
 
 
 @dataclass(frozen=True)

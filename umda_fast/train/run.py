@@ -192,6 +192,9 @@ def train(
     one_decides(processes, lambda: run.begin(resume=resume))
     if datasets is None:
         datasets = load_data(config)
+    if isinstance(datasets, Splits) and datasets.fixed:
+        options = {**config.data.options, **datasets.fixed}
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, options=options))
     if "train" not in datasets:
         raise DataError(f"datasets: expected a split 'train', got {', '.join(datasets) or 'none'}")
     if not datasets["train"].tasks:

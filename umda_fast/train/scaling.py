@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from umda_fast.data import BagDataset
+from umda_fast.errors import DataError
 from umda_fast.model import FeatureEncoder, ViewEncoders
 
 __all__ = ["feature_moments", "standardize_inputs"]
@@ -54,15 +57,25 @@ def feature_moments(dataset: BagDataset, seed: int = 0, instances: int = INSTANC
     }
 
 
-def standardize_inputs(model: nn.Module, dataset: BagDataset, seed: int = 0) -> None:
-    """Set the scaling of every default encoder of `model` from `dataset`; encoders of the user's own see the
-    features as they are."""
+def standardize_inputs(
+    model: nn.Module, dataset: BagDataset, seed: int = 0, only: Sequence[str] | None = None
+) -> None:
+    """Set the scaling of every default encoder of `model`, or with `only` of those of these views, from `dataset`;
+    encoders of the user's own see the features as they are.
+
+    Raises:
+        DataError: `only` names a view that `dataset` does not have.
+    """
+    views = [view.name for view in dataset.views]
+    for name in only or ():
+        if name not in views:
+            raise DataError(f"data.standardize: expected views among {', '.join(views)}, got {name!r}")
     encoders = [
         (view.name, encoder)
         for module in model.modules()
         if isinstance(module, ViewEncoders)
         for view, encoder in zip(module.views, module.encoders, strict=True)
-        if isinstance(encoder, FeatureEncoder)
+        if isinstance(encoder, FeatureEncoder) and (only is None or view.name in only)
     ]
     if not encoders:
         return

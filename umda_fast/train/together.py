@@ -123,8 +123,8 @@ def label_counts(batch: BagBatch, tasks: tuple[TaskSpec, ...]) -> dict[str, floa
 
 def penalty_counts(batch: BagBatch, names: Iterable[str]) -> dict[str, float]:
     """What each penalty is a mean over (docs/model.md): by its share, the process's penalty enters that of
-    the whole batch. Exact for entropy, consistency, diversity, divergence and cohesion; dispersion and smoothness
-    are ratios over the whole batch, of which the weighted mean over the processes takes the place."""
+    the whole batch. Exact for entropy, consistency, diversity, divergence, cohesion and linear; dispersion and
+    smoothness are ratios over the whole batch, of which the weighted mean over the processes takes the place."""
     views = batch.mask.sum(1).double()
     sizes = batch.ptr.diff()
     counts = {
@@ -133,6 +133,7 @@ def penalty_counts(batch: BagBatch, names: Iterable[str]) -> dict[str, float]:
         "smoothness": float(sizes[sizes > 1].sum()),
         "diversity": float((sizes > 1).sum()),
         "divergence": float(len(batch) > 0),
+        "linear": float(len(batch) > 0),
         "cohesion": float((sizes > 0).sum()),
     }
     return {name: counts.get(name, float(batch.num_instances)) for name in names}

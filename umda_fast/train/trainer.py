@@ -112,7 +112,8 @@ class Trainer:
             raise DataError("split 'train' holds no bags")
         options = config.train
         if config.data.standardize:
-            standardize_inputs(model, self.train_set, config.seed)
+            only = None if config.data.standardize is True else config.data.standardize
+            standardize_inputs(model, self.train_set, config.seed, only)
         self.model = cast(Any, fabric.to_device(model))
         if self.processes is not None:
             # The seed made them equal already, unless an encoder of the user's was made otherwise.
