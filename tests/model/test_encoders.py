@@ -3,7 +3,7 @@ import torch
 
 from tests.model.conftest import make_config
 from umda_fast import UMDA
-from umda_fast.model import FeatureEncoder
+from umda_fast.model import FeatureEncoder, QuantileBins
 
 
 class TestInputDropout:
@@ -38,9 +38,50 @@ class TestScaleWide:
         assert (FeatureEncoder(512, 16).get_parameter("0.weight") == 1.0).all()
 
 
+class TestBins:
+    def test_place_in_every_bin(self):
+        bins = QuantileBins(2, 2)
+        bins.set_edges(torch.tensor([[0.0, 1.0, 3.0], [5.0, 5.0, 6.0]]), torch.full((2,), 1e-6))
+        found = bins(torch.tensor([[-1.0, 5.0], [0.5, 5.5], [2.0, 5.001], [9.0, 9.0]]))
+        # By feature, then by bin; that between the equal edges 5 and 5 is a step just above 5.
+        expected = [[-1, -1, -1, -1], [0, -1, 1, 0], [1, 0, 1, -0.998], [1, 1, 1, 1]]
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-4)
+
+    def test_any_piecewise_linear_function_is_a_linear_map_of_it(self):
+        bins = QuantileBins(1, 4)
+        edges = torch.tensor([[-2.0, -1.0, 0.5, 1.0, 2.0]])
+        bins.set_edges(edges, torch.tensor([1e-6]))
+        x = torch.linspace(-2, 2, 101)[:, None]
+        steps = torch.cat([bins(x), torch.ones(101, 1)], 1)
+        knots = torch.tensor([3.0, -1.0, 4.0, 0.0, 1.0])
+        place = torch.searchsorted(edges[0], x[:, 0], right=True).clamp(1, 4)
+        share = (x[:, 0] - edges[0, place - 1]) / (edges[0, place] - edges[0, place - 1])
+        wanted = knots[place - 1] + share * (knots[place] - knots[place - 1])
+        fitted = steps @ torch.linalg.lstsq(steps, wanted[:, None]).solution
+        torch.testing.assert_close(fitted[:, 0], wanted, rtol=0, atol=1e-4)
+
+    def test_hidden_units_read_both(self):
+        torch.manual_seed(0)
+        encoder = FeatureEncoder(3, 8, hidden=4, bins=5).eval()
+        assert encoder.get_parameter("binned.weight").shape == (4, 15)
+        x = torch.randn(6, 3)
+        with torch.no_grad():
+            hidden = torch.cat([encoder[1](encoder[0](x)), encoder.binned(encoder.bins(x))], 1)
+            wanted = encoder[4](torch.nn.functional.gelu(hidden))
+            torch.testing.assert_close(encoder(x), wanted)
+
+    def test_input_dropout_reaches_them(self):
+        torch.manual_seed(0)
+        encoder = FeatureEncoder(50, 8, dropout=0.0, input_dropout=0.7, bins=20).train()
+        encoder(torch.randn(1, 50)).sum().backward()
+        dropped = (encoder.get_parameter("binned.weight").grad == 0).all(0)
+        assert dropped.float().mean() == pytest.approx(0.7, abs=0.06)
+
+
 def test_options_reach_the_encoders():
-    model = UMDA(make_config(input_dropout=0.25, scale_wide=True, encoder_hidden=4))
+    model = UMDA(make_config(input_dropout=0.25, scale_wide=True, encoder_hidden=4, bins=3))
     for encoder in model.encoders.encoders:
+        assert encoder.bins.bins == 3
         assert encoder.input_dropout == 0.25
         assert (encoder.get_parameter("0.weight") < 1.0).all()
 
@@ -50,6 +91,7 @@ def test_options_reach_the_encoders():
     [
         ({"input_dropout": 1.0}, ValueError, "input_dropout: expected at least 0 and below 1, got 1.0"),
         ({"scale_wide": 1}, TypeError, "scale_wide: expected a bool"),
+        ({"bins": -1}, ValueError, "bins: expected at least 0, got -1"),
         ({"chunk": -1}, ValueError, "chunk: expected at least 0, got -1"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from umda_fast.model.atsb import ATSB, ATSBOutput, TaskNorm, cohesion_penalty, divergence_penalty
 from umda_fast.model.config import UMDAConfig
-from umda_fast.model.encoders import FeatureEncoder, ViewEncoders
+from umda_fast.model.encoders import FeatureEncoder, QuantileBins, ViewEncoders
 from umda_fast.model.experts import ExpertGates, Experts
 from umda_fast.model.film import FiLM
 from umda_fast.model.fusion import ViewConsistency, ViewFusion, dispersion_penalty
@@ -40,6 +40,7 @@ __all__ = [
     "MessagePassing",
     "MetadataSpec",
     "PooledInstances",
+    "QuantileBins",
     "TaskKind",
     "TaskNorm",
     "TaskSpec",

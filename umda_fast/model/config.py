@@ -26,6 +26,7 @@ _AT_LEAST = {
     "experts": 1,
     "private_experts": 1,
     "chunk": 0,
+    "bins": 0,
 }
 _AT_LEAST_OR_NONE = ("encoder_hidden", "pool_hidden", "private_rank")
 _SWITCHES = ("symmetrize", "hcva", "graph", "private", "scale_wide", "linear_path")
@@ -47,6 +48,8 @@ class UMDAConfig:
         linear_path: add to the logits a regularised linear map of each bag's mean features, see `LinearPath`: for
             many weak features and few bags.
         scale_wide: whether default encoders of wide features begin with a smaller gain, see `FeatureEncoder`.
+        bins: default encoders also read every feature by its quantiles over the training instances, so many bins each,
+            see `QuantileBins`: for features whose effect is not linear, with few bags. 0 has none.
         graph_k: neighbours of an instance.
         graph_width: width of r, by which neighbours are chosen.
         graph_tau: tau of the edge weights exp((cos - 1) / tau).
@@ -87,6 +90,7 @@ class UMDAConfig:
     encoder_hidden: int | None = None
     input_dropout: float = 0.0
     scale_wide: bool = False
+    bins: int = 0
     linear_path: bool = False
     graph_k: int = 8
     graph_width: int = 64

@@ -11,12 +11,47 @@ from torch import Tensor, nn
 from umda_fast.model.specs import ViewSpec
 from umda_fast.ops import _validate
 
-__all__ = ["FeatureEncoder", "ViewEncoders"]
+__all__ = ["FeatureEncoder", "QuantileBins", "ViewEncoders"]
+
+
+class QuantileBins(nn.Module):
+    """How far a value is through each bin of its feature, [n, features] -> [n, features * bins]: -1 before the bin, 1
+    after it, linear inside.
+
+    A linear map of it is any piecewise linear function of each feature with its kinks at the bins' edges: what trees
+    do well with few examples and a network does not (effects that rise and fall along one feature, features whose
+    ranks matter and not their sizes). `lower` and `size` (buffers [features, bins]) are set by `set_edges`.
+
+    Method: piecewise linear encoding of Gorishniy, Rubachev and Babenko, "On Embeddings for Numerical Features in
+    Tabular Deep Learning", NeurIPS 2022, with every bin clipped at both ends.
+    """
+
+    lower: Tensor
+    size: Tensor
+
+    def __init__(self, features: int, bins: int) -> None:
+        super().__init__()
+        self.register_buffer("lower", torch.zeros(features, bins))
+        self.register_buffer("size", torch.ones(features, bins))
+
+    @property
+    def bins(self) -> int:
+        return self.lower.shape[1]
+
+    def set_edges(self, edges: Tensor, least: Tensor) -> None:
+        """Edges [features, bins + 1], ascending; a bin is at least as wide as `least` [features], all positive: one
+        between equal edges is a step."""
+        self.lower.copy_(edges[:, :-1])
+        self.size.copy_(torch.maximum(edges.diff(dim=1), least[:, None]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        through = (features[..., None] - self.lower) / self.size
+        return through.clamp(0.0, 1.0).flatten(-2) * 2.0 - 1.0
 
 
 class FeatureEncoder(nn.Sequential):
     """The default encoder, [n, features] -> [n, width]: (x - shift) / scale, LayerNorm, Dropout of features, Linear,
-    GELU, Dropout, Linear.
+    GELU, Dropout, Linear. With `bins`, as many hidden units again read the features by `QuantileBins`.
 
     `shift` and `scale` (buffers [features], 0 and 1 at first) are set by `set_scaling`: without it LayerNorm leaves
     of features in different units only the largest. Features are cast to the dtype of the parameters.
@@ -28,6 +63,7 @@ class FeatureEncoder(nn.Sequential):
             A step of Adam moves a sum over many features further than one over few, by their number; with this gain
             wide inputs learn as fast as others and are less quickly learnt by heart. (The learning rate of an input
             layer by its fan-in: Yang and Hu, "Feature Learning in Infinite-Width Neural Networks", 2021.)
+        bins: of every feature, set by `bins.set_edges`; 0 has none.
     """
 
     shift: Tensor
@@ -41,6 +77,7 @@ class FeatureEncoder(nn.Sequential):
         dropout: float = 0.1,
         input_dropout: float = 0.0,
         scale_wide: bool = False,
+        bins: int = 0,
     ) -> None:
         hidden = width if hidden is None else hidden
         super().__init__(
@@ -48,8 +85,11 @@ class FeatureEncoder(nn.Sequential):
             nn.Linear(features, hidden),
             nn.GELU(),
             nn.Dropout(dropout),
-            nn.Linear(hidden, width),
+            nn.Linear(2 * hidden if bins else hidden, width),
         )
+        if bins:
+            self.add_module("bins", QuantileBins(features, bins))
+            self.add_module("binned", nn.Linear(features * bins, hidden))
         self.input_dropout = input_dropout
         if scale_wide and features > hidden:
             nn.init.constant_(self.get_parameter("0.weight"), (hidden / features) ** 0.5)
@@ -64,12 +104,16 @@ class FeatureEncoder(nn.Sequential):
 
     def forward(self, features: Tensor) -> Tensor:
         # Subtracted before the cast: in half precision the difference of large features would be lost.
-        x = ((features - self.shift) / self.scale).to(self.get_parameter("0.weight").dtype)
-        norm, *layers = self
-        x = F.dropout(norm(x), self.input_dropout, self.training)
-        for layer in layers:
-            x = layer(x)
-        return x
+        dtype = self.get_parameter("0.weight").dtype
+        x = ((features - self.shift) / self.scale).to(dtype)
+        norm, linear, gelu, dropout, out, *binned = self
+        h = linear(F.dropout(norm(x), self.input_dropout, self.training))
+        if binned:
+            bins, own = binned
+            steps = F.dropout(bins(features).to(dtype), self.input_dropout, self.training)
+            h = torch.cat([h, own(steps)], -1)
+        result: Tensor = out(dropout(gelu(h)))
+        return result
 
 
 class ViewEncoders(nn.Module):
@@ -78,7 +122,7 @@ class ViewEncoders(nn.Module):
     Args:
         views: names and widths of the views.
         width: D.
-        hidden, dropout, input_dropout, scale_wide: of the default encoders, see `FeatureEncoder`.
+        hidden, dropout, input_dropout, scale_wide, bins: of the default encoders, see `FeatureEncoder`.
         encoders: view -> module [n, ...] -> [n, D], used instead of the default encoder of that view. It is
             given features of every instance; where the view is missing they are zeros (for one that looks
             across instances, as batch normalisation does).
@@ -96,6 +140,7 @@ class ViewEncoders(nn.Module):
         encoders: Mapping[str, nn.Module] | None = None,
         input_dropout: float = 0.0,
         scale_wide: bool = False,
+        bins: int = 0,
     ) -> None:
         super().__init__()
         self.views = tuple(views)
@@ -110,7 +155,8 @@ class ViewEncoders(nn.Module):
         self.custom = tuple(name for name in names if name in given)
         # By position: a view may have any name, a submodule may not.
         self.encoders = nn.ModuleList(
-            given.get(view.name) or FeatureEncoder(view.width, width, hidden, dropout, input_dropout, scale_wide)
+            given.get(view.name)
+            or FeatureEncoder(view.width, width, hidden, dropout, input_dropout, scale_wide, bins)
             for view in self.views
         )
         self.embedding = nn.Parameter(torch.empty(len(self.views), width))

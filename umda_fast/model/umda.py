@@ -47,7 +47,14 @@ class UMDA(nn.Module):
         self.config = config
         width, dropout, tasks = config.width, config.dropout, len(config.tasks)
         self.encoders = ViewEncoders(
-            config.views, width, config.encoder_hidden, dropout, encoders, config.input_dropout, config.scale_wide
+            config.views,
+            width,
+            config.encoder_hidden,
+            dropout,
+            encoders,
+            config.input_dropout,
+            config.scale_wide,
+            config.bins,
         )
         self.hcva = (
             HCVA(width, config.heads, len(config.views), config.layers, config.ffn, dropout) if config.hcva else None

@@ -36,6 +36,7 @@ from umda_fast.train.files import save_torch
 from umda_fast.train.guard import NonFiniteError, check_batch, explain_non_finite
 from umda_fast.train.optim import learning_rate_factor, parameter_groups, random_state, set_random_state
 from umda_fast.train.progress import ProgressReport
+from umda_fast.train.quantiles import fit_bins
 from umda_fast.train.rundir import MetricsLog, RunDirectory, save_model
 from umda_fast.train.scaling import standardize_inputs
 from umda_fast.train.together import label_counts, penalty_counts, processes_of, rank_seed
@@ -114,6 +115,7 @@ class Trainer:
         if config.data.standardize:
             only = None if config.data.standardize is True else config.data.standardize
             standardize_inputs(model, self.train_set, config.seed, only)
+        fit_bins(model, self.train_set, config.seed)
         self.model = cast(Any, fabric.to_device(model))
         if self.processes is not None:
             # The seed made them equal already, unless an encoder of the user's was made otherwise.
