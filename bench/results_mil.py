@@ -104,8 +104,8 @@ def tune(options: Any) -> None:
     table.write(
         "Choice of the configuration for the multiple-instance sets",
         f"Scored on bags held out of the training bags of folds; folds of each set: {TUNE_FOLDS}. Gain: difference to "
-        "the first candidate on the same folds, mean over the four sets of that in accuracy and of that in AUROC; ± is its "
-        f"standard error over the folds. As it is: `{BASE}`; the other candidates change what they say.\n\n"
+        "the first candidate on the same folds, mean over the four sets of that in accuracy and of that in AUROC; ± is "
+        f"its standard error over the folds. As it is: `{BASE}`; the other candidates change what they say.\n\n"
         + tables.markdown([*header, "gain", "CPU s"], rows),
     )
 
