@@ -6,9 +6,10 @@
 One configuration for all four sets. It was chosen with `--tune`: every candidate is trained on part of the training
 bags of folds cut with a seed of their own and scored on the rest of those training bags; what these folds would test
 on is not looked at. Taken is the candidate with the best mean over the four sets of accuracy and AUROC; its lead is
-about as large as its error. The candidates themselves are what was left of a wider search by hand on held-out bags of
-the same kind. What is not nested: one choice is made for all folds of the table, so a bag tested there may have helped to choose. The table's
-folds are cut with other seeds, and no candidate was chosen, or changed, by their scores.
+about as large as its error. The candidates are what was left of a wider search by hand, on held-out bags of the same
+kind. What is not nested: one choice is made for all folds of the table, so a bag tested there may have helped to
+choose. The table's folds are cut with other seeds; the scores there of the first candidate were known from an earlier
+table, those of no other were seen before the choice.
 A fold is scored once, by the model after the last epoch: no validation part, no early stopping, all of the other nine
 folds are trained on. ± is the standard deviation over the repeats' means (the folds of one repeat together are all bags
 once).

@@ -49,7 +49,8 @@ class UMDAConfig:
             many weak features and few bags.
         scale_wide: whether default encoders of wide features begin with a smaller gain, see `FeatureEncoder`.
         bins: default encoders also read every feature by its quantiles over the training instances, so many bins each,
-            see `QuantileBins`: for features whose effect is not linear, with few bags. 0 has none.
+            see `QuantileBins`: for features whose effect is not linear, with few bags. It takes so many times the
+            memory of the features. 0 has none.
         graph_k: neighbours of an instance.
         graph_width: width of r, by which neighbours are chosen.
         graph_tau: tau of the edge weights exp((cos - 1) / tau).
