@@ -9,9 +9,11 @@
 //   neighbor_attention   2 (k, v)                          3 (q and d_out by target, k by row)
 //
 // A gradient that flows against an edge is gathered through the transpose (t_ptr, t_edge) instead of being scattered: each
-// output is summed by one thread in one order, whatever the number of threads. Random rows are limited by
-// latency, not bandwidth, so every loop prefetches the row it will need about kAheadBytes of rows later; cutting the
-// width into column blocks that fit a cache was measured and lost.
+// output is summed by one thread in one order, whatever the number of threads. Random rows are limited by how many
+// misses are under way: every loop asks for the row it will need about kAheadBytes of rows later, into the second-level
+// cache, which can wait for more lines than the first. Cutting the width into column blocks that fit a cache was measured
+// and lost. Passes over one random tensor at a time find more of it in the last-level cache than passes over two: the
+// attention scores are written down ([edges, heads]) between the pass over k and that over v.
 //
 // Work is cut by edges, not rows: a chunk holds about kChunkEdges of them.
 #include "neighbors.h"
@@ -24,7 +26,7 @@ namespace umda::UMDA_ISA {
 namespace {
 
 constexpr int64_t kChunkEdges = 2048;
-constexpr int64_t kAheadBytes = 8192;
+constexpr int64_t kAheadBytes = 16384;
 constexpr int kMaxVecs = kWidth == 16 ? 16 : 8;  // accumulators held in registers
 constexpr float kNormEpsilon = 1e-8f;            // as torch.nn.functional.cosine_similarity
 
@@ -676,6 +678,12 @@ struct EdgeList {
   UMDA_INLINE void close() { store(bias + count * kLanes, splat(-__builtin_inff())); }
   // Lanes in whole vectors.
   UMDA_INLINE int lanes() const { return (count * kLanes + kWidth - 1) / kWidth * kWidth; }
+  // Clears the last vector of p: what lies behind the last edge takes part in vector arithmetic and must not be a NaN.
+  UMDA_INLINE void clear_last(float* p) const {
+    if (kLanes < kWidth && count > 0) {
+      store(p + lanes() - kWidth, zero());
+    }
+  }
   // The next edges of row i, from e on, its self loop first; e and own are moved on.
   UMDA_INLINE void fill(const NeighborTable& g, int64_t i, int64_t& e, int64_t end, bool& own, int64_t ahead,
                         const float* log_weight) {
@@ -774,10 +782,7 @@ UMDA_INLINE Rows from_head(Rows rows, int64_t h, int64_t width) {
 // to[n * kLanes + h] = own[h].rows[node[n], h] for the edges of the list.
 template <int kLanes, class X>
 void list_dots(const X* own, Rows rows, const EdgeList<kLanes>& list, int64_t heads, int64_t width, float* to) {
-  // What lies behind the last edge takes part in vector arithmetic and must not be a NaN.
-  if (kLanes < kWidth && list.count > 0) {
-    store(to + list.lanes() - kWidth, zero());
-  }
+  list.clear_last(to);
   if (width == 0) {
     __builtin_memset(to, 0, static_cast<size_t>(list.lanes()) * sizeof(float));
   }
@@ -820,14 +825,23 @@ void list_add(float* acc, const float* weight, Rows rows, const EdgeList<kLanes>
   });
 }
 
-// to = factor * from, in to's type.
-template <class X>
-UMDA_INLINE void convert_row(X* to, const float* from, float factor, int64_t width) {
+template <bool kStream, class X>
+UMDA_INLINE void put_row(X* to, const float* from, float factor, int64_t width) {
   for_blocks<4>(width, [&](auto block, int64_t d) UMDA_LAMBDA_INLINE {
     for (int v = 0; v < block.vecs; ++v) {
-      block.write(to + d + v * kWidth, block.read(from + d + v * kWidth) * splat(factor));
+      block.template put<kStream>(to + d + v * kWidth, block.read(from + d + v * kWidth) * splat(factor));
     }
   });
+}
+
+// to = factor * from, in to's type; past the caches if `streaming`, with a fence to follow.
+template <class X>
+UMDA_INLINE void convert_row(X* to, const float* from, float factor, int64_t width, bool streaming = false) {
+  if (streaming) {
+    put_row<true>(to, from, factor, width);
+  } else {
+    put_row<false>(to, from, factor, width);
+  }
 }
 
 UMDA_INLINE void fill_zero(float* p, int64_t count) {
@@ -860,7 +874,27 @@ void attention_forward(const NeighborAttentionForward& a, int64_t head, int64_t 
   const float scale = width == 0 ? 0.0f : 1.0f / __builtin_sqrtf(static_cast<float>(width));
   const Rows q = from_head<X>(a.q, head, width), k = from_head<X>(a.k, head, width), v = from_head<X>(a.v, head, width);
   const int64_t ahead = edges_ahead(heads * width * static_cast<int64_t>(sizeof(X)));
+  const bool streaming = worth_streaming(static_cast<X*>(a.out), g.nodes * a.heads, width);
   const Chunks chunks(g.nodes, g.indptr, g.degree);
+  const Scratch<float> scores((g.edges + g.nodes) * kLanes);  // of each row, its self loop's first if there is one
+  parallel_items(chunks.count, [&](int64_t chunk) {
+    EdgeList<kLanes> list;
+    alignas(64) float p[kTile * kLanes] = {};
+    for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); ++i) {
+      const int64_t end = row_begin(g, i + 1);
+      int64_t e = row_begin(g, i);
+      float* to = &scores[(e + i) * kLanes];
+      bool own = a.self_loop;
+      prefetch_row<X>(g, q, i + 1, heads * width);
+      prefetch_values(g.neighbors, end + ahead);
+      while (own || e < end) {
+        list.fill(g, i, e, end, own, ahead, nullptr);
+        list_dots(row_of<X>(q, i), k, list, heads, width, p);
+        __builtin_memcpy(to, p, static_cast<size_t>(list.count * kLanes) * sizeof(float));
+        to += list.count * kLanes;
+      }
+    }
+  });
   parallel_items(chunks.count, [&](int64_t chunk) {
     const Scratch<float> acc(heads * width);
     EdgeList<kLanes> list;
@@ -875,12 +909,15 @@ void attention_forward(const NeighborAttentionForward& a, int64_t head, int64_t 
         total[u] = zero();
       }
       bool own = a.self_loop, first = true;
-      prefetch_row<X>(g, q, i + 1, heads * width);
+      const float* from = &scores[(e + i) * kLanes];
       prefetch_values(g.neighbors, end + ahead);
       prefetch_values(a.log_weight, end);
+      prefetch_values(from, 16 * kLanes);
       while (own || e < end) {
         list.fill(g, i, e, end, own, ahead, a.log_weight);
-        list_dots(row_of<X>(q, i), k, list, heads, width, p);
+        list.clear_last(p);
+        __builtin_memcpy(p, from, static_cast<size_t>(list.count * kLanes) * sizeof(float));
+        from += list.count * kLanes;
         Vec top[kVecs], shift[kVecs];
         for (int u = 0; u < kVecs; ++u) {
           top[u] = peak[u];
@@ -927,9 +964,10 @@ void attention_forward(const NeighborAttentionForward& a, int64_t head, int64_t 
         if (nothing) {
           fill_zero(&acc[h * width], width);
         }
-        convert_row(out + h * width, &acc[h * width], nothing ? 0.0f : 1.0f / totals[h], width);
+        convert_row(out + h * width, &acc[h * width], nothing ? 0.0f : 1.0f / totals[h], width, streaming);
       }
     }
+    stream_fence();
   });
 }
 
@@ -951,6 +989,8 @@ void attention_backward(const NeighborAttentionBackward& a, const Sources& sourc
   const Scratch<float> stats(g.nodes * kLanes * 2);  // of every node lse, then delta
   const auto copy = [](float* to, const float* from) UMDA_LAMBDA_INLINE { __builtin_memcpy(to, from, kLanes * sizeof(float)); };
 
+  const auto worth = [&](void* p) { return worth_streaming(static_cast<X*>(p), g.nodes * a.heads, width); };
+  const bool streaming = worth(a.dq) && worth(a.dk) && worth(a.dv);
   const Chunks rows(g.nodes, g.indptr, g.degree);
   parallel_items(rows.count, [&](int64_t chunk) {
     EdgeList<kLanes> list;
@@ -1066,9 +1106,10 @@ void attention_backward(const NeighborAttentionBackward& a, const Sources& sourc
         list_add<false, X>(dk.data(), d_score, q, list, heads, width);
         list_add<false, X>(dv.data(), alpha, d_outs, list, heads, width);
       }
-      convert_row(static_cast<X*>(a.dk) + j * out_stride + head * width, dk.data(), scale, row_width);
-      convert_row(static_cast<X*>(a.dv) + j * out_stride + head * width, dv.data(), 1.0f, row_width);
+      convert_row(static_cast<X*>(a.dk) + j * out_stride + head * width, dk.data(), scale, row_width, streaming);
+      convert_row(static_cast<X*>(a.dv) + j * out_stride + head * width, dv.data(), 1.0f, row_width, streaming);
     }
+    stream_fence();
   });
 
   parallel_items(rows.count, [&](int64_t chunk) {
@@ -1104,8 +1145,9 @@ void attention_backward(const NeighborAttentionBackward& a, const Sources& sourc
         }
         list_add<true, X>(dq.data(), weight, k, list, heads, width);
       }
-      convert_row(static_cast<X*>(a.dq) + i * out_stride + head * width, dq.data(), scale, row_width);
+      convert_row(static_cast<X*>(a.dq) + i * out_stride + head * width, dq.data(), scale, row_width, streaming);
     }
+    stream_fence();
   });
 }
 

@@ -1,6 +1,6 @@
 """neighbors on the CPU: every instruction set, any number of threads, every element written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 import torch
@@ -143,7 +143,9 @@ def pairs(nodes: int, degree: int, heads: int, width: int, csr: bool, dtype: tor
     return result
 
 
-def check(nodes: int, degree: int, heads: int, width: int, csr: bool, dtype: torch.dtype) -> None:
+def check(
+    nodes: int, degree: int, heads: int, width: int, csr: bool, dtype: torch.dtype, only: Collection[str] = ()
+) -> None:
     case = f"{nodes} nodes of degree {degree}, {heads} x {width}, csr {csr}, {dtype}"
     table = graph(nodes, degree, csr)
     for found, wanted in zip(
@@ -153,6 +155,8 @@ def check(nodes: int, degree: int, heads: int, width: int, csr: bool, dtype: tor
     ):
         assert torch.equal(found, wanted), case
     for operation, (kernel, composed, names) in pairs(nodes, degree, heads, width, csr, dtype).items():
+        if only and operation not in only:
+            continue
         with poisoned_memory():
             ours = kernel()
         for name, o, e, c in zip(names, ours, composed(torch.float64), composed(dtype), strict=True):
@@ -178,6 +182,25 @@ def test_error_rule(case: int, dtype: torch.dtype) -> None:
 def test_bag_of_50000(csr: bool) -> None:
     """Chunks, and more edges to one node than any chunk holds: in a table, everybody points at node 1."""
     check(50_000, 3, 1, 3, csr, torch.float32)
+
+
+def test_rows_written_past_the_caches() -> None:
+    """Outputs of more than 32 MB."""
+    operations = ["neighbor_sum", "neighbor_attention, self_loop=True, weights: True"]
+    check(33_000, 1, 4, 64, False, torch.float32, operations)
+
+
+def test_nan_stays_with_its_neighbors() -> None:
+    """Numbers of several edges share a vector: a NaN must not pass from one row's into the next one's."""
+    table = torch.tensor([[1, 2, 3], [2, 3, -1], [3, 1, 4], [1, 2, 4], [2, -1, -1]], dtype=torch.int32)
+    q, k, v = features(5, 2, 8, torch.float32, 3)
+    clean = torch.ops.umda_fast.neighbor_attention(q, k, v, None, table, None, None, None, True)
+    q[0], k[0], v[0] = torch.nan, torch.nan, torch.nan
+    with threads(1):
+        found = torch.ops.umda_fast.neighbor_attention(q, k, v, None, table, None, None, None, True)
+    for ours, wanted in zip(found, clean, strict=True):
+        assert ours[0].isnan().all()
+        assert torch.equal(ours[1:], wanted[1:])
 
 
 @pytest.mark.parametrize("instruction_set", FORCED_SETS)
