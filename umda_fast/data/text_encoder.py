@@ -105,8 +105,10 @@ def _identity(model: Any) -> str:
     for module in model:
         digest.update(f"{type(module).__name__} {_pooling(module)}".encode())
     prompt = (model.prompts or {}).get(model.default_prompt_name, "")
-    vocabulary = sorted(model.tokenizer.get_vocab().items())
-    probe = list(model.tokenizer(_PROBE)["input_ids"])
+    tokenizer = model.tokenizer
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    # That of static embeddings is one of the library tokenizers, which is not called.
+    probe = list(tokenizer(_PROBE)["input_ids"] if callable(tokenizer) else tokenizer.encode(_PROBE).ids)
     digest.update(repr((model.max_seq_length, prompt, vocabulary, probe)).encode())
     return digest.hexdigest()[:16]
 

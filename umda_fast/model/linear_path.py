@@ -51,17 +51,16 @@ class LinearPath(nn.Module):
         `encoders` have checked `views` before.
         """
         parts = []
-        for position, (view, encoder, linear) in enumerate(zip(self.views, encoders.encoders, self.maps, strict=True)):
-            features = views[view.name]
+        for position, (view, encoder) in enumerate(zip(self.views, encoders.encoders, strict=True)):
+            features, weight = views[view.name], self.get_parameter(f"maps.{position}.weight")
             present = features.new_ones(len(features)) if mask is None else mask[:, position].to(features.dtype)
             if not isinstance(encoder, FeatureEncoder):
-                width = linear.weight.shape[0]
-                parts.append(features.new_zeros(len(present), width + 1))
+                parts.append(weight.new_zeros(len(present), len(weight) + 1))
                 continue
             if mask is not None:
                 features = features.masked_fill(~mask[:, position, None], 0)
-            unit = F.normalize(((features - encoder.shift) / encoder.scale).to(linear.weight.dtype), dim=1)
-            y = linear(LENGTH * unit)
+            unit = F.normalize(((features - encoder.shift) / encoder.scale).to(weight.dtype), dim=1)
+            y = F.linear(LENGTH * unit, weight)
             parts.append(torch.cat([y, y.new_ones(len(y), 1)], 1) * present.to(y.dtype)[:, None])
         return torch.stack(parts, 1)
 
