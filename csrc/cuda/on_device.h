@@ -32,7 +32,7 @@ inline void check_launch(int error, const char* function = __builtin_FUNCTION(),
 class OnDevice {
  public:
   explicit OnDevice(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &launch_.stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &launch_.stream));
     int multiprocessors = 0;
     check_launch(count_multiprocessors(t.get_device_index(), &multiprocessors));
     launch_.max_blocks = kBlocksPerMultiprocessor * multiprocessors;
