@@ -45,6 +45,9 @@ BackendName = Annotated[
     typer.Option("--backend", help="auto, reference, cpp, triton or cuda: who computes the operations."),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunDirs = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="A run directory; of several, the mean of what they predict.")
+]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
 ]
@@ -152,7 +155,7 @@ def _number(value: float | None) -> str:
 
 @app.command(epilog="Example: umda-fast evaluate runs/first --split val --json scores.json")
 def evaluate(
-    run: RunDir,
+    runs: RunDirs,
     data: Source = None,
     format: Format = None,
     split: Annotated[str, typer.Option("--split", help="Which part of the data.")] = "test",
@@ -162,12 +165,13 @@ def evaluate(
     skip_bad: SkipBad = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a trained model on a split of its own data or of other data."""
+    """Measure a trained model, or the mean of several, on a split of its own data or of other data."""
     from umda_fast.cli.render import make_console, metrics_table
     from umda_fast.train import evaluate as evaluate_run
-    from umda_fast.train import load_run, write_json
+    from umda_fast.train import load_ensemble, load_run, write_json
 
-    loaded = load_run(run)
+    loaded = load_run(runs[0]) if len(runs) == 1 else load_ensemble(runs)
+    name = ", ".join(str(run) for run in runs)
     result = evaluate_run(
         loaded,
         source=data,
@@ -179,13 +183,13 @@ def evaluate(
         progress=not quiet,
     )
     console = make_console()
-    console.print(metrics_table({"": result.tasks}, title=f"{run}, split {split}, {result.bags} bags"))
+    console.print(metrics_table({"": result.tasks}, title=f"{name}, split {split}, {result.bags} bags"))
     console.print(f"mean_score {_number(result.mean_score)}")
     if json is not None:
         write_json(
             json,
             {
-                "run": str(run),
+                "run": name,
                 "data": {"source": data or loaded.config.data.source, "split": split, "bags": result.bags},
                 "tasks": result.tasks,
                 "mean_score": result.mean_score,
@@ -198,7 +202,7 @@ def evaluate(
     epilog="Example: umda-fast predict runs/first --data new.npz --out predicted.csv --attention attention.h5"
 )
 def predict(
-    run: RunDir,
+    runs: RunDirs,
     data: Annotated[str, typer.Option("--data", metavar="SOURCE", help="What to predict for.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.csv", help="One line a bag.")],
     attention: Annotated[
@@ -218,13 +222,13 @@ def predict(
     skip_bad: SkipBad = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a trained model's predictions for every bag."""
+    """Write a trained model's predictions, or the mean of several models', for every bag."""
     from umda_fast.cli.render import make_console
-    from umda_fast.train import load_run
+    from umda_fast.train import load_ensemble, load_run
     from umda_fast.train import predict as predict_run
 
     bags = predict_run(
-        load_run(run),
+        load_run(runs[0]) if len(runs) == 1 else load_ensemble(runs),
         source=data,
         out=out,
         attention=attention,

@@ -3,6 +3,7 @@
 from umda_fast.model.atsb import ATSB, ATSBOutput, TaskNorm, cohesion_penalty, divergence_penalty
 from umda_fast.model.config import UMDAConfig
 from umda_fast.model.encoders import FeatureEncoder, QuantileBins, ViewEncoders
+from umda_fast.model.ensemble import Ensemble, EnsembleOutput
 from umda_fast.model.experts import ExpertGates, Experts
 from umda_fast.model.film import FiLM
 from umda_fast.model.fusion import ViewConsistency, ViewFusion, dispersion_penalty
@@ -30,6 +31,8 @@ __all__ = [
     "ATSBOutput",
     "BagPooling",
     "BagPoolingOutput",
+    "Ensemble",
+    "EnsembleOutput",
     "ExpertGates",
     "Experts",
     "FeatureEncoder",

@@ -20,7 +20,17 @@ from umda_fast.train.evaluation import SplitResult
 from umda_fast.train.files import write_json
 from umda_fast.train.guard import NonFiniteError
 from umda_fast.train.predict import predict
-from umda_fast.train.run import Run, RunResult, build_model, evaluate, load_data, load_run, run_config, train
+from umda_fast.train.run import (
+    Run,
+    RunResult,
+    build_model,
+    evaluate,
+    load_data,
+    load_ensemble,
+    load_run,
+    run_config,
+    train,
+)
 from umda_fast.train.trainer import Trainer
 
 __all__ = [
@@ -43,6 +53,7 @@ __all__ = [
     "evaluate",
     "load_config",
     "load_data",
+    "load_ensemble",
     "load_run",
     "make_config",
     "predict",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
-from umda_fast.model import UMDA, TaskSpec, task_losses
+from umda_fast.model import UMDA, Ensemble, TaskSpec, task_losses
 from umda_fast.model.chunked import forward_chunked
 from umda_fast.sgl.distributed import Processes
 from umda_fast.train.config import DataConfig
@@ -97,6 +97,9 @@ def infer(model: nn.Module, host: BagBatch, fabric: Fabric) -> tuple[BagBatch, A
     More than `LARGE` instances go through a `UMDA` in chunks, their features staying as compact as they are stored;
     not so with encoders of the user's own, which might look across instances.
     """
+    if isinstance(model, Ensemble):
+        found = [infer(member, host, fabric) for member in model.members]
+        return found[0][0], model.combine([out for _, out in found])
     if isinstance(model, UMDA) and host.num_instances > LARGE and not model.encoders.custom:
         batch = host.to(fabric.device)
         with fabric.autocast():

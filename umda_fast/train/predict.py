@@ -134,6 +134,8 @@ def predict(
 ) -> int:
     """Predict for every bag of `source` (or of `datasets`), all splits unless `split` names one.
 
+    Several runs (`load_ensemble`) predict the mean of what they predict.
+
     The CSV holds the bag's name and, for each task, the probabilities (of label 1 for a binary task, of every
     class otherwise) and the class predicted, classes joined by `;` for a multilabel task; for a regression
     the value in original units. The HDF5 holds a group for each bag, named as the bag with `/` written as
@@ -157,6 +159,8 @@ def predict(
     if refer_below is not None:
         if not 0.0 <= refer_below <= 1.0:
             raise DataError(f"refer_below: expected a number between 0 and 1, got {refer_below}")
+        if run.members:
+            raise DataError(f"refer_below: expected one run, whose calibration is known, got {len(run.members)}")
         calibration = Calibration.load(RunDirectory(run.directory).calibration)
     dataset, fabric = model_data(
         run, source=source, datasets=datasets, split=split, format=format, device=device, skip_bad=skip_bad

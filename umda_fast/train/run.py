@@ -22,7 +22,7 @@ import umda_fast
 from umda_fast import ops
 from umda_fast.data import BagDataset, Splits, concat, find_format, load_source
 from umda_fast.errors import DataError
-from umda_fast.model import UMDA, UMDAConfig
+from umda_fast.model import UMDA, Ensemble, UMDAConfig
 from umda_fast.model.baselines import BASELINES, Baseline
 from umda_fast.model.readout import Readout
 from umda_fast.sgl.outliers import outlier_tasks
@@ -52,6 +52,7 @@ __all__ = [
     "build_model",
     "evaluate",
     "load_data",
+    "load_ensemble",
     "load_run",
     "make_fabric",
     "run_config",
@@ -72,11 +73,13 @@ class RunResult:
 
 @dataclass
 class Run:
-    """A run read back from its directory."""
+    """A run read back from its directory; or several as one, `members`: the model is then an `Ensemble`, directory and
+    configuration are those of the first."""
 
     directory: Path
     config: RunConfig
     model: Any
+    members: tuple[Run, ...] = ()
 
 
 def make_fabric(config: RunConfig) -> Fabric:
@@ -354,6 +357,40 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     return Run(run.path, config, model.eval())
 
 
+def load_ensemble(directories: Sequence[str | os.PathLike[str]]) -> Run:
+    """Several runs as one, which predicts the mean of what they predict (see `Ensemble`).
+
+    Raises:
+        DataError: one cannot be read, or is for other views or tasks than the first.
+    """
+    runs = tuple(load_run(directory) for directory in directories)
+    try:
+        model = Ensemble([run.model for run in runs])
+    except ValueError as error:
+        raise DataError(f"{', '.join(str(run.directory) for run in runs)}: {error}") from None
+    return Run(runs[0].directory, runs[0].config, model.eval(), runs)
+
+
+def _check_same_split(run: Run) -> None:
+    """Bags that one member is measured on must not be among those that another was trained on.
+
+    Raises:
+        DataError: the members' data differ, or how it is split.
+    """
+
+    def split(config: RunConfig) -> dict[str, Any]:
+        data = config.data
+        return {"source": data.source, "options": dict(data.options), "format": data.format, "seed": data_seed(config)}
+
+    for member in run.members:
+        for name, value in split(run.config).items():
+            if split(member.config)[name] != value:
+                raise DataError(
+                    f"{member.directory}: data.{name}: expected {value!r} as in {run.directory}, for one split of the "
+                    f"data (train every member with the same --set data.seed=N), got {split(member.config)[name]!r}"
+                )
+
+
 def run_config(directory: str | os.PathLike[str], values: Mapping[str, Any]) -> RunConfig:
     """The configuration of the run in `directory`, with `values` laid over it, to resume it.
 
@@ -431,8 +468,11 @@ def evaluate(
     """The model of a run on a split (None: all splits) of its own data, of `source`, or of `datasets`.
 
     Raises:
-        DataError: there is no such split, or the data does not fit the model.
+        DataError: there is no such split, or the data does not fit the model; members of an ensemble were trained on
+            different data or splits.
     """
+    if datasets is None:
+        _check_same_split(run)
     dataset, fabric = model_data(
         run, source=source, datasets=datasets, split=split, format=format, device=device, skip_bad=skip_bad
     )

@@ -1,0 +1,118 @@
+"""Several models as one: the mean of what they predict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from umda_fast.model.losses import decode
+from umda_fast.model.specs import TaskSpec
+
+__all__ = ["Ensemble", "EnsembleOutput"]
+
+
+@dataclass
+class EnsembleOutput:
+    """`logits` {task: [B, outputs]} of the mean prediction, `attention` [N, T] and, where all members have them,
+    `view_weights` [N, V], `view_mass` [N, V, V], `view_consistency` (scalar) and `influence` [T, T]: means over the
+    members, None otherwise."""
+
+    logits: dict[str, Tensor]
+    attention: Tensor
+    view_weights: Tensor | None
+    view_mass: Tensor | None
+    view_consistency: Tensor | None
+    influence: Tensor | None
+
+
+class Ensemble(nn.Module):
+    """Predicts the mean of its members' probabilities, of a regression the mean of their values in original units.
+
+    Models that differ in nothing but their seed err differently, most so with few bags; their mean errs less than one
+    of them does on average.
+
+    Method: Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation using deep ensembles", 2017.
+
+    Args:
+        members: at least one model (`UMDA` or a baseline), for the same views and tasks in the same order.
+
+    Attributes:
+        config: the first member's, with the mean of the thresholds where all members have some.
+
+    Raises:
+        ValueError: no member, or one that differs from the first in views, tasks or metadata.
+    """
+
+    def __init__(self, members: Sequence[Any]) -> None:
+        super().__init__()
+        if not members:
+            raise ValueError("members: expected at least one model, got none")
+        first = members[0].config
+        for number, member in enumerate(members[1:], 1):
+            for what, found, wanted in (
+                ("views", tuple(member.config.views), tuple(first.views)),
+                ("tasks", _kinds(member.config.tasks), _kinds(first.tasks)),
+                ("metadata", _metadata(member), _metadata(members[0])),
+            ):
+                if found != wanted:
+                    raise ValueError(f"members[{number}]: expected the {what} of the first, {wanted}, got {found}")
+        self.members = nn.ModuleList(members)
+        self._tasks = [tuple(member.config.tasks) for member in members]
+        tasks = [_joint(column) for column in zip(*self._tasks, strict=True)]
+        self.config: Any = replace(first, tasks=tuple(tasks))
+
+    def forward(self, *args: Any, **kwargs: Any) -> EnsembleOutput:
+        """Takes what the members take."""
+        return self.combine([member(*args, **kwargs) for member in self.members])
+
+    def combine(self, outputs: Sequence[Any]) -> EnsembleOutput:
+        """The output for those of all members, in their order."""
+        logits = {}
+        for position, task in enumerate(self.config.tasks):
+            specs = [tasks[position] for tasks in self._tasks]
+            logits[task.name] = _mean_logits(specs, [out.logits[task.name] for out in outputs])
+
+        def mean(name: str) -> Tensor | None:
+            found = [value for out in outputs if (value := getattr(out, name, None)) is not None]
+            return torch.stack(found).mean(0) if len(found) == len(outputs) else None
+
+        attention = mean("attention")
+        assert attention is not None
+        others = (mean(name) for name in ("view_weights", "view_mass", "view_consistency", "influence"))
+        return EnsembleOutput(logits, attention, *others)
+
+
+def _mean_logits(specs: Sequence[TaskSpec], logits: Sequence[Tensor]) -> Tensor:
+    """The logits whose `decode` by the first spec is the mean of all `decode`s."""
+    first, share = specs[0], math.log(len(specs))
+    if first.kind == "regression":
+        values = torch.stack([decode(spec, value) for spec, value in zip(specs, logits, strict=True)])
+        return (values.mean(0) - first.mean) / first.std
+    stacked = torch.stack([value.float() if value.dtype.itemsize < 4 else value for value in logits])
+    if first.kind == "multiclass":
+        return F.log_softmax(stacked, -1).logsumexp(0) - share
+    # log p - log(1 - p), the sharing out cancelling
+    return F.logsigmoid(stacked).logsumexp(0) - F.logsigmoid(-stacked).logsumexp(0)
+
+
+def _kinds(tasks: Sequence[TaskSpec]) -> tuple[tuple[Any, ...], ...]:
+    """What must agree: the scale of a regression and the weights of classes need not."""
+    return tuple((task.name, task.kind, task.classes, task.labels) for task in tasks)
+
+
+def _metadata(member: Any) -> tuple[str, ...]:
+    return tuple(spec.name for spec in getattr(member.config, "metadata", ()))
+
+
+def _joint(specs: Sequence[TaskSpec]) -> TaskSpec:
+    """The first one's, with mean thresholds."""
+    known = [spec.thresholds for spec in specs if spec.thresholds is not None]
+    if len(known) < len(specs):
+        return replace(specs[0], thresholds=None)
+    return replace(specs[0], thresholds=tuple(math.fsum(column) / len(known) for column in zip(*known, strict=True)))
