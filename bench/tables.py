@@ -20,7 +20,8 @@ import torch
 
 from umda_fast.data import BagDataset
 from umda_fast.heap import keep_freed_pages
-from umda_fast.train import make_config, train
+from umda_fast.model import Ensemble
+from umda_fast.train import Run, evaluate, make_config, train
 from umda_fast.train.files import json_ready, write_json, write_text
 from umda_fast.train.rundir import read_metrics
 
@@ -65,6 +66,21 @@ def fit(values: Mapping[str, Any], datasets: Mapping[str, BagDataset] | None = N
         log = read_metrics(Path(place) / "run" / "metrics.jsonl")
     parameters = sum(parameter.numel() for parameter in result.model.parameters())
     return {**result.metrics, "cpu_seconds": seconds, "parameters": parameters, "log": log}
+
+
+def fit_ensemble(values: Mapping[str, Any], datasets: Mapping[str, BagDataset], seeds: Sequence[int]) -> Values:
+    """One run for every seed, and the mean of what their models predict: its `tasks` on the test split, and the
+    `cpu_seconds` of all."""
+    began = time.process_time()
+    models = []
+    for seed in seeds:
+        settings = merged({"device": "cpu", "train": {"keep": "scores"}}, values, {"seed": seed})
+        with tempfile.TemporaryDirectory() as place:
+            config = make_config(settings)
+            models.append(train(config, Path(place) / "run", datasets=datasets, progress=False, plots=False).model)
+    found = evaluate(Run(Path(), config, Ensemble(models)), datasets=datasets, split="test", progress=False)
+    seconds = time.process_time() - began
+    return {"tasks": found.tasks, "data": {"bags": {"test": found.bags}}, "cpu_seconds": seconds}
 
 
 class Table:

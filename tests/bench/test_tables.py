@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bench import results_ablation, results_mfeat, results_mil, results_sgl, tables
+from umda_fast.data import load_source
 from umda_fast.train import make_config
 
 
@@ -67,9 +68,21 @@ def test_every_configuration_is_one(tmp_path: Path) -> None:
         for change in results_ablation.VARIANTS.values():
             make_config(tables.merged(results_ablation.COMMON, {"data": section}, change))
     for candidate in results_mil.CANDIDATES:
-        make_config(results_mil.configuration(candidate))
+        values = results_mil.configuration(candidate)
+        assert values.pop("members", 1) >= 1
+        make_config(values)
     for change in results_mfeat.MODELS.values():
         make_config(tables.merged(results_mfeat.COMMON, change))
+
+
+def test_the_mean_of_one_model_is_that_model() -> None:
+    datasets = dict(load_source("digits", seed=0, train_bags=30, val_bags=10, test_bags=20))
+    values = {"model": {"width": 16, "heads": 2, "layers": 1}, "data": {"budget": 96}, "train": {"epochs": 1}}
+    alone, mean = tables.fit({**values, "seed": 3}, datasets), tables.fit_ensemble(values, datasets, [3])
+    for task, scores in alone["tasks"].items():
+        assert mean["tasks"][task] == pytest.approx(scores, rel=1e-5)
+    assert mean["data"]["bags"]["test"] == 20
+    assert tables.fit_ensemble(values, datasets, [3, 4])["tasks"] != mean["tasks"]
 
 
 def test_views_are_left_out_at_random_but_never_all() -> None:
