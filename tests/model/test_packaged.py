@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.export import Dim
 
+from tests.served import Predict, bags
 from umda_fast.model import UMDA, TaskSpec, UMDAConfig, ViewSpec
 from umda_fast.ops import _library
 from umda_fast.parity.rule import assert_close
@@ -24,25 +24,6 @@ package, batches, out = sys.argv[1:]
 model = torch._inductor.aoti_load_package(package)
 torch.save([model(*batch) for batch in torch.load(batches)], out)
 """
-
-
-class Predict(nn.Module):
-    def __init__(self, model: UMDA) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, views: dict[str, Tensor], ptr: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        out = self.model(views, ptr, mask)
-        return out.logits, out.attention
-
-
-def bags(*sizes: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(len(sizes))
-    n = sum(sizes)
-    mask = torch.rand(n, 2, generator=generator) > 0.3
-    mask[:, 0] = True
-    views = {"a": torch.randn(n, 6, generator=generator), "b": torch.randn(n, 4, generator=generator)}
-    return views, torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()]), mask
 
 
 @pytest.mark.skipif(_library.cpp_status is not None, reason=str(_library.cpp_status))

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.export import Dim
 
 from tests.ops.checks import DTYPES
+from tests.served import Predict, bags
 from umda_fast import ops
 from umda_fast.model import UMDA, TaskSpec, UMDAConfig, ViewSpec
 from umda_fast.ops import _library
@@ -125,27 +125,6 @@ def test_exports(op: str) -> None:
     found = program.module()(x)
     for name, value in run(x, "cpp").items():
         assert torch.equal(found[name].nan_to_num(0.5), value.nan_to_num(0.5)), name
-
-
-class Predict(torch.nn.Module):
-    """A model as it is served: `UMDAOutput` holds a graph, which no exported program returns."""
-
-    def __init__(self, model: UMDA) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, views: dict[str, Tensor], ptr: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        out = self.model(views, ptr, mask)
-        return out.logits, out.attention
-
-
-def bags(*sizes: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Two views of bags of these sizes, some missing."""
-    n = sum(sizes)
-    mask = torch.rand(n, 2) > 0.3
-    mask[:, 0] = True
-    ptr = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()])
-    return {"a": torch.randn(n, 6), "b": torch.randn(n, 4)}, ptr, mask
 
 
 def test_the_model_exports() -> None:
