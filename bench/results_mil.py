@@ -10,7 +10,7 @@ and scored on the rest of those training bags; what these folds would test on is
 with the best mean over the four sets of accuracy and AUROC, before its own scores in this table were known. Its lead
 there is about as large as its error (folds of Fox and Tiger were cut from ten to six on the way, for time), and the
 table does not confirm it. Neither choice is nested: it is one for all folds, so a bag tested here may have helped to
-choose. The mean of three seeds was added for what it gained on held-out bags of MUSK1, Fox and Tiger, cut with
+choose. The mean of three seeds was added for the AUROC it gained on held-out bags of MUSK1, Fox and Tiger, cut with
 further seeds; `--tune` lists it, too. The table's folds are cut with other seeds, the same for all rows.
 A fold is scored once, by the model after the last epoch: no validation part, no early stopping, all of the other nine
 folds are trained on. ± is the standard deviation over the repeats' means (the folds of one repeat together are all bags
