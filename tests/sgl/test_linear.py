@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 from umda_fast.parity.rule import GRADIENT_FACTOR, assert_close
 from umda_fast.sgl import SelfGuided, linear
+from umda_fast.sgl.self_guided import Direction, Scope
 
 
 @pytest.fixture(autouse=True)
@@ -96,15 +97,15 @@ class Network(nn.Module):
         return [p for part in (self.first, self.twice, self.last, self.some) for p in part.parameters()]
 
 
-def steps(scope: str, direction: str, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+def steps(scope: Scope, direction: Direction, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
     """What five steps of SGL make, some tasks missing now and then, with penalties and accumulation."""
     network = Network().to(dtype)
     sgl = SelfGuided(
         network.shared(),
         ["t0", "t1", "t2"],
-        scope=scope,  # type: ignore[arg-type]
+        scope=scope,
         last_shared_layer=network.last.parameters() if scope == "last_shared_layer" else (),
-        direction=direction,  # type: ignore[arg-type]
+        direction=direction,
         control=scope == "shared_parameters",
     )
     seen: list[tuple[str, Tensor]] = []
@@ -125,7 +126,7 @@ def steps(scope: str, direction: str, dtype: torch.dtype) -> list[tuple[str, Ten
 
 @pytest.mark.parametrize("scope", ["shared_parameters", "last_shared_layer"])
 @pytest.mark.parametrize("direction", ["average", "gradient"])
-def test_the_same_steps_as_without(monkeypatch: pytest.MonkeyPatch, scope: str, direction: str) -> None:
+def test_the_same_steps_as_without(monkeypatch: pytest.MonkeyPatch, scope: Scope, direction: Direction) -> None:
     """Held to float64 steps without, by the error of float32 steps without."""
     ours = steps(scope, direction, torch.float32)
     monkeypatch.setattr(linear, "LEAST", 1 << 40)

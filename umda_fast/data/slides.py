@@ -63,7 +63,7 @@ _DEPTH = 4  # levels of directories below a view that are looked at
 Matching: TypeAlias = Literal["coords", "position"]
 
 READ_TIMEOUT = 60.0
-"""Seconds of processor time that the first reading of one file may take; the largest slides take a few."""
+"""Seconds of processor time that the first reading of one file may take."""
 
 
 def is_slides(source: str) -> bool:

@@ -34,8 +34,8 @@ class EnsembleOutput:
 class Ensemble(nn.Module):
     """Predicts the mean of its members' probabilities, of a regression the mean of their values in original units.
 
-    Models that differ in nothing but their seed err differently, most so with few bags; their mean errs less than one
-    of them does on average.
+    Models that differ in nothing but their seed err differently. By convexity, the log loss or squared error of the
+    mean is at most the mean of theirs.
 
     Method: Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation using deep ensembles", 2017.
 

@@ -382,12 +382,13 @@ def _check_same_split(run: Run) -> None:
         data = config.data
         return {"source": data.source, "options": dict(data.options), "format": data.format, "seed": data_seed(config)}
 
+    expected = split(run.config)
     for member in run.members:
-        for name, value in split(run.config).items():
-            if split(member.config)[name] != value:
+        for name, found in split(member.config).items():
+            if found != expected[name]:
                 raise DataError(
-                    f"{member.directory}: data.{name}: expected {value!r} as in {run.directory}, for one split of the "
-                    f"data (train every member with the same --set data.seed=N), got {split(member.config)[name]!r}"
+                    f"{member.directory}: data.{name}: expected {expected[name]!r} as in {run.directory}, for one "
+                    f"split of the data (train every member with the same --set data.seed=N), got {found!r}"
                 )
 
 
