@@ -26,8 +26,8 @@ from torch import Tensor
 from umda_fast.data import Bag, BagDataset
 from umda_fast.model import UMDA, TaskSpec, UMDAConfig, ViewSpec
 from umda_fast.model.chunked import forward_chunked
+from umda_fast.runtime.progress import peak_memory_mb
 from umda_fast.train import make_config, train
-from umda_fast.train.progress import peak_memory_mb
 
 VIEWS = (ViewSpec("a", 1024), ViewSpec("b", 768))
 TASKS = (TaskSpec("grade", "multiclass", 3), TaskSpec("age", "regression", mean=50.0, std=20.0))

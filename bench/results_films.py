@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
 from umda_fast.data import BagDataset, Splits, load_source
-from umda_fast.train.metrics import TaskMetrics
+from umda_fast.score.metrics import TaskMetrics
 
 from . import tables
 

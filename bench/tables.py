@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from umda_fast.data import BagDataset
+from umda_fast.files import json_ready, write_json, write_text
 from umda_fast.heap import keep_freed_pages
 from umda_fast.model import Ensemble
+from umda_fast.runtime.rundir import read_metrics
 from umda_fast.train import Run, evaluate, make_config, train
-from umda_fast.train.files import json_ready, write_json, write_text
-from umda_fast.train.rundir import read_metrics
 
 Values = dict[str, Any]
 

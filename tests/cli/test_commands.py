@@ -13,7 +13,7 @@ import yaml
 
 from umda_fast.cli import main
 from umda_fast.errors import DataError
-from umda_fast.train.rundir import read_metrics
+from umda_fast.runtime.rundir import read_metrics
 
 SMALL = {
     "device": "cpu",

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.cli.test_commands import call
-from tests.data.slide_files import grid, write_clam, write_labels, write_stamp, write_trident
+from tests.slide_files import grid, write_clam, write_labels, write_stamp, write_trident
 
 NAMES = [f"slide-{index:02d}" for index in range(16)]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from umda_fast.data import BagDataset, Metadata, concat, load_source
+from umda_fast.data.adapt import adapt_dataset
 from umda_fast.errors import DataError
 from umda_fast.model import MetadataSpec
 from umda_fast.train import evaluate, load_run, make_config, train
-from umda_fast.train.adapt import adapt_dataset
 
 BAGS = 24
 AGE = np.where(np.arange(BAGS) % 5 == 4, np.nan, 40.0 + np.arange(BAGS))

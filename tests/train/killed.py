@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import Any
 
-from tests.train.small import small_config
+from tests.small import small_config
 from umda_fast.train import Trainer, train
 
 RESUMED_RUN: dict[str, Any] = {

@@ -16,11 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.processes import run_together
-from tests.train.small import DATA, small_config
+from tests.small import DATA, small_config
 from umda_fast.data import Bag, BagBatch, BagDataset
 from umda_fast.errors import DataError, ProcessLostError
 from umda_fast.model import TaskSpec, ViewSpec
 from umda_fast.parity.rule import GRADIENT_FACTOR, allowed_error
+from umda_fast.runtime.rundir import read_metrics
+from umda_fast.runtime.together import label_counts, penalty_counts
 from umda_fast.train import (
     NonFiniteError,
     RunConfig,
@@ -33,8 +35,6 @@ from umda_fast.train import (
     trainer,
 )
 from umda_fast.train import evaluate as evaluate_run
-from umda_fast.train.rundir import read_metrics
-from umda_fast.train.together import label_counts, penalty_counts
 
 VIEWS = (ViewSpec("a", 4), ViewSpec("b", 3))
 TASKS = (

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from tests.model.conftest import make_batch, make_config, total_loss
-from tests.train.small import DATA, small_config, small_data
+from tests.small import DATA, small_config, small_data
 from umda_fast import UMDA, TaskSpec, UMDAConfig, ViewSpec
 from umda_fast.data import Bag, BagDataset
 from umda_fast.data.thinning import drop_instances
 from umda_fast.model import penalty_loss
 from umda_fast.model.chunked import forward_chunked
 from umda_fast.parity.rule import GRADIENT_FACTOR, assert_close
-from umda_fast.train import ConfigError, evaluate, evaluation, load_run, predict, train
-from umda_fast.train.rundir import read_metrics
+from umda_fast.runtime.rundir import read_metrics
+from umda_fast.score import evaluation
+from umda_fast.train import ConfigError, evaluate, load_run, predict, train
 
 SIZES = (40, 0, 1, 75, 23)
 

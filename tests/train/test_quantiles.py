@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.train.small import small_config
+from tests.small import small_config
 from umda_fast.data import BagDataset
 from umda_fast.model import UMDA, UMDAConfig
 from umda_fast.train import load_run, train

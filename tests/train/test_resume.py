@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.small import small_config
 from tests.train.killed import RESUMED_RUN
-from tests.train.small import small_config
 from umda_fast.errors import DataError
+from umda_fast.runtime.rundir import MetricsLog, read_metrics
 from umda_fast.train import ConfigError, train
-from umda_fast.train.rundir import MetricsLog, read_metrics
 
 TIMES = {"seconds", "instances_per_second", "peak_memory_mb"}
 

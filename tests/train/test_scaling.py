@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.train.small import small_config
+from tests.small import small_config
 from umda_fast.data import BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import UMDA, FeatureEncoder, UMDAConfig

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.train.small import small_config, small_data
+from tests.small import small_config, small_data
 from umda_fast.data import Bag, BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import UMDA, TaskSpec, ViewSpec
+from umda_fast.runtime.config import ARCHITECTURES
+from umda_fast.runtime.rundir import RunDirectory, read_metrics
 from umda_fast.train import ConfigError, Trainer, evaluate, load_run, predict, train
-from umda_fast.train.config import ARCHITECTURES
 from umda_fast.train.run import build_model, make_fabric
-from umda_fast.train.rundir import RunDirectory, read_metrics
 
 
 def _epochs(directory: Path) -> list[dict[str, object]]:

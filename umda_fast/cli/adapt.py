@@ -23,8 +23,8 @@ def adapt(
 ) -> None:
     """Fit heads for new tasks on a trained model's frozen trunk, in closed form: seconds, no training."""
     from umda_fast.cli.render import make_console, metrics_table
+    from umda_fast.studies.readapt import readapt
     from umda_fast.train import load_run
-    from umda_fast.train.readapt import readapt
 
     result = readapt(
         load_run(run), out, source=data, format=format, device=device or "auto", backend=backend or "auto"

@@ -224,8 +224,8 @@ def predict(
 ) -> None:
     """Write a trained model's predictions, or the mean of several models', for every bag."""
     from umda_fast.cli.render import make_console
+    from umda_fast.studies import predict as predict_run
     from umda_fast.train import load_ensemble, load_run
-    from umda_fast.train import predict as predict_run
 
     bags = predict_run(
         load_run(runs[0]) if len(runs) == 1 else load_ensemble(runs),
@@ -266,7 +266,8 @@ def crossval(
     is resumed.
     """
     from umda_fast.cli.render import crossval_table, make_console
-    from umda_fast.train import cross_validate, load_config
+    from umda_fast.studies import cross_validate
+    from umda_fast.train import load_config
 
     settings = load_config(config, set_ or (), _values(data, format, device, backend, seed, epochs, skip_bad))
     directory = out or _default_out("crossval", settings.data.source)
@@ -306,7 +307,7 @@ def inspect(
     report = inspect_source(source, format=format, **options)
     print_inspection(make_console(), report)
     if json is not None:
-        from umda_fast.train.files import write_json
+        from umda_fast.files import write_json
 
         write_json(json, report)
 
@@ -324,7 +325,7 @@ def parity(
     table, passed = parity_table(report)
     make_console().print(table)
     if json is not None:
-        from umda_fast.train.files import write_json
+        from umda_fast.files import write_json
 
         write_json(json, report)
     if not passed:
@@ -339,6 +340,6 @@ def info(json: JsonFile = None) -> None:
     report = collect_info()
     print_info(make_console(), report)
     if json is not None:
-        from umda_fast.train.files import write_json
+        from umda_fast.files import write_json
 
         write_json(json, report)

@@ -51,8 +51,9 @@ def compare(
     --out, it continues.
     """
     from umda_fast.cli.render import make_console
-    from umda_fast.train import compare_models, load_config
-    from umda_fast.train.config import ARCHITECTURES
+    from umda_fast.runtime.config import ARCHITECTURES
+    from umda_fast.studies import compare_models
+    from umda_fast.train import load_config
 
     settings = load_config(config, set_ or (), _values(data, format, device, backend, seed, epochs))
     directory = out or _default_out("compare", settings.data.source)

@@ -36,8 +36,8 @@ def explain(
 ) -> None:
     """Write attention heatmaps, GeoJSON for QuPath and the instances with the most attention."""
     from umda_fast.cli.render import make_console
+    from umda_fast.studies.maps import explain as explain_run
     from umda_fast.train import load_run
-    from umda_fast.train.maps import explain as explain_run
 
     result = explain_run(
         load_run(run),

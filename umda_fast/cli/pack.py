@@ -28,9 +28,9 @@ def pack(
     `--set data.options.mpp=0.25`.
     """
     from umda_fast.cli.render import make_console
-    from umda_fast.data.pack import pack_slides
+    from umda_fast.data.files.pack import pack_slides
+    from umda_fast.runtime.progress import ProgressReport
     from umda_fast.train import load_config
-    from umda_fast.train.progress import ProgressReport
     from umda_fast.train.run import tell_skipped
 
     options: dict[str, Any] = load_config(overrides=set_ or ()).data.options

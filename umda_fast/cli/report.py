@@ -32,8 +32,8 @@ def report(
 ) -> None:
     """Write one HTML file on a run: scores with confidence intervals, errors, calibration, curves, attention."""
     from umda_fast.cli.render import make_console
+    from umda_fast.studies.report import write_report
     from umda_fast.train import load_run
-    from umda_fast.train.report import write_report
 
     path = write_report(
         load_run(run),

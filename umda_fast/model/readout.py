@@ -51,7 +51,7 @@ class Readout(nn.Module):
 
     Args:
         trunk: a trained model; frozen here.
-        tasks: the new tasks. Heads start at zero; they are fitted in closed form (`umda_fast.train.readapt`).
+        tasks: the new tasks. Heads start at zero; they are fitted in closed form (`umda_fast.studies.readapt`).
     """
 
     def __init__(self, trunk: UMDA, tasks: Sequence[TaskSpec]) -> None:

@@ -15,11 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from umda_fast.files import atomic_file
 from umda_fast.model import TaskSpec, ViewSpec
-from umda_fast.train.evaluation import SplitResult
-from umda_fast.train.files import atomic_file
-from umda_fast.train.metrics import PRIMARY
-from umda_fast.train.rundir import RunDirectory, read_metrics
+from umda_fast.runtime.rundir import RunDirectory, read_metrics
+from umda_fast.score.evaluation import SplitResult
+from umda_fast.score.metrics import PRIMARY
 
 __all__ = ["plot_run"]
 

@@ -21,14 +21,13 @@ from torch import nn
 import umda_fast
 from umda_fast import ops
 from umda_fast.data import BagDataset, Splits, concat, find_format, load_source
+from umda_fast.data.adapt import adapt_dataset
 from umda_fast.errors import DataError
+from umda_fast.files import write_json
 from umda_fast.model import UMDA, Ensemble, UMDAConfig
 from umda_fast.model.baselines import BASELINES, Baseline
 from umda_fast.model.readout import Readout
-from umda_fast.sgl.outliers import outlier_tasks
-from umda_fast.train.adapt import adapt_dataset
-from umda_fast.train.collect import calibrate, collect
-from umda_fast.train.config import (
+from umda_fast.runtime.config import (
     ARCHITECTURES,
     ConfigError,
     RunConfig,
@@ -37,13 +36,14 @@ from umda_fast.train.config import (
     load_config,
     make_config,
 )
-from umda_fast.train.evaluation import SplitResult, evaluate_dataset
-from umda_fast.train.files import write_json
+from umda_fast.runtime.progress import peak_memory_mb
+from umda_fast.runtime.rundir import RunDirectory, read_metrics, save_model
+from umda_fast.runtime.together import one_decides, processes_of, rank_seed, started_together, strategy
+from umda_fast.score.collect import calibrate, collect
+from umda_fast.score.evaluation import SplitResult, evaluate_dataset
+from umda_fast.score.thresholds import tune_thresholds
+from umda_fast.sgl.outliers import outlier_tasks
 from umda_fast.train.plots import plot_run
-from umda_fast.train.progress import peak_memory_mb
-from umda_fast.train.rundir import RunDirectory, read_metrics, save_model
-from umda_fast.train.thresholds import tune_thresholds
-from umda_fast.train.together import one_decides, processes_of, rank_seed, started_together, strategy
 from umda_fast.train.trainer import Trainer
 
 __all__ = [

@@ -27,19 +27,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
 from umda_fast.data.thinning import drop_instances
 from umda_fast.errors import DataError, ProcessLostError
+from umda_fast.files import save_torch
 from umda_fast.model import UMDA, penalty_loss, task_losses
+from umda_fast.runtime.config import ConfigError, RunConfig, as_dict, make_balancer
+from umda_fast.runtime.guard import NonFiniteError, check_batch, explain_non_finite
+from umda_fast.runtime.progress import ProgressReport
+from umda_fast.runtime.rundir import MetricsLog, RunDirectory, save_model
+from umda_fast.runtime.together import label_counts, penalty_counts, processes_of, rank_seed
+from umda_fast.score.evaluation import SplitResult, evaluate_dataset, to_device
 from umda_fast.sgl import SelfGuided
 from umda_fast.sgl.distributed import GradientReducer
-from umda_fast.train.config import ConfigError, RunConfig, as_dict, make_balancer
-from umda_fast.train.evaluation import SplitResult, evaluate_dataset, to_device
-from umda_fast.train.files import save_torch
-from umda_fast.train.guard import NonFiniteError, check_batch, explain_non_finite
 from umda_fast.train.optim import learning_rate_factor, parameter_groups, random_state, set_random_state
-from umda_fast.train.progress import ProgressReport
 from umda_fast.train.quantiles import fit_bins
-from umda_fast.train.rundir import MetricsLog, RunDirectory, save_model
 from umda_fast.train.scaling import standardize_inputs
-from umda_fast.train.together import label_counts, penalty_counts, processes_of, rank_seed
 
 __all__ = ["Trainer"]
 

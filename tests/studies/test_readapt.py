@@ -1,0 +1,103 @@
+"""New heads on a frozen trunk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.small import small_config, small_data
+from umda_fast.data import BagDataset, collate
+from umda_fast.errors import DataError
+from umda_fast.model import TaskSpec
+from umda_fast.score.calibration import Calibration
+from umda_fast.studies.readapt import fit_head, readapt
+from umda_fast.train import Run, evaluate, load_run, predict, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("readapt") / "run"
+    train(small_config(), out, datasets=small_data(), progress=False, plots=False)
+    return load_run(out)
+
+
+def new_labels(run: Run) -> dict[str, BagDataset]:
+    """The same bags with labels that its branches tell, to a part: a projection of them, and whether it is large."""
+    result = {}
+    for split, dataset in small_data().items():
+        bags = [dataset[i] for i in range(len(dataset))]
+        with torch.no_grad():
+            branches = run.model(**collate(bags, dataset.views, dataset.tasks).inputs()).branches
+        light = 5 + branches[:, 0, :3].sum(1)
+        for bag, value in zip(bags, light, strict=True):
+            bright = (value > light.median()).float()
+            bag.labels = {"light": value, "bright": bright, "size": torch.tensor(len(bag) % 3)}
+        del bags[0].labels["bright"]  # a missing label
+        tasks = (
+            TaskSpec("light", "regression", mean=float(light.mean()), std=float(light.std())),
+            TaskSpec("bright", "binary"),
+            TaskSpec("size", "multiclass", 3),
+        )
+        result[split] = BagDataset(bags, dataset.views, tasks, "new labels")
+    return result
+
+
+def test_a_head_is_the_ridge_solution() -> None:
+    task = TaskSpec("y", "regression", mean=1.0, std=2.0)
+    x = torch.randn(40, 6) * torch.tensor([1.0, 10.0, 0.1, 1.0, 1.0, 0.0]) + 3
+    target = x[:, 0] - 0.2 * x[:, 1] + 0.1 * torch.randn(40)
+    weight, bias, penalty = fit_head(task, x, target)
+    scaled = ((x - x.mean(0)) / x.std(0, unbiased=False).where(x.std(0) > 0, torch.ones(6))).double()
+    y = ((target - 1.0) / 2.0).double()
+    solution = torch.linalg.solve(scaled.T @ scaled + penalty * torch.eye(6), scaled.T @ (y - y.mean()))
+    expected = (scaled @ solution + y.mean()).float()[:, None]
+    torch.testing.assert_close(x @ weight.T + bias, expected, atol=1e-4, rtol=1e-4)
+
+
+KINDS = [TaskSpec("y", "binary"), TaskSpec("y", "multiclass", 3), TaskSpec("y", "multilabel", 2)]
+
+
+@pytest.mark.parametrize("task", KINDS, ids=lambda task: task.kind)
+def test_logits_above_zero_predict(task: TaskSpec) -> None:
+    x = torch.randn(200, 5)
+    scores = x[:, : task.outputs]
+    target = scores.argmax(1) if task.kind == "multiclass" else (scores > 0).float()
+    weight, bias, _ = fit_head(task, x, target[:, 0] if task.kind == "binary" else target)
+    logits = x @ weight.T + bias
+    predicted = logits.argmax(1) if task.kind == "multiclass" else (logits > 0).float()
+    assert float((predicted == target).double().mean()) > 0.9
+
+
+def test_the_adapted_run_is_a_run(run: Run, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    result = readapt(run, tmp_path / "adapted", datasets=new_labels(run))
+    assert result is not None
+    assert result.tasks["light"]["r2"] > 0.9
+    assert result.tasks["bright"]["auroc"] > 0.9
+    again = load_run(tmp_path / "adapted")
+    for name, value in again.model.trunk.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    repeated = evaluate(again, datasets=new_labels(run), progress=False)
+    assert repeated.tasks == result.tasks
+    predict(again, datasets=new_labels(run), out=tmp_path / "p.csv", refer_below=0.7, progress=False)
+    header = (tmp_path / "p.csv").read_text().splitlines()[0].split(",")
+    assert {"light", "bright_probability", "size_confidence", "light_low", "refer"} <= set(header)
+    fitted = Calibration.load(tmp_path / "adapted" / "calibration.json")
+    assert set(fitted.temperatures.values()) == {1.0}  # multiplied into the heads
+
+
+def test_what_cannot_be_adapted_is_said(run: Run, tmp_path: Path) -> None:
+    data = new_labels(run)
+    for bag_index in range(len(data["train"])):
+        data["train"][bag_index].labels.pop("bright", None)
+    rows = np.arange(len(data["train"]))
+    bare = BagDataset([data["train"][int(row)] for row in rows], data["train"].views, data["train"].tasks, "bare")
+    with pytest.raises(DataError, match="task 'bright': expected at least 2 labels to fit, got 0"):
+        readapt(run, tmp_path / "a", datasets={"train": bare})
+    with pytest.raises(DataError, match="already holds a run"):
+        readapt(run, run.directory, datasets=new_labels(run))
+    with pytest.raises(DataError, match="source: expected the data with the new labels"):
+        readapt(run, tmp_path / "b")

@@ -1,0 +1,175 @@
+"""Confidence that can be believed: temperatures, prediction intervals, and which bags to refer to a human.
+
+Sources: temperature scaling, Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; intervals by split
+conformal prediction, Lei et al., "Distribution-Free Predictive Inference for Regression", JASA 2018; selective
+prediction and its risk-coverage curve, Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks",
+NeurIPS 2017.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+
+from umda_fast.errors import DataError
+from umda_fast.files import write_json
+from umda_fast.model import TaskSpec, decode, task_losses
+
+__all__ = ["Calibration", "calibration_error", "confidence", "fit_calibration", "risk_coverage"]
+
+_LOG_TEMPERATURE = 3.0  # temperatures in exp(-3) .. exp(3)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What turns a model's logits into calibrated ones.
+
+    Attributes:
+        temperatures: task -> T; logits are divided by it. Tasks with classes only.
+        half_widths: regression task -> half the width of an interval, in original units, that holds the label of a
+            new bag with probability `level`.
+        level: of the intervals.
+        bags: task -> labelled bags it was fitted on.
+    """
+
+    temperatures: dict[str, float] = field(default_factory=dict)
+    half_widths: dict[str, float] = field(default_factory=dict)
+    level: float = 0.9
+    bags: dict[str, int] = field(default_factory=dict)
+
+    def apply(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Calibrated logits, task -> [B, outputs]. Which class is the likeliest does not change."""
+        return {
+            name: value.float() / self.temperatures[name] if name in self.temperatures else value
+            for name, value in logits.items()
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON, whole or not at all."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """What `save` wrote.
+
+        Raises:
+            DataError: the file is missing or is something else.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{os.fspath(path)}: holds no calibration: {error}") from None
+
+
+def fit_calibration(
+    tasks: Sequence[TaskSpec],
+    logits: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    label_mask: Mapping[str, Tensor],
+    *,
+    level: float = 0.9,
+) -> Calibration:
+    """Fit on bags that the model was not trained on.
+
+    The temperature of a task minimises its cross entropy, without class weights. The half width is the
+    `ceil((n + 1) level)`-th smallest of the n absolute residuals; with fewer than that it is infinite and left out.
+    A task without labels here, or whose labels are all alike, is left as it is.
+
+    Args:
+        tasks: of the model.
+        logits: task -> [B, outputs]. labels, label_mask: as `BagBatch` holds them.
+        level: of the intervals, between 0 and 1.
+
+    Raises:
+        ValueError: level out of range.
+    """
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    temperatures, half_widths, bags = {}, {}, {}
+    for task in tasks:
+        keep = label_mask[task.name]
+        raw, target = logits[task.name][keep].double(), labels[task.name][keep]
+        if not len(target):
+            continue
+        if task.kind == "regression":
+            half = _conformal_quantile((decode(task, raw)[:, 0] - target).abs(), level)
+            if half is not None:
+                half_widths[task.name], bags[task.name] = half, len(target)
+        elif bool((target != target[0]).any()):
+            temperatures[task.name], bags[task.name] = _temperature(task, raw, target), len(target)
+    return Calibration(temperatures, half_widths, level, bags)
+
+
+def _temperature(task: TaskSpec, logits: Tensor, target: Tensor) -> float:
+    plain = TaskSpec(task.name, task.kind, task.classes)
+
+    def loss(log_temperature: float) -> float:
+        scaled = {task.name: logits / math.exp(log_temperature)}
+        return float(task_losses([plain], scaled, {task.name: target})[task.name])
+
+    # Convex in 1 / T, so there is one minimum.
+    best = minimize_scalar(loss, bounds=(-_LOG_TEMPERATURE, _LOG_TEMPERATURE), method="bounded")
+    return math.exp(float(best.x))
+
+
+def _conformal_quantile(residuals: Tensor, level: float) -> float | None:
+    rank = math.ceil((len(residuals) + 1) * level)
+    return None if rank > len(residuals) else float(residuals.double().kthvalue(rank).values)
+
+
+def confidence(task: TaskSpec, logits: Tensor) -> Tensor:
+    """How sure the prediction is, [B] in 0..1: the probability of the class predicted; for a multilabel task that of
+    its least certain label; for a regression 1 (it has an interval instead).
+
+    Args:
+        logits: [B, outputs], calibrated (`Calibration.apply`).
+    """
+    if task.kind == "regression":
+        return logits.new_ones(len(logits))
+    probabilities = decode(task, logits)
+    if task.kind == "multiclass":
+        return probabilities.amax(1)
+    return torch.maximum(probabilities, 1 - probabilities).amin(1)
+
+
+def calibration_error(task: TaskSpec, logits: Tensor, target: Tensor) -> float:
+    """Expected calibration error in 15 bins, 0..1 (for a multilabel task over all its labels together).
+
+    Args:
+        logits: [B, outputs]. target: [B] or, multilabel, [B, classes].
+
+    Raises:
+        ValueError: a regression, which has no probabilities.
+    """
+    if task.kind == "regression":
+        raise ValueError(f"task {task.name!r}: expected classes, got a regression")
+    probabilities = decode(task, logits.float())
+    if task.kind == "multiclass":
+        return float(multiclass_calibration_error(probabilities, target.long(), task.classes, n_bins=15))
+    return float(binary_calibration_error(probabilities.reshape(-1), target.reshape(-1).long(), n_bins=15))
+
+
+def risk_coverage(confidences: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+    """The risk-coverage curve: bags sorted by falling confidence, share kept and share of errors among those kept.
+
+    Args:
+        confidences: [B]. correct: bool [B].
+
+    Returns:
+        coverage [B] and risk [B], float64; bags of equal confidence are kept or referred together, so they share
+        one point.
+    """
+    order = confidences.argsort(descending=True, stable=True)
+    ranked, wrong = confidences[order], (~correct[order]).double()
+    kept = torch.arange(1, len(order) + 1, dtype=torch.float64)
+    last = torch.searchsorted(-ranked.double(), -ranked.double(), right=True)  # one past the last of equal ones
+    return last.double() / max(len(order), 1), (wrong.cumsum(0) / kept)[last - 1] if len(order) else wrong

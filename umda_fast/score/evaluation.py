@@ -1,0 +1,269 @@
+"""A model over a split: metrics, losses and what the model reports about its views and tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
+from umda_fast.model import UMDA, Ensemble, TaskSpec, task_losses
+from umda_fast.model.chunked import forward_chunked
+from umda_fast.runtime.config import DataConfig
+from umda_fast.runtime.guard import check_batch
+from umda_fast.runtime.progress import ProgressReport
+from umda_fast.runtime.together import label_counts, penalty_counts, processes_of
+from umda_fast.score.metrics import TaskMetrics, mean_score
+from umda_fast.sgl.distributed import Processes
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["SplitResult", "batches_in_order", "evaluate_dataset", "infer", "outputs_in_order", "to_device"]
+
+# Batches of more instances go through the model in chunks.
+LARGE = 32_768
+
+
+@dataclass
+class SplitResult:
+    """What `evaluate_dataset` found on a split.
+
+    `tasks` is {task: {metric: value}}, NaN where a metric is undefined. `losses` are means over the bags that
+    carry the label (with class weights, weighted means). `view_consistency`, `view_mass` [V, V] (row: the view
+    that listens) and `influence` [T, T] are None for a model that has no such thing.
+    """
+
+    tasks: dict[str, dict[str, float]]
+    mean_score: float
+    losses: dict[str, float]
+    bags: int
+    instances: int
+    view_consistency: float | None
+    view_mass: Tensor | None
+    influence: Tensor | None
+
+
+class _Mean:
+    """Weighted mean of tensors, kept on their device until it is read."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.weight = 0.0
+
+    def add(self, value: Tensor | None, weight: float = 1.0) -> None:
+        if value is None or weight == 0:
+            return
+        self.merge(value.detach().double() * weight, weight)
+
+    def merge(self, total: Tensor | None, weight: float) -> None:
+        """Takes in a sum of weighted values and the sum of their weights."""
+        if total is None:
+            return
+        self.total = total if self.total is None else self.total + total
+        self.weight += weight
+
+    def value(self) -> Tensor | None:
+        return None if self.total is None else (self.total / self.weight).cpu()
+
+
+def batches_in_order(
+    dataset: BagDataset, data: DataConfig, processes: Processes | None = None
+) -> Iterable[BagBatch]:
+    """All bags of `dataset` in its order, batched by `data.budget`; this process's share of each batch."""
+    return make_loader(dataset, _sampler(dataset, data, processes), workers=data.workers)
+
+
+def _sampler(dataset: BagDataset, data: DataConfig, processes: Processes | None) -> InstanceBudgetSampler:
+    size, rank = (1, 0) if processes is None else (processes.size, processes.rank)
+    return InstanceBudgetSampler(dataset.sizes, data.budget, shuffle=False, replicas=size, rank=rank)
+
+
+def to_device(host: BagBatch, fabric: Fabric) -> BagBatch:
+    """`host` on `fabric`'s device, features in float32, however compactly they are stored."""
+    batch = host.to(fabric.device, non_blocking=fabric.device.type == "cuda")
+    batch.views = {name: features.float() for name, features in batch.views.items()}
+    return batch
+
+
+@torch.no_grad()
+def infer(model: nn.Module, host: BagBatch, fabric: Fabric) -> tuple[BagBatch, Any]:
+    """`host` on `fabric`'s device and the output of `model`, which is in evaluation mode.
+
+    More than `LARGE` instances go through a `UMDA` in chunks, their features staying as compact as they are stored;
+    not so with encoders of the user's own, which might look across instances.
+    """
+    if isinstance(model, Ensemble):
+        found = [infer(member, host, fabric) for member in model.members]
+        return found[0][0], model.combine([out for _, out in found])
+    if isinstance(model, UMDA) and host.num_instances > LARGE and not model.encoders.custom:
+        batch = host.to(fabric.device)
+        with fabric.autocast():
+            return batch, forward_chunked(model, **batch.inputs())
+    batch = to_device(host, fabric)
+    with fabric.autocast():
+        return batch, model(**batch.inputs())
+
+
+def outputs_in_order(
+    model: nn.Module, dataset: BagDataset, fabric: Fabric, data: DataConfig, *, title: str, progress: bool = False
+) -> Iterator[tuple[BagBatch, BagBatch, Any]]:
+    """Every batch of `dataset` in its order, on the host and on `fabric`'s device, and what `model` makes of it.
+
+    Raises:
+        DataError: a feature or a label is NaN or infinite; names bag, view and instance.
+    """
+    done = 0
+    with ProgressReport(title, device=fabric.device, enabled=progress) as report:
+        for host in batches_in_order(dataset, data):
+            check_batch(host)
+            yield host, *infer(model, host, fabric)
+            done += len(host)
+            report.update(done / max(len(dataset), 1), instances=host.num_instances)
+
+
+# Logits, labels and label masks of some bags, each task -> [B, ...].
+_Outputs = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+
+
+class _Found:
+    """What is summed up over the batches of a split, and over processes."""
+
+    def __init__(self, tasks: Sequence[TaskSpec]) -> None:
+        self.tasks = tuple(tasks)
+        self.losses = {task.name: _Mean() for task in tasks}
+        self.consistency, self.influence = _Mean(), _Mean()
+        self.mass_sum, self.mass_rows = _Mean(), _Mean()
+        self.bags = self.instances = 0
+
+    def add(self, host: BagBatch, batch: BagBatch, out: Any) -> None:
+        losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
+        # By what each is a mean over, so that it does not matter how the bags are put into batches.
+        counts = label_counts(host, self.tasks)
+        for name, loss in losses.items():
+            self.losses[name].add(loss, counts[name])
+        pairs = penalty_counts(host, ["consistency"])["consistency"]
+        self.consistency.add(getattr(out, "view_consistency", None), pairs)
+        self.influence.add(getattr(out, "influence", None), len(host))
+        mass = getattr(out, "view_mass", None)
+        if mass is not None:
+            self.mass_sum.add(mass.double().sum(dim=0))  # rows of missing views are zero
+            self.mass_rows.add(batch.mask.double().sum(dim=0))
+        self.bags += len(host)
+        self.instances += host.num_instances
+
+    def _means(self) -> list[_Mean]:
+        return [*self.losses.values(), self.consistency, self.influence, self.mass_sum, self.mass_rows]
+
+    def state(self) -> tuple[list[tuple[Tensor | None, float]], int, int]:
+        """Plain values, on the host."""
+        means = [(None if m.total is None else m.total.cpu(), m.weight) for m in self._means()]
+        return means, self.bags, self.instances
+
+    def merge(self, state: tuple[list[tuple[Tensor | None, float]], int, int]) -> None:
+        """Takes in what another process found."""
+        means, bags, instances = state
+        for mean, (total, weight) in zip(self._means(), means, strict=True):
+            mean.merge(total, weight)
+        self.bags += bags
+        self.instances += instances
+
+    def result(self, values: dict[str, dict[str, float]]) -> SplitResult:
+        means = {name: mean.value() for name, mean in self.losses.items()}
+        consistency = self.consistency.value()
+        view_mass = None
+        if self.mass_sum.total is not None and self.mass_rows.total is not None:
+            view_mass = (self.mass_sum.total / self.mass_rows.total.clamp(min=1.0).unsqueeze(1)).cpu()
+        return SplitResult(
+            tasks=values,
+            mean_score=mean_score(self.tasks, values),
+            losses={name: math.nan if value is None else float(value) for name, value in means.items()},
+            bags=self.bags,
+            instances=self.instances,
+            view_consistency=None if consistency is None else float(consistency),
+            view_mass=view_mass,
+            influence=self.influence.value(),
+        )
+
+
+def _in_order(indices: Sequence[int], outputs: Sequence[_Outputs], batches: Sequence[int]) -> list[_Outputs]:
+    """Outputs of all bags, bag after bag, in `batches` of so many; `indices` says which rows `outputs` are."""
+    if not outputs:
+        return []
+    order = torch.tensor(indices).argsort()
+    pieces = [
+        {name: torch.cat([part[kind][name] for part in outputs])[order].split(batches) for name in outputs[0][kind]}
+        for kind in range(3)
+    ]
+    result = []
+    for number in range(len(batches)):
+        logits, labels, masks = ({name: piece[number] for name, piece in kind.items()} for kind in pieces)
+        result.append((logits, labels, masks))
+    return result
+
+
+@torch.no_grad()
+def evaluate_dataset(
+    model: nn.Module,
+    dataset: BagDataset,
+    fabric: Fabric,
+    data: DataConfig,
+    *,
+    title: str = "evaluate",
+    progress: bool = False,
+) -> SplitResult:
+    """Run `model` in evaluation mode over `dataset` on `fabric`'s device.
+
+    Several processes share the bags; process 0 gathers the outputs of all of them, each bag once and in the
+    dataset's order, computes the metrics as one process would, and tells the others.
+
+    Raises:
+        DataError: a feature or a label is NaN or infinite; names bag, view and instance.
+    """
+    tasks = dataset.tasks
+    processes = processes_of(fabric)
+    was_training = model.training
+    model.eval()
+    metrics = TaskMetrics(tasks).to(fabric.device)
+    found = _Found(tasks)
+    outputs: list[_Outputs] = []
+    with ProgressReport(title, device=fabric.device, enabled=progress and fabric.is_global_zero) as report:
+        for host in batches_in_order(dataset, data, processes):
+            if len(host) == 0:
+                continue
+            check_batch(host)
+            batch, out = infer(model, host, fabric)
+            with fabric.autocast():
+                found.add(host, batch, out)
+            if processes is None:
+                metrics.update(out.logits, batch.labels, batch.label_mask)
+            else:
+                logits = {name: value.float().cpu() for name, value in out.logits.items()}
+                outputs.append((logits, host.labels, host.label_mask))
+            report.update(found.bags / max(len(dataset), 1), instances=host.num_instances)
+    model.train(was_training)
+    if processes is None:
+        return found.result(metrics.compute())
+    indices = [index for batch in _sampler(dataset, data, processes).batches(0) for index in batch]
+    parts = processes.objects((indices, outputs, found.state()))
+    result: SplitResult | None = None
+    if processes.rank == 0:
+        found = _Found(tasks)
+        for *_, state in parts:
+            found.merge(state)
+        # In the batches of one process: metrics add up in float32, batch by batch.
+        merged = _in_order(
+            [index for rows, *_ in parts for index in rows],
+            [output for _, part, _ in parts for output in part],
+            [len(batch) for batch in _sampler(dataset, data, None).batches(0)],
+        )
+        for logits, labels, label_mask in merged:
+            moved = ({name: value.to(fabric.device) for name, value in x.items()} for x in (logits, labels, label_mask))
+            metrics.update(*moved)
+        result = found.result(metrics.compute())
+    told: SplitResult = processes.object_from_first(result)
+    return told

@@ -1,0 +1,21 @@
+"""What is done with trained models and with many runs: predictions, maps, reports, comparisons, new heads.
+
+Needs the extra `train`.
+"""
+
+from umda_fast.studies.compare import compare_models, comparison_markdown
+from umda_fast.studies.crossval import cross_validate
+from umda_fast.studies.maps import explain
+from umda_fast.studies.predict import predict
+from umda_fast.studies.readapt import readapt
+from umda_fast.studies.report import write_report
+
+__all__ = [
+    "compare_models",
+    "comparison_markdown",
+    "cross_validate",
+    "explain",
+    "predict",
+    "readapt",
+    "write_report",
+]

@@ -1,0 +1,369 @@
+"""Where a model looked: heatmaps, GeoJSON for QuPath, and the instances with the most attention."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from umda_fast import ops
+from umda_fast.data import BagDataset
+from umda_fast.errors import DataError
+from umda_fast.files import atomic_file
+from umda_fast.studies.predict import predict_batches
+from umda_fast.train.run import Run, model_data
+
+__all__ = ["BagMap", "Explanation", "attention_maps", "explain", "paint", "patch_edge", "plot_maps", "write_geojson"]
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+_CELLS = 1200  # along the longer side of a heatmap
+
+
+@dataclass(frozen=True)
+class BagMap:
+    """What is known of one bag's n instances.
+
+    Attributes:
+        name: of the bag.
+        attention: float32 [n, T]; sums to 1 over the instances.
+        views: float32 [n, V], the weight of every view in the fusion, or None for a model of one view.
+        coords: [n, 2], corner of each patch with the smallest x and y, or None.
+        unit: of the coordinates: "px" (level 0), "um", or "" where not known.
+        patch: edge of a patch in that unit, NaN where not known.
+        pixel_size: micrometres per level-0 pixel, NaN where not known.
+    """
+
+    name: str
+    attention: FloatArray
+    views: FloatArray | None
+    coords: FloatArray | None
+    unit: str = ""
+    patch: float = float("nan")
+    pixel_size: float = float("nan")
+
+
+def patch_edge(coords: FloatArray) -> float:
+    """The edge of patches that lie side by side: the commonest distance between neighbouring patches of one row or
+    column; 1 where nothing can be told (no two patches in one).
+
+    Args:
+        coords: [n, 2].
+    """
+    steps = []
+    for along, across in ((0, 1), (1, 0)):
+        order = np.lexsort((coords[:, along], coords[:, across]))
+        ordered = coords[order]
+        same = np.diff(ordered[:, across]) == 0
+        steps.append(np.diff(ordered[:, along])[same])
+    distances = np.concatenate(steps)
+    values, counts = np.unique(distances[distances > 0].round(3), return_counts=True)
+    return float(values[counts.argmax()]) if len(values) else 1.0
+
+
+def paint(coords: FloatArray, values: FloatArray, edge: float, cells: int = _CELLS) -> tuple[FloatArray, float]:
+    """Patches as a picture: every cell holds the mean of the patches that cover it, NaN where none does.
+
+    Args:
+        coords: [n, 2], n > 0, corner of each patch with the smallest x and y.
+        values: [n].
+        edge: of the patches, in the coordinates' unit.
+        cells: most cells along the longer side.
+
+    Returns:
+        The picture [rows, columns], row 0 at the smallest y, and the edge of a cell.
+    """
+    low = coords.min(axis=0)
+    extent = coords.max(axis=0) - low + edge
+    cell = max(float(extent.max()) / cells, edge / 4)
+    shape = np.maximum(np.ceil(extent / cell - 1e-9).astype(np.int64), 1)
+    first = np.floor((coords - low) / cell + 1e-9).astype(np.int64)
+    last = np.maximum(np.ceil((coords - low + edge) / cell - 1e-9).astype(np.int64), first + 1)
+    total, count = np.zeros(shape[::-1]), np.zeros(shape[::-1])
+    span = int((last - first).max())
+    for dy in range(span):
+        for dx in range(span):
+            at = first + np.array([dx, dy])
+            inside = (at < np.minimum(last, shape)).all(axis=1)
+            where = (at[inside, 1], at[inside, 0])
+            np.add.at(total, where, values[inside])
+            np.add.at(count, where, 1.0)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0), cell
+
+
+def plot_maps(
+    bag: BagMap, panels: Mapping[str, FloatArray], title: str, label: str, low: float | None = None
+) -> Figure:
+    """One heatmap per panel, side by side, on a common colour scale up to the 99th percentile.
+
+    Args:
+        bag: with coordinates.
+        panels: heading -> values [n].
+        title: of the figure. label: of the colour bar. low: bottom of the scale; None for the least value.
+    """
+    assert bag.coords is not None
+    edge = bag.patch if np.isfinite(bag.patch) else patch_edge(bag.coords)
+    painted = {name: paint(bag.coords, values, edge) for name, values in panels.items()}
+    values = np.concatenate(list(panels.values()))
+    high = float(np.quantile(values, 0.99))
+    bottom = float(values.min()) if low is None else low
+    rows, columns = next(iter(painted.values()))[0].shape
+    side = 4.6
+    height = min(max(side * rows / columns, 1.5), 2 * side)
+    figure = Figure(figsize=(side * len(panels) + 1.2, height + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    corner = bag.coords.min(axis=0)
+    for axis, (name, (picture, cell)) in zip(axes, painted.items(), strict=True):
+        extent = (corner[0], corner[0] + columns * cell, corner[1] + rows * cell, corner[1])  # y grows downwards
+        image = axis.imshow(
+            picture, vmin=bottom, vmax=max(high, bottom + 1e-12), cmap="inferno", extent=extent, interpolation="nearest"
+        )
+        axis.set_facecolor("0.92")
+        unit = {"um": "µm", "px": "pixels"}.get(bag.unit, "")
+        axis.set(title=name, xlabel=f"x ({unit})" if unit else "x", ylabel=f"y ({unit})" if unit else "y")
+        axis.tick_params(labelsize=7)
+        axis.ticklabel_format(style="plain", useOffset=False)
+    figure.colorbar(image, ax=list(axes), label=label, shrink=0.85, extend="max" if high < values.max() else "neither")
+    figure.suptitle(title)
+    return figure
+
+
+def relative(attention: FloatArray) -> FloatArray:
+    """Attention times the number of instances: 1 is what every instance would have if all were alike."""
+    return attention * len(attention)
+
+
+def _to_pixels(bag: BagMap) -> tuple[FloatArray, float]:
+    assert bag.coords is not None
+    edge = bag.patch if np.isfinite(bag.patch) else patch_edge(bag.coords)
+    if bag.unit != "um":
+        return bag.coords, edge
+    if not np.isfinite(bag.pixel_size):
+        raise DataError(
+            f"bag {bag.name!r}: coordinates are in micrometres; QuPath counts in pixels, expected the pixel size"
+        )
+    return bag.coords / bag.pixel_size, edge / bag.pixel_size
+
+
+def write_geojson(path: str | os.PathLike[str], bag: BagMap, tasks: Sequence[str], views: Sequence[str] = ()) -> None:
+    """One tile per instance, a GeoJSON FeatureCollection that QuPath (0.4 or newer) opens with File > Import objects.
+
+    Measurements of a tile: `attention: <task>` times the number of instances, `percentile: <task>` and, with several
+    views, `view: <view>`. The geometry is in level-0 pixels, as QuPath counts.
+
+    Args:
+        path: of the file, written whole or not at all.
+        bag: with coordinates.
+        tasks: names of the columns of its attention. views: of its view weights.
+
+    Raises:
+        DataError: coordinates in micrometres and no pixel size.
+    """
+    corners, edge = _to_pixels(bag)
+    with atomic_file(path) as stream:
+        stream.write(b'{"type":"FeatureCollection","features":[')
+        for number, feature in enumerate(_features(bag, corners, edge, tasks, views)):
+            stream.write(b",\n" if number else b"\n")
+            stream.write(json.dumps(feature, separators=(",", ":")).encode())
+        stream.write(b"\n]}\n")
+
+
+def _features(
+    bag: BagMap, corners: FloatArray, edge: float, tasks: Sequence[str], views: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    columns = {f"attention: {task}": relative(bag.attention)[:, t] for t, task in enumerate(tasks)}
+    n = len(corners)
+    for t, task in enumerate(tasks):
+        percentile = np.empty(n)
+        percentile[bag.attention[:, t].argsort(kind="stable")] = 100 * np.arange(1, n + 1) / n
+        columns[f"percentile: {task}"] = percentile
+    if bag.views is not None:
+        columns |= {f"view: {view}": bag.views[:, v] for v, view in enumerate(views)}
+    for i in range(n):
+        x, y = (round(float(value), 2) for value in corners[i])
+        right, bottom = round(x + edge, 2), round(y + edge, 2)
+        yield {
+            "type": "Feature",
+            "geometry": {
+                "type": "Polygon",
+                "coordinates": [[[x, y], [right, y], [right, bottom], [x, bottom], [x, y]]],
+            },
+            "properties": {
+                "objectType": "tile",
+                "measurements": {name: float(f"{values[i]:.5g}") for name, values in columns.items()},
+            },
+        }
+
+
+def attention_maps(
+    run: Run, dataset: BagDataset, fabric: Any, *, wanted: Iterable[str] | None = None, progress: bool = False
+) -> Iterator[tuple[BagMap, dict[str, Any]]]:
+    """A `BagMap` and the logits {task: [outputs]} for every bag of `dataset`, which has the model's views and tasks.
+
+    Args:
+        wanted: names of the bags; None for all.
+
+    Raises:
+        DataError: there is no bag of a name in `wanted`.
+    """
+    if wanted is not None:
+        rows = {name: row for row, name in enumerate(dataset.names)}
+        names = list(wanted)
+        for name in names:
+            if name not in rows:
+                raise DataError(f"{dataset.name}: expected the name of a bag, got {name!r}")
+        dataset = dataset.subset(np.array([rows[name] for name in names], dtype=np.int64))
+    positions = dataset.positions
+    row = 0
+    for batch, out in predict_batches(run, dataset, fabric, progress=progress, title="explain"):
+        offsets = batch.ptr.tolist()
+        attention = out.attention.float().cpu().numpy()
+        weights = getattr(out, "view_weights", None)
+        weights = None if weights is None or weights.shape[1] < 2 else weights.float().cpu().numpy()
+        coords = None if batch.coords is None else batch.coords.double().cpu().numpy()
+        for index, name in enumerate(batch.names):
+            part = slice(offsets[index], offsets[index + 1])
+            known: dict[str, Any] = {}
+            if positions is not None:
+                known = {
+                    "unit": positions.unit,
+                    "patch": float(positions.patch_size[row]),
+                    "pixel_size": float(positions.pixel_size[row]),
+                }
+            yield (
+                BagMap(
+                    name,
+                    attention[part],
+                    None if weights is None else weights[part],
+                    None if coords is None else coords[part],
+                    **known,
+                ),
+                {task: logits[index].float().cpu() for task, logits in out.logits.items()},
+            )
+            row += 1
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` wrote.
+
+    Attributes:
+        bags: how many. heatmaps, geojson: files of each kind.
+        without: names of the bags that have instances but no coordinates, so that nothing could be drawn.
+    """
+
+    bags: int
+    heatmaps: int
+    geojson: int
+    without: tuple[str, ...]
+
+
+def explain(
+    run: Run,
+    *,
+    source: str | None = None,
+    datasets: Mapping[str, BagDataset] | None = None,
+    out: str | os.PathLike[str],
+    split: str | None = None,
+    bags: Sequence[str] | None = None,
+    top: int = 20,
+    heatmaps: bool = True,
+    geojson: bool = True,
+    pixel_size: float | None = None,
+    format: str | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> Explanation:
+    """Write what the model looked at in every bag of `source` (or `datasets`; the run's own data without either).
+
+    Into `out`: `top_instances.csv` with the `top` instances of every bag and task by attention; and for each bag with
+    coordinates `<bag>/attention-<task>.png`, with several views `<bag>/views.png`, and `<bag>/<bag>.geojson`.
+
+    Args:
+        split: only this part of the data. bags: only these bags.
+        pixel_size: micrometres per pixel at level 0, for GeoJSON where the data does not say.
+        skip_bad: leave out what is bad in the source and list it on standard error.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: the data cannot be read or does not fit the model, or there is no such bag. ValueError: top < 1.
+    """
+    if top < 1:
+        raise ValueError(f"top: expected at least 1, got {top}")
+    dataset, fabric = model_data(
+        run, source=source, datasets=datasets, split=split, format=format, device=device, skip_bad=skip_bad
+    )
+    tasks = [task.name for task in run.model.config.tasks]
+    views = [view.name for view in run.model.config.views]
+    place = Path(out)
+    counts = {"bags": 0, "heatmaps": 0, "geojson": 0}
+    without = []
+    with ExitStack() as stack:
+        stack.enter_context(ops.use_backend(backend))
+        stream = stack.enter_context(atomic_file(place / "top_instances.csv"))
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline="", write_through=True)
+        stack.callback(text.detach)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["bag", "task", "rank", "instance", "x", "y", "attention", "relative_attention"])
+        for bag, _ in attention_maps(run, dataset, fabric, wanted=bags, progress=progress):
+            counts["bags"] += 1
+            writer.writerows(_top(bag, tasks, top))
+            if bag.coords is None or not len(bag.coords):
+                without += [bag.name] if len(bag.attention) else []
+                continue
+            folder = place / _safe(bag.name)
+            if heatmaps:
+                counts["heatmaps"] += _write_pictures(folder, bag, tasks, views)
+            if geojson:
+                if pixel_size is not None and not np.isfinite(bag.pixel_size):
+                    bag = BagMap(**{**vars(bag), "pixel_size": pixel_size})
+                write_geojson(folder / f"{_safe(bag.name)}.geojson", bag, tasks, views)
+                counts["geojson"] += 1
+    return Explanation(**counts, without=tuple(without))
+
+
+def _safe(name: str) -> str:
+    """A name for a file: one that no system reads as a path."""
+    safe = quote(name, safe=" +,=@")
+    return safe if safe.strip(".") else safe.replace(".", "%2E")
+
+
+def _top(bag: BagMap, tasks: Sequence[str], top: int) -> Iterator[list[Any]]:
+    share = relative(bag.attention)
+    for t, task in enumerate(tasks):
+        for rank, i in enumerate((-bag.attention[:, t]).argsort(kind="stable")[:top]):
+            x, y = ("", "") if bag.coords is None else (f"{value:.10g}" for value in bag.coords[i])
+            yield [bag.name, task, rank + 1, int(i), x, y, f"{bag.attention[i, t]:.6g}", f"{share[i, t]:.6g}"]
+
+
+def _write_pictures(folder: Path, bag: BagMap, tasks: Sequence[str], views: Sequence[str]) -> int:
+    figures = {
+        f"attention-{task}": plot_maps(
+            bag, {task: relative(bag.attention)[:, t]}, bag.name, "attention (1: all instances alike)", 0.0
+        )
+        for t, task in enumerate(tasks)
+    }
+    if bag.views is not None:
+        panels = {view: bag.views[:, v] for v, view in enumerate(views)}
+        figures["views"] = plot_maps(bag, panels, f"{bag.name}: weight of each view", "weight (sums to 1)", 0.0)
+    for name, figure in figures.items():
+        with atomic_file(folder / f"{_safe(name)}.png") as stream:
+            figure.savefig(stream, format="png", dpi=110)
+    return len(figures)

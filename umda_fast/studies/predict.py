@@ -1,0 +1,233 @@
+"""Predictions for bags: a CSV with a line for each, and, if asked, an HDF5 with every instance's
+attention.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from umda_fast import ops
+from umda_fast.data import BagBatch, BagDataset
+from umda_fast.errors import DataError
+from umda_fast.files import atomic_file
+from umda_fast.model import TaskSpec, decode
+from umda_fast.runtime.rundir import RunDirectory
+from umda_fast.score.calibration import Calibration, confidence
+from umda_fast.score.evaluation import outputs_in_order
+from umda_fast.score.metrics import predicted_labels
+from umda_fast.train.run import Run, model_data
+
+__all__ = ["predict", "predict_batches"]
+
+
+def class_names(task: TaskSpec) -> list[str]:
+    """Names of a task's classes, their numbers where they have none; [] for a regression."""
+    if task.kind == "regression":
+        return []
+    if task.labels is not None:
+        return list(task.labels)
+    return [str(index) for index in range(2 if task.kind == "binary" else task.classes)]
+
+
+def columns(tasks: Sequence[TaskSpec]) -> list[str]:
+    """The header of predictions.csv."""
+    header = ["bag"]
+    for task in tasks:
+        if task.kind == "regression":
+            header.append(task.name)
+            continue
+        if task.kind == "binary":
+            header.append(f"{task.name}_probability")
+        else:
+            header += [f"{task.name}_probability_{name}" for name in class_names(task)]
+        header.append(f"{task.name}_predicted")
+    return header
+
+
+def confidence_columns(tasks: Sequence[TaskSpec], calibration: Calibration) -> list[str]:
+    """What `refer_below` adds to the header."""
+    header = []
+    for task in tasks:
+        if task.kind != "regression":
+            header.append(f"{task.name}_confidence")
+        elif task.name in calibration.half_widths:
+            header += [f"{task.name}_low", f"{task.name}_high"]
+    return [*header, "refer"]
+
+
+def confidence_rows(
+    tasks: Sequence[TaskSpec], logits: Mapping[str, Tensor], calibration: Calibration, refer_below: float
+) -> list[list[str]]:
+    """The cells under `confidence_columns` for the bags of a batch."""
+    calibrated = calibration.apply({name: value.float().cpu() for name, value in logits.items()})
+    lines: list[list[str]] = [[] for _ in range(len(next(iter(calibrated.values()))))]
+    refer: list[list[str]] = [[] for _ in lines]
+    for task in tasks:
+        if task.kind == "regression":
+            half = calibration.half_widths.get(task.name)
+            if half is not None:
+                for line, value in zip(lines, decode(task, calibrated[task.name])[:, 0].tolist(), strict=True):
+                    line += [f"{value - half:.6g}", f"{value + half:.6g}"]
+            continue
+        sure = confidence(task, calibrated[task.name]).tolist()
+        for line, referred, value in zip(lines, refer, sure, strict=True):
+            line.append(f"{value:.6g}")
+            referred += [task.name] * (value < refer_below)
+    return [[*line, ";".join(referred)] for line, referred in zip(lines, refer, strict=True)]
+
+
+def rows(names: Sequence[str], tasks: Sequence[TaskSpec], logits: Mapping[str, Tensor]) -> list[list[str]]:
+    """Lines of predictions.csv for the bags of a batch, under the header of `columns`."""
+    lines = [[name] for name in names]
+    for task in tasks:
+        decoded = decode(task, logits[task.name].float()).cpu()
+        decoded = decoded.reshape(len(lines), -1)
+        labels = class_names(task)
+        chosen = predicted_labels(task, decoded).tolist()
+        for line, values, own in zip(lines, decoded.tolist(), chosen, strict=True):
+            line.extend(f"{value:.6g}" for value in values)
+            if task.kind == "binary":
+                line.append(labels[int(own[0])])
+            elif task.kind == "multiclass":
+                line.append(labels[max(range(len(values)), key=values.__getitem__)])
+            elif task.kind == "multilabel":
+                line.append(";".join(label for label, there in zip(labels, own, strict=True) if there))
+    return lines
+
+
+@torch.no_grad()
+def predict_batches(
+    run: Run, dataset: BagDataset, fabric: Any, *, progress: bool = False, title: str = "predict"
+) -> Iterator[tuple[BagBatch, Any]]:
+    """The batch and the model's output for all bags of `dataset`, which has the model's views and tasks, in
+    its order.
+    """
+    model = fabric.to_device(run.model).eval()
+    for _, batch, out in outputs_in_order(model, dataset, fabric, run.config.data, title=title, progress=progress):
+        yield batch, out
+
+
+def predict(
+    run: Run,
+    *,
+    source: str | None = None,
+    datasets: Mapping[str, BagDataset] | None = None,
+    out: str | os.PathLike[str],
+    attention: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    format: str | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    refer_below: float | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> int:
+    """Predict for every bag of `source` (or of `datasets`), all splits unless `split` names one.
+
+    Several runs (`load_ensemble`) predict the mean of what they predict.
+
+    The CSV holds the bag's name and, for each task, the probabilities (of label 1 for a binary task, of every
+    class otherwise) and the class predicted, classes joined by `;` for a multilabel task; for a regression
+    the value in original units. The HDF5 holds a group for each bag, named as the bag with `/` written as
+    `%2F` and its plain name in the attribute `name`: `attention` [n, T], `view_weights` [n, V] (models with
+    several views) and `coords` [n, 2] if the data has them; the file's attributes `tasks` and `views` name
+    the columns. Where the data knows, the attributes of `coords` say what it means: `unit` (um or px),
+    `patch_size` in that unit, `pixel_size` in micrometres per level-0 pixel.
+
+    With `refer_below`, a number between 0 and 1, the CSV further holds each task's calibrated confidence (see
+    `calibration.confidence`), the ends of a regression's interval, and in its last column `refer` the tasks, joined by
+    `;`, whose confidence is below that number: a human should look at those. This needs the calibration.json that
+    training writes when it has a validation split.
+
+    Returns:
+        The number of bags.
+
+    Raises:
+        DataError: the data cannot be read or does not fit the model; `refer_below` out of range, or no calibration.
+    """
+    calibration = None
+    if refer_below is not None:
+        if not 0.0 <= refer_below <= 1.0:
+            raise DataError(f"refer_below: expected a number between 0 and 1, got {refer_below}")
+        if run.members:
+            raise DataError(f"refer_below: expected one run, whose calibration is known, got {len(run.members)}")
+        calibration = Calibration.load(RunDirectory(run.directory).calibration)
+    dataset, fabric = model_data(
+        run, source=source, datasets=datasets, split=split, format=format, device=device, skip_bad=skip_bad
+    )
+    tasks: Sequence[TaskSpec] = run.model.config.tasks
+    with ExitStack() as stack:
+        stack.enter_context(ops.use_backend(backend))
+        table = stack.enter_context(atomic_file(out))
+        text = io.TextIOWrapper(table, encoding="utf-8", newline="", write_through=True)
+        stack.callback(text.detach)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns(tasks) + ([] if calibration is None else confidence_columns(tasks, calibration)))
+        store = stack.enter_context(_attention_file(attention, run)) if attention is not None else None
+        for batch, result in predict_batches(run, dataset, fabric, progress=progress):
+            lines = rows(batch.names, tasks, result.logits)
+            if calibration is not None and refer_below is not None:
+                more = confidence_rows(tasks, result.logits, calibration, refer_below)
+                lines = [line + cells for line, cells in zip(lines, more, strict=True)]
+            writer.writerows(lines)
+            if store is not None:
+                _write_attention(store, batch, result)
+        if store is not None:
+            _write_positions(store, dataset)
+    return len(dataset)
+
+
+@contextmanager
+def _attention_file(path: str | os.PathLike[str], run: Run) -> Iterator[Any]:
+    import h5py
+
+    with atomic_file(path) as stream, h5py.File(stream, "w") as store:
+        store.attrs["tasks"] = [task.name for task in run.model.config.tasks]
+        store.attrs["views"] = [view.name for view in run.model.config.views]
+        yield store
+
+
+def _group_name(bag: str) -> str:
+    return quote(bag, safe=" !#$&'()*+,:;=?@[]~")
+
+
+def _write_positions(store: Any, dataset: BagDataset) -> None:
+    positions = dataset.positions
+    if positions is None:
+        return
+    for row, name in enumerate(dataset.names):
+        attributes = store[_group_name(name)]["coords"].attrs
+        attributes["unit"] = positions.unit
+        for key, value in (("patch_size", positions.patch_size[row]), ("pixel_size", positions.pixel_size[row])):
+            if not math.isnan(value):
+                attributes[key] = value
+
+
+def _write_attention(store: Any, batch: BagBatch, result: Any) -> None:
+    attention = result.attention.float().cpu().numpy()
+    weights = getattr(result, "view_weights", None)
+    weights = None if weights is None else weights.float().cpu().numpy()
+    coords = None if batch.coords is None else batch.coords.cpu().numpy()
+    offsets = batch.ptr.tolist()
+    for index, name in enumerate(batch.names):
+        part = slice(offsets[index], offsets[index + 1])
+        key = _group_name(name)
+        if key in (".", ""):
+            raise DataError(f"bag {name!r}: cannot be the name of a group in an HDF5 file")
+        group = store.create_group(key)
+        group.attrs["name"] = name
+        group.create_dataset("attention", data=attention[part])
+        if weights is not None:
+            group.create_dataset("view_weights", data=weights[part])
+        if coords is not None:
+            group.create_dataset("coords", data=coords[part])

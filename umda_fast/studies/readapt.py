@@ -1,0 +1,163 @@
+"""A trained model for new labels in seconds: its trunk as it is, new heads in closed form.
+
+Source of the choice of the penalty by leave-one-out errors: Golub, Heath and Wahba, "Generalized cross-validation as a
+method for choosing a good ridge parameter", Technometrics 1979, as scikit-learn's RidgeCV does it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import RidgeCV
+from torch import Tensor, nn
+
+from umda_fast import ops
+from umda_fast.data import BagDataset, load_source
+from umda_fast.data.adapt import adapt_dataset
+from umda_fast.errors import DataError
+from umda_fast.files import write_json
+from umda_fast.model import UMDA, TaskSpec
+from umda_fast.model.readout import Readout
+from umda_fast.runtime.config import as_dict, dump_config, make_config
+from umda_fast.runtime.rundir import RunDirectory, save_model
+from umda_fast.score.calibration import Calibration
+from umda_fast.score.collect import calibrate, collect
+from umda_fast.score.evaluation import SplitResult, evaluate_dataset
+from umda_fast.train.run import Run, data_seed, make_fabric
+
+__all__ = ["fit_head", "readapt"]
+
+_PENALTIES = np.logspace(-2, 6, 17)
+
+
+def fit_head(task: TaskSpec, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor, float]:
+    """A linear head by ridge regression, the penalty chosen among 17 from 0.01 to 10^6 by leave-one-out errors.
+
+    Features are standardised for it. Targets are -1 and 1 for every class or label, and standardised values for a
+    regression, so that logits above 0 predict a label.
+
+    Args:
+        features: [B, F] of the bags that carry the label. target: their labels, [B] or, multilabel, [B, classes].
+
+    Returns:
+        weight [outputs, F], bias [outputs], float32, and the penalty.
+    """
+    x = features.double().numpy()
+    mean, std = x.mean(axis=0), x.std(axis=0)
+    std[std == 0] = 1.0
+    if task.kind == "regression":
+        y = (target.double().numpy()[:, None] - task.mean) / task.std
+    elif task.kind == "multiclass":
+        y = 2.0 * np.eye(task.classes)[target.long().numpy()] - 1.0
+    else:
+        y = 2.0 * target.double().numpy().reshape(len(x), -1) - 1.0
+    ridge = RidgeCV(_PENALTIES).fit((x - mean) / std, y)
+    weight = np.atleast_2d(ridge.coef_) / std
+    bias = np.atleast_1d(ridge.intercept_) - weight @ mean
+    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), float(ridge.alpha_)
+
+
+class _Features(nn.Module):
+    """A trunk whose logits, for every task alike, are its features."""
+
+    def __init__(self, trunk: UMDA, tasks: Sequence[TaskSpec]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.names = [task.name for task in tasks]
+
+    def forward(self, **inputs: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=dict.fromkeys(self.names, Readout.features(self.trunk(**inputs))))
+
+
+def readapt(
+    run: Run,
+    out: str | os.PathLike[str],
+    *,
+    source: str | None = None,
+    datasets: Mapping[str, BagDataset] | None = None,
+    format: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+) -> SplitResult | None:
+    """Fit heads for the tasks of `source` (or of `datasets`) on the trunk of `run`, and leave a run directory that
+    `evaluate`, `predict`, `explain` and `report` take like any other.
+
+    Heads are fitted on the split `train`; their temperatures, which are multiplied into them, on `val` if there is one.
+
+    Args:
+        out: the new run directory; must not hold a run.
+        source: of the bags with the new labels; its views are the model's, or some of them.
+        options: of the source.
+
+    Returns:
+        The result on the split `test` (`val` without one, None without either), also in its metrics.json.
+
+    Raises:
+        DataError: the data does not fit the model or holds no label, or the run is of another architecture.
+    """
+    if not isinstance(run.model, UMDA):
+        raise DataError(f"{run.directory}: expected a model of the architecture umda, got {type(run.model).__name__}")
+    begin = time.monotonic()
+    where = "datasets" if source is None else source
+    settings = make_config(
+        {
+            **as_dict(run.config),
+            "device": device,
+            "data": {
+                **as_dict(run.config)["data"],
+                "source": where,
+                "format": format,
+                "options": dict(options or {}),
+            },
+        }
+    )
+    if datasets is None:
+        if source is None:
+            raise DataError("source: expected the data with the new labels, got none")
+        datasets = load_source(source, format=format, seed=data_seed(settings), **dict(options or {}))
+    if "train" not in datasets or not datasets["train"].tasks:
+        raise DataError(f"{where}: expected a split 'train' with labels of at least one task")
+    tasks = datasets["train"].tasks
+    trunk = run.model.config
+    parts = {name: adapt_dataset(part, trunk.views, tasks, trunk.metadata) for name, part in datasets.items()}
+    directory = RunDirectory(out)
+    directory.begin(resume=False)
+    fabric = make_fabric(settings)
+    penalties = {}
+    calibration: Calibration | None = None
+    with ops.use_backend(backend):
+        fabric.to_device(run.model)
+        model = Readout(run.model.eval(), tasks).eval()
+        found = collect(_Features(model.trunk, tasks), parts["train"], fabric, settings.data)
+        for task, head in zip(tasks, model.heads, strict=True):
+            features, target = found.of(task)
+            if len(target) < 2:
+                raise DataError(f"{where}: task {task.name!r}: expected at least 2 labels to fit, got {len(target)}")
+            weight, bias, penalties[task.name] = fit_head(task, features, target)
+            head.load_state_dict({"weight": weight, "bias": bias})
+        fabric.to_device(model)
+        if len(parts.get("val", ())):
+            calibration = calibrate(model, parts["val"], fabric, settings.data)
+            for task, head in zip(tasks, model.heads, strict=True):
+                temperature = calibration.temperatures.get(task.name, 1.0)
+                head.load_state_dict({name: value / temperature for name, value in head.state_dict().items()})
+            calibration = replace(calibration, temperatures=dict.fromkeys(calibration.temperatures, 1.0))
+        split = next((name for name in ("test", "val") if len(parts.get(name, ()))), None)
+        result = None if split is None else evaluate_dataset(model, parts[split], fabric, settings.data)
+    dump_config(settings, directory.config)
+    save_model(model, directory.path)
+    if calibration is not None:
+        calibration.save(directory.calibration)
+    report: dict[str, Any] = {"trunk": str(run.directory), "penalties": penalties, "seconds": time.monotonic() - begin}
+    if result is not None:
+        report |= {"data": {"split": split}, "tasks": result.tasks, "mean_score": result.mean_score}
+    write_json(directory.metrics, report)
+    return result
