@@ -20,6 +20,7 @@ import torch
 import triton
 
 from umda_fast.errors import DataError
+from umda_fast.files import cache_folder, write_text
 
 __all__ = ["Config", "configured", "measured", "pinned_configurations", "trying", "tuning_file", "write"]
 
@@ -41,7 +42,7 @@ def tuning_file() -> Path:
     """``$UMDA_FAST_TUNING``, else ``umda_fast/tuning.json`` in the user's cache folder."""
     if "UMDA_FAST_TUNING" in os.environ:
         return Path(os.environ["UMDA_FAST_TUNING"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "umda_fast" / "tuning.json"
+    return cache_folder() / "tuning.json"
 
 
 def _machine(device: torch.device) -> str:
@@ -117,9 +118,6 @@ def write(device: torch.device, key: str, config: Config) -> None:
     file = tuning_file()
     table = {machine: {k: asdict(c) for k, c in keys.items()} for machine, keys in _read(file).items()}
     table.setdefault(_machine(device), {})[key] = asdict(config)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    part.replace(file)  # readers see the old table or the new one
+    write_text(file, json.dumps(table, indent=1, sort_keys=True) + "\n")  # readers see the old table or the new one
     _measured.cache_clear()
     _table.cache_clear()

@@ -1,4 +1,5 @@
-"""Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed."""
+"""Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed; and the folder of
+what may be lost. Lowest floor: imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-__all__ = ["atomic_file", "json_ready", "save_torch", "shared_mode", "write_json", "write_text"]
+__all__ = ["atomic_file", "cache_folder", "json_ready", "save_torch", "shared_mode", "write_json", "write_text"]
 
 
 @contextlib.contextmanager
@@ -39,6 +40,11 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.unlink(name)
         raise
     _sync_directory(target.parent)
+
+
+def cache_folder() -> Path:
+    """`umda_fast` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`): what can be made anew."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "umda_fast"
 
 
 def shared_mode() -> int:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from umda_fast.data import load_source
-from umda_fast.data.sources.text_encoder import SentenceEncoder, cache_folder
+from umda_fast.data.sources.text_encoder import SentenceEncoder
 from umda_fast.errors import DataError
+from umda_fast.files import cache_folder
 from umda_fast.train import evaluate, load_run, make_config, predict, train
 from umda_fast.train.run import run_config
 
@@ -97,7 +98,7 @@ class TestEncoder:
 
     def test_is_read_from_the_cache(self, tmp_path, cache, capsys, monkeypatch):
         encoder = SentenceEncoder(save_encoder(tmp_path))
-        assert cache_folder() == cache
+        assert cache_folder() / "texts" == cache
         first = encoder.encode(TEXTS)
         assert "encoding 3 texts" in capsys.readouterr().err
         assert len(list(cache.iterdir())) == 1

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from umda_fast.errors import DataError
+from umda_fast.files import atomic_file, cache_folder
 
-__all__ = ["SentenceEncoder", "cache_folder"]
+__all__ = ["SentenceEncoder"]
 
 _BATCH = 64
 _PROBE = "\u00c9lan Vital: the CAT'S 3 ships\u2026"
 Matrix = npt.NDArray[np.float32]
-
-
-def cache_folder() -> Path:
-    """`umda_fast/texts` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "umda_fast" / "texts"
 
 
 class SentenceEncoder:
@@ -67,14 +61,14 @@ class SentenceEncoder:
         return np.asarray(vectors, dtype=np.float32)
 
     def encode(self, texts: Sequence[str]) -> Matrix:
-        """Vectors float32 [len(texts), width], read from `cache_folder` where these texts were encoded before.
+        """Vectors float32 [len(texts), width], read from the cache folder where these texts were encoded before.
 
         A text longer than the model reads is cut by it. Encoding shows its progress on standard error. A cache that
         cannot be read is made anew, and one that cannot be written is done without.
         """
         if not texts:
             return np.zeros((0, self.width), np.float32)
-        place = cache_folder() / f"{self.id}-{_digest(texts)}.npz"
+        place = cache_folder() / "texts" / f"{self.id}-{_digest(texts)}.npz"
         known = _read(place, (len(texts), self.width))
         if known is not None:
             return known
@@ -132,15 +126,8 @@ def _read(place: Path, shape: tuple[int, int]) -> Matrix | None:
 
 
 def _write(place: Path, vectors: Matrix) -> None:
-    """Whole or not at all: under a temporary name beside `place`, then renamed."""
-    name = ""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
-        with os.fdopen(descriptor, "wb") as stream:
+        with atomic_file(place) as stream:
             np.savez(stream, X=vectors)
-        os.replace(name, place)
     except OSError as error:
         print(f"{place}: cannot be kept: {error.strerror or error}", file=sys.stderr)
-        if name:
-            Path(name).unlink(missing_ok=True)
