@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from umda_fast.cli import main
+from umda_fast.cli.app import COMMANDS
 from umda_fast.errors import DataError
 from umda_fast.runtime.rundir import read_metrics
 
@@ -21,7 +22,6 @@ SMALL = {
     "model": {"width": 16, "heads": 2, "layers": 1},
     "train": {"epochs": 2, "log_steps": 2},
 }
-COMMANDS = ("train", "evaluate", "predict", "crossval", "inspect", "parity", "info")
 
 
 def call(*arguments: object) -> int:

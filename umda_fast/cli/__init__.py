@@ -9,12 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 __all__ = ["main"]
-
-# Modules whose import adds their commands to `umda_fast.cli.app.app`, in the order of --help.
-_COMMANDS = ("app", "compare", "explain", "report", "adapt", "pack", "bench")
 
 # Commands that several processes, started by torchrun, do together.
 _TOGETHER = ("train", "evaluate", "crossval")
@@ -45,8 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     _speak_once(arguments)
     try:
-        for module in _COMMANDS:
-            import_module(f"umda_fast.cli.{module}")
         from umda_fast.cli.app import app
 
         # Wherever it stands on the line, `--debug` belongs to the whole command.

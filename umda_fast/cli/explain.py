@@ -7,19 +7,17 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.app import BackendName, Device, Format, Quiet, RunDir, SkipBad, app
+from umda_fast.cli.options import Format, OwnData, RunDir, TrainedOn, out_option, split_option
 
-__all__: list[str] = []
+EXAMPLE = "umda-fast explain runs/first --data slides/ --bag slide_7 --out maps"
 
 
-@app.command(epilog="Example: umda-fast explain runs/first --data slides/ --bag slide_7 --out maps")
 def explain(
+    *,
     run: RunDir,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")],
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="SOURCE", help="Which bags.  [default: the run's own data]")
-    ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="Only this part of the data.")] = None,
+    out: Annotated[Path, out_option("Where the files go.")],
+    data: OwnData = None,
+    split: Annotated[str | None, split_option("Only this part of the data.")] = None,
     bag: Annotated[list[str] | None, typer.Option("--bag", help="Only this bag; may be repeated.")] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Instances listed per bag and task.")] = 20,
     heatmaps: Annotated[bool, typer.Option("--heatmaps/--no-heatmaps", help="A PNG per bag and task.")] = True,
@@ -29,10 +27,7 @@ def explain(
         typer.Option("--pixel-size", metavar="UM", help="Micrometres per level-0 pixel, where the data lacks it."),
     ] = None,
     format: Format = None,
-    device: Device = None,
-    backend: BackendName = None,
-    skip_bad: SkipBad = False,
-    quiet: Quiet = False,
+    use: TrainedOn,
 ) -> None:
     """Write attention heatmaps, GeoJSON for QuPath and the instances with the most attention."""
     from umda_fast.cli.render import make_console
@@ -50,10 +45,7 @@ def explain(
         geojson=geojson,
         pixel_size=pixel_size,
         format=format,
-        device=device or "auto",
-        backend=backend or "auto",
-        skip_bad=skip_bad,
-        progress=not quiet,
+        **use.arguments(),
     )
     console = make_console()
     console.print(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from umda_fast.cli.app import Quiet, Set, SkipBad, app
+from umda_fast.cli.common import source_options
+from umda_fast.cli.options import Quiet, Set, SkipBad
 from umda_fast.errors import DataError
 
-__all__: list[str] = []
+EXAMPLE = "umda-fast pack slides/ slides_packed && umda-fast train --data slides_packed"
 
 
-@app.command(epilog="Example: umda-fast pack slides/ slides_packed && umda-fast train --data slides_packed")
 def pack(
+    *,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A directory of bags.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
     set_: Set = None,
@@ -30,16 +31,13 @@ def pack(
     from umda_fast.cli.render import make_console
     from umda_fast.data.files.pack import pack_slides
     from umda_fast.runtime.progress import ProgressReport
-    from umda_fast.train import load_config
     from umda_fast.train.run import tell_skipped
 
-    options: dict[str, Any] = load_config(overrides=set_ or ()).data.options
+    options = source_options(set_, skip_bad)
     understood = ("labels", "splits", "views", "mpp", "match", "tolerance", "skip_bad", "read_timeout")
     for name in options:
         if name not in understood:
             raise DataError(f"data.options.{name}: expected one of {', '.join(understood)} to pack")
-    if skip_bad:
-        options = {**options, "skip_bad": True}
     with ProgressReport("pack", enabled=not quiet) as report:
 
         def progress(done: int, bags: int, instances: int) -> None:

@@ -14,9 +14,11 @@ from rich.table import Table
 
 __all__ = [
     "collect_info",
+    "comparison_table",
     "crossval_table",
     "make_console",
     "metrics_table",
+    "parity_table",
     "print_info",
     "print_inspection",
 ]
@@ -72,6 +74,26 @@ def metrics_table(
                 ]
             last = index == len(metrics) - 1
             table.add_row(task if index == 0 else "", metric_name(metric), *cells, end_section=last)
+    return table
+
+
+def comparison_table(result: Mapping[str, Any]) -> Table:
+    """Mean and standard deviation over the runs, a line for each model."""
+    def cell(value: Mapping[str, Any], digits: int = 4) -> str:
+        if value["mean"] is None:
+            return "-"
+        return f"{value['mean']:.{digits}f}" + ("" if value["std"] is None else f" ± {value['std']:.{digits}f}")
+
+    table = Table(title=f"{result['source']}: mean ± standard deviation over the runs", title_justify="left")
+    table.add_column("model")
+    for title in ("mean score", *(f"{task} ({metric})" for task, metric in result["primary"].items())):
+        table.add_column(title, justify="right")
+    table.add_column("seconds", justify="right")
+    table.add_column("parameters", justify="right")
+    for name, model in result["models"].items():
+        scores = [model["tasks"][task][metric] for task, metric in result["primary"].items()]
+        figures = [cell(model["mean_score"]), *(cell(score) for score in scores), cell(model["seconds"], 1)]
+        table.add_row(name, *figures, f"{model['parameters']:,}")
     return table
 
 

@@ -7,28 +7,21 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.app import BackendName, Device, Format, Quiet, RunDir, SkipBad, app
+from umda_fast.cli.options import Format, OwnData, RunDir, TrainedOn, out_option, split_option
 
-__all__: list[str] = []
+EXAMPLE = "umda-fast report runs/first && open runs/first/report.html"
 
 
-@app.command(epilog="Example: umda-fast report runs/first && open runs/first/report.html")
 def report(
+    *,
     run: RunDir,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE.html", help="The file.  [default: RUN/report.html]")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="SOURCE", help="Which bags.  [default: the run's own data]")
-    ] = None,
-    split: Annotated[str, typer.Option("--split", help="Which part of the data is measured.")] = "test",
+    out: Annotated[Path | None, out_option("The file.  [default: RUN/report.html]", metavar="FILE.html")] = None,
+    data: OwnData = None,
+    split: Annotated[str, split_option("Which part of the data is measured.")] = "test",
     maps: Annotated[int, typer.Option("--maps", min=0, help="Bags whose attention is drawn.")] = 4,
     samples: Annotated[int, typer.Option("--samples", min=10, help="Draws for the confidence intervals.")] = 1000,
     format: Format = None,
-    device: Device = None,
-    backend: BackendName = None,
-    skip_bad: SkipBad = False,
-    quiet: Quiet = False,
+    use: TrainedOn,
 ) -> None:
     """Write one HTML file on a run: scores with confidence intervals, errors, calibration, curves, attention."""
     from umda_fast.cli.render import make_console
@@ -43,9 +36,6 @@ def report(
         maps=maps,
         samples=samples,
         format=format,
-        device=device or "auto",
-        backend=backend or "auto",
-        skip_bad=skip_bad,
-        progress=not quiet,
+        **use.arguments(),
     )
     make_console().print(f"report: {path}", soft_wrap=True)

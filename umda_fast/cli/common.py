@@ -1,0 +1,93 @@
+"""How several commands begin and end. Everything heavy is imported inside."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from umda_fast.cli.options import Bags, Computing, Configuration
+
+if TYPE_CHECKING:
+    from umda_fast.runtime.config import RunConfig
+    from umda_fast.train import Run
+
+__all__ = [
+    "directory_of",
+    "keep_pages",
+    "load_runs",
+    "load_settings",
+    "number",
+    "save_json",
+    "source_options",
+    "values",
+]
+
+
+def values(
+    bags: Bags, computing: Computing, *, seed: int | None, epochs: int | None, skip_bad: bool = False
+) -> dict[str, Any]:
+    """The part of a configuration that options of their own stand for; what was not given is absent."""
+    data = {"source": bags.data, "format": bags.format, "options": {"skip_bad": skip_bad or None}}
+    computed = {"device": computing.device, "backend": computing.backend, "seed": seed}
+    return _given({**computed, "data": data, "train": {"epochs": epochs}})
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    pruned = {key: _given(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in pruned.items() if value is not None and value != {}}
+
+
+def load_settings(configuration: Configuration, given: dict[str, Any]) -> RunConfig:
+    """The defaults, under the file of `--config`, under `--set`, under `given` (`values`)."""
+    from umda_fast.train import load_config
+
+    return load_config(configuration.config, configuration.set_ or (), given)
+
+
+def directory_of(command: str, out: Path | None, settings: RunConfig) -> Path:
+    """`--out`, or a new directory under runs/ named after the command, the data and the time."""
+    if out is not None:
+        return out
+    stem = Path(settings.data.source).stem or "data"
+    return Path("runs") / f"{command}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def keep_pages() -> None:
+    """Training makes the same large temporaries step after step: see docs/performance.md, "The heap"."""
+    from umda_fast.heap import keep_freed_pages
+
+    if os.environ.get("UMDA_FAST_HEAP", "keep") != "default":
+        keep_freed_pages()
+
+
+def load_runs(runs: Sequence[Path]) -> Run:
+    """One run, or several as one that predicts the mean of what they predict."""
+    from umda_fast.train import load_ensemble, load_run
+
+    return load_run(runs[0]) if len(runs) == 1 else load_ensemble(runs)
+
+
+def source_options(set_: Sequence[str] | None, skip_bad: bool) -> dict[str, Any]:
+    """The options of the source among `--set` values, for a command to which nothing else of a configuration
+    matters."""
+    options: dict[str, Any] = {}
+    if set_:
+        from umda_fast.train import load_config
+
+        options = load_config(overrides=set_).data.options
+    return {**options, "skip_bad": True} if skip_bad else options
+
+
+def save_json(path: Path | None, result: Any) -> None:
+    """What `--json` asks for."""
+    if path is not None:
+        from umda_fast.files import write_json
+
+        write_json(path, result)
+
+
+def number(value: float | None) -> str:
+    return "undefined" if value is None or value != value else f"{value:.4f}"

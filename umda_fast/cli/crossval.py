@@ -1,0 +1,42 @@
+"""`umda-fast crossval`: one run a fold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from umda_fast.cli.common import directory_of, keep_pages, load_settings, values
+from umda_fast.cli.options import Bags, Computing, Configuration, Epochs, Quiet, SkipBad, out_option, seed_option
+
+EXAMPLE = "umda-fast crossval --data musk1.npz --folds 10 --repeats 5 --out runs/musk1"
+
+
+def crossval(
+    *,
+    bags: Bags,
+    folds: Annotated[int, typer.Option("--folds", min=2, help="Parts the bags are cut into.")] = 10,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times the bags are cut anew.")] = 1,
+    configuration: Configuration,
+    out: Annotated[Path | None, out_option("Where each fold's run goes.")] = None,
+    computing: Computing,
+    seed: Annotated[int | None, seed_option("folds and runs")] = None,
+    epochs: Epochs = None,
+    skip_bad: SkipBad = False,
+    quiet: Quiet = False,
+) -> None:
+    """Cross-validate. Started again with the same --out, it continues: finished folds are kept, a stopped one
+    is resumed.
+    """
+    from umda_fast.cli.render import crossval_table, make_console
+    from umda_fast.studies import cross_validate
+
+    given = values(bags, computing, seed=seed, epochs=epochs, skip_bad=skip_bad)
+    settings = load_settings(configuration, given)
+    directory = directory_of("crossval", out, settings)
+    keep_pages()
+    result = cross_validate(settings, directory, folds=folds, repeats=repeats, progress=not quiet)
+    console = make_console()
+    console.print(crossval_table(result))
+    console.print(f"every fold's result: {directory / 'crossval.json'}", soft_wrap=True)

@@ -1,0 +1,38 @@
+"""`umda-fast evaluate`: how good a trained model is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from umda_fast.cli.common import load_runs, number, save_json
+from umda_fast.cli.options import Bags, JsonFile, RunDirs, TrainedOn, split_option
+
+EXAMPLE = "umda-fast evaluate runs/first --split val --json scores.json"
+
+
+def evaluate(
+    *,
+    runs: RunDirs,
+    bags: Bags,
+    split: Annotated[str, split_option("Which part of the data.")] = "test",
+    json: JsonFile = None,
+    use: TrainedOn,
+) -> None:
+    """Measure a trained model, or the mean of several, on a split of its own data or of other data."""
+    from umda_fast.cli.render import make_console, metrics_table
+    from umda_fast.train import evaluate as evaluate_run
+
+    loaded = load_runs(runs)
+    name = ", ".join(str(run) for run in runs)
+    result = evaluate_run(loaded, source=bags.data, format=bags.format, split=split, **use.arguments())
+    console = make_console()
+    console.print(metrics_table({"": result.tasks}, title=f"{name}, split {split}, {result.bags} bags"))
+    console.print(f"mean_score {number(result.mean_score)}")
+    report = {
+        "run": name,
+        "data": {"source": bags.data or loaded.config.data.source, "split": split, "bags": result.bags},
+        "tasks": result.tasks,
+        "mean_score": result.mean_score,
+        "view_consistency": result.view_consistency,
+    }
+    save_json(json, report)

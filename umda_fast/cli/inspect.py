@@ -1,0 +1,31 @@
+"""`umda-fast inspect`: what a source of bags holds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from umda_fast.cli.common import save_json, source_options
+from umda_fast.cli.options import Format, JsonFile, Set, SkipBad
+
+EXAMPLE = "umda-fast inspect slides/"
+
+
+def inspect(
+    *,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="digits, a directory of bags, or an .npz file.")],
+    format: Format = None,
+    set_: Set = None,
+    skip_bad: SkipBad = False,
+    json: JsonFile = None,
+) -> None:
+    """Say what the data holds: bags, instances, views, tasks, what is missing, and the first problem by
+    name.
+    """
+    from umda_fast.cli.render import make_console, print_inspection
+    from umda_fast.data import inspect_source
+
+    report = inspect_source(source, format=format, **source_options(set_, skip_bad))
+    print_inspection(make_console(), report)
+    save_json(json, report)

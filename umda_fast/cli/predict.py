@@ -1,0 +1,49 @@
+"""`umda-fast predict`: what a trained model says of every bag."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from umda_fast.cli.common import load_runs
+from umda_fast.cli.options import Format, RunDirs, TrainedOn, out_option, split_option
+
+EXAMPLE = "umda-fast predict runs/first --data new.npz --out predicted.csv --attention attention.h5"
+
+
+def predict(
+    *,
+    runs: RunDirs,
+    data: Annotated[str, typer.Option("--data", metavar="SOURCE", help="What to predict for.")],
+    out: Annotated[Path, out_option("One line a bag.", metavar="FILE.csv")],
+    attention: Annotated[
+        Path | None, typer.Option("--attention", metavar="FILE.h5", help="Also write each instance's attention.")
+    ] = None,
+    split: Annotated[str | None, split_option("Only this part of the data.")] = None,
+    refer_below: Annotated[
+        float | None,
+        typer.Option(
+            "--refer-below", min=0.0, max=1.0, help="Add calibrated confidences; name the tasks below this one."
+        ),
+    ] = None,
+    format: Format = None,
+    use: TrainedOn,
+) -> None:
+    """Write a trained model's predictions, or the mean of several models', for every bag."""
+    from umda_fast.cli.render import make_console
+    from umda_fast.studies import predict as predict_run
+
+    bags = predict_run(
+        load_runs(runs),
+        source=data,
+        out=out,
+        attention=attention,
+        split=split,
+        refer_below=refer_below,
+        format=format,
+        **use.arguments(),
+    )
+    also = f" and {attention}" if attention is not None else ""
+    make_console().print(f"predictions for {bags} bags in {out}{also}", soft_wrap=True)

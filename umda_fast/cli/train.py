@@ -1,0 +1,54 @@
+"""`umda-fast train`: one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from umda_fast.cli.common import directory_of, keep_pages, load_settings, number, values
+from umda_fast.cli.options import Bags, Computing, Configuration, Epochs, Quiet, SkipBad, out_option, seed_option
+
+EXAMPLE = "umda-fast train --data digits --set model.layers=3 --epochs 20 --out runs/first"
+
+
+def train(
+    *,
+    bags: Bags,
+    configuration: Configuration,
+    out: Annotated[Path | None, out_option("The run directory.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out where it was stopped.")] = False,
+    computing: Computing,
+    seed: Annotated[int | None, seed_option("the run")] = None,
+    epochs: Epochs = None,
+    skip_bad: SkipBad = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model, measure it on the test split, and leave a run directory."""
+    from umda_fast.cli.render import make_console, metrics_table
+    from umda_fast.train import ConfigError, run_config
+    from umda_fast.train import train as train_run
+
+    given = values(bags, computing, seed=seed, epochs=epochs, skip_bad=skip_bad)
+    if resume:
+        if out is None:
+            raise ConfigError("--resume: say which run with --out DIR")
+        fixed: dict[str, Any] = {"--data": bags.data, "--format": bags.format, "--config": configuration.config}
+        fixed |= {"--set": configuration.set_, "--seed": seed, "--skip-bad": skip_bad}
+        wrong = [name for name, value in fixed.items() if value]
+        if wrong:
+            raise ConfigError(
+                f"{wrong[0]}: a resumed run keeps its configuration; "
+                "only --epochs, --device and --backend may change"
+            )
+        settings = run_config(out, given)
+    else:
+        settings = load_settings(configuration, given)
+    keep_pages()
+    result = train_run(settings, directory_of("train", out, settings), resume=resume, progress=not quiet)
+    console = make_console()
+    console.print(metrics_table({"": result.metrics["tasks"]}, title=f"Split {result.split}"))
+    score, seconds = result.metrics["mean_score"], result.metrics["seconds"]
+    console.print(f"mean_score {number(score)} after {seconds:.0f} s of training")
+    console.print(f"run directory: {result.directory}, plots in {result.directory / 'plots'}", soft_wrap=True)
