@@ -19,7 +19,8 @@ import numpy as np
 
 from umda_fast.data._random import IntArray
 from umda_fast.data.bags import Metadata
-from umda_fast.data.files.readers import SUFFIXES, Report
+from umda_fast.data.files.readers import SUFFIXES
+from umda_fast.data.files.skipped import Report
 from umda_fast.data.labels import MAX_CLASSES, ArrayInput, FloatArray, KindOverride, KindOverrides, label_columns
 from umda_fast.data.splits import SPLITS
 from umda_fast.errors import DataError

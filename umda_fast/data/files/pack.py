@@ -20,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from umda_fast.data.files.directory import OpenedSlides, open_slides
+from umda_fast.data.files.index import READ_TIMEOUT, FileIndex, Matching
 from umda_fast.data.files.labels_table import read_rows
+from umda_fast.data.files.layouts import is_slides
 from umda_fast.data.files.packed import COORDS, DTYPES, MANIFEST, MASK, VERSION, checksum, view_file
-from umda_fast.data.sources.slides import READ_TIMEOUT, FileIndex, Matching, OpenedSlides, is_slides, open_slides
 from umda_fast.data.splits import SPLITS
 from umda_fast.errors import DataError
 
@@ -59,9 +61,10 @@ def pack_slides(
     """Write the bags of `source` into the new directory `out`, float16 and float32 as they are.
 
     Args:
-        source: a directory of bags, see `umda_fast.data.sources.slides`.
+        source: a directory of bags, see `umda_fast.data.files.layouts`.
         out: must not exist. `<out>.partial` is continued if it comes from the same files and options.
-        labels, splits, views, mpp, match, tolerance, skip_bad, read_timeout: as of `load_slides_source`.
+        labels, splits, views, mpp, match, tolerance, skip_bad, read_timeout: as of
+            `umda_fast.data.sources.slides.load_slides_source`.
         progress: called after every bag with bags done, bags in all, and the bag's instances.
 
     Raises:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from umda_fast.data._random import IntArray
 from umda_fast.data.bags import Positions
-from umda_fast.data.files.readers import Report
+from umda_fast.data.files.skipped import Report
 from umda_fast.errors import DataError
 from umda_fast.model.specs import ViewSpec
 
@@ -81,7 +81,7 @@ class _Mapped:
 
 
 class PackIndex:
-    """The bags of a packed directory, see `umda_fast.data.sources.slides.SlideIndex`. Reading a bag copies nothing.
+    """The bags of a packed directory, see `umda_fast.data.files.index.SlideIndex`. Reading a bag copies nothing.
 
     Args:
         path: the directory.

@@ -40,8 +40,6 @@ from umda_fast.errors import DataError
 
 Unit: TypeAlias = Literal["um", "px"]
 Array: TypeAlias = npt.NDArray[Any]
-Report: TypeAlias = Callable[[str], None]
-"""Raises DataError with the message, or notes it where bad things are skipped."""
 
 SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".npz")
 _FEATURES = ("features", "feats", "patch_embeddings")

@@ -9,12 +9,13 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from umda_fast.data.files.layouts import is_slides
 from umda_fast.data.files.packed import is_pack
 from umda_fast.data.sources.digits import fold_digits_source, load_digits_source
 from umda_fast.data.sources.films import fold_films_source, is_films, load_films_source
 from umda_fast.data.sources.mmimdb import fold_mmimdb_source, is_mmimdb, load_mmimdb_source
 from umda_fast.data.sources.npz import fold_npz_source, is_npz, load_npz_source
-from umda_fast.data.sources.slides import fold_slides_source, is_slides, load_slides_source
+from umda_fast.data.sources.slides import fold_slides_source, load_slides_source
 from umda_fast.data.splits import Splits
 from umda_fast.errors import DataError
 
