@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from umda_fast.model._numerics import wide
+from umda_fast.model.config import UMDAConfig
+from umda_fast.model.encoders import ViewEncoders
+from umda_fast.model.fusion import ViewConsistency, ViewFusion
 from umda_fast.model.hcva import concentration_penalty
+from umda_fast.model.linear_path import LinearPath
+from umda_fast.model.output import UMDAOutput
 from umda_fast.ops import _validate
 
-if TYPE_CHECKING:
-    from umda_fast.model.output import UMDAOutput
-    from umda_fast.model.umda import UMDA
-
-__all__ = ["CHUNK", "forward_chunked", "in_chunks"]
+__all__ = ["CHUNK", "Chunkable", "forward_chunked", "in_chunks"]
 
 CHUNK = 8192
 """Instances at a time in `forward_chunked`."""
 
 # What `UMDA.cross_views` takes and returns.
 CrossViews: TypeAlias = Callable[[Mapping[str, Tensor], Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+
+
+class Chunkable(Protocol):
+    """What `forward_chunked` asks of a model: three methods, and the blocks that see each instance by itself (`UMDA`
+    has them, and says what the methods do)."""
+
+    training: bool
+    config: UMDAConfig
+    encoders: ViewEncoders
+    fusion: ViewFusion
+    consistency: ViewConsistency
+
+    @property
+    def linear(self) -> LinearPath | None: ...
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any: ...
+
+    def cross_views(
+        self, views: Mapping[str, Tensor], mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+    def pool(self, z: Tensor, ptr: Tensor, *args: Any, **kwargs: Any) -> UMDAOutput: ...
+
+    def with_linear(self, out: UMDAOutput, scores: Tensor, ptr: Tensor) -> UMDAOutput: ...
 
 
 def _pieces(
@@ -109,7 +134,7 @@ class _WeightedMean:
 
 @torch.no_grad()
 def forward_chunked(
-    model: UMDA,
+    model: Chunkable,
     views: Mapping[str, Tensor],
     ptr: Tensor,
     mask: Tensor | None = None,
