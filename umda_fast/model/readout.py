@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from umda_fast.model import pretrained
 from umda_fast.model.config import UMDAConfig
 from umda_fast.model.output import UMDAOutput
 from umda_fast.model.specs import MetadataSpec, TaskSpec, ViewSpec, check_distinct
@@ -92,35 +91,18 @@ class Readout(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write model.safetensors and config.json into `directory`; needs the package safetensors."""
-        from safetensors.torch import save_file
-
-        place = Path(directory)
-        place.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().cpu().contiguous().clone() for name, value in self.state_dict().items()}
-        save_file(weights, place / "model.safetensors")
-        content = {
-            "architecture": ARCHITECTURE,
-            "trunk": self.config.trunk.to_dict(),
-            "tasks": [asdict(task) for task in self.config.tasks],
-        }
-        (place / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        tasks = [asdict(task) for task in self.config.tasks]
+        pretrained.save(self, directory, ARCHITECTURE, {"trunk": self.config.trunk.to_dict(), "tasks": tasks})
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Readout:
-        """The model that `save_pretrained` wrote, on the CPU.
+        """The model that `save_pretrained` wrote, on the CPU, in the dtype it had.
 
         Raises:
-            OSError: a file is missing. ValueError: config.json is of another architecture.
+            OSError: a file is missing. ValueError: config.json is of another architecture. RuntimeError: the
+            weights do not fit.
         """
-        from safetensors.torch import load_file
-
-        place = Path(directory)
-        values = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        if values.get("architecture") != ARCHITECTURE:
-            raise ValueError(
-                f"config.json: architecture: expected {ARCHITECTURE}, got {values.get('architecture')!r}"
-            )
+        values = pretrained.read_options(directory, ARCHITECTURE)
         trunk = UMDA(UMDAConfig.from_dict(values["trunk"]))
         model = cls(trunk, [TaskSpec(**task) for task in values["tasks"]])
-        model.load_state_dict(load_file(place / "model.safetensors"))
-        return model
+        return pretrained.load_weights(model, directory)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from umda_fast.model import pretrained
 from umda_fast.model.atsb import ATSB, cohesion_penalty
 from umda_fast.model.chunked import in_chunks
 from umda_fast.model.config import UMDAConfig
@@ -222,19 +221,8 @@ class UMDA(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write model.safetensors and config.json into `directory`; needs the package safetensors."""
-        from safetensors.torch import save_file
-
-        place = Path(directory)
-        place.mkdir(parents=True, exist_ok=True)
-        # Clones: a file of safetensors cannot hold tensors that share memory (tied weights of an encoder).
-        weights = {name: value.detach().cpu().contiguous().clone() for name, value in self.state_dict().items()}
-        save_file(weights, place / "model.safetensors")
-        content = {
-            "architecture": ARCHITECTURE,
-            "custom_encoders": list(self.encoders.custom),
-            **self.config.to_dict(),
-        }
-        (place / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        custom = {"custom_encoders": list(self.encoders.custom)}
+        pretrained.save(self, directory, ARCHITECTURE, {**custom, **self.config.to_dict()})
 
     @classmethod
     def from_pretrained(
@@ -250,23 +238,11 @@ class UMDA(nn.Module):
             OSError: a file is missing. ValueError: config.json is of another architecture, or `encoders` are
             not those it asks for. RuntimeError: the weights do not fit.
         """
-        from safetensors.torch import load_file
-
-        place = Path(directory)
-        values = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        architecture = values.pop("architecture", None)
-        if architecture != ARCHITECTURE:
-            raise ValueError(f"config.json: architecture: expected {ARCHITECTURE}, got {architecture!r}")
+        values = pretrained.read_options(directory, ARCHITECTURE)
         custom, given = values.pop("custom_encoders", []), list(encoders or {})
         if set(custom) != set(given):
             raise ValueError(
                 "encoders: expected modules for the views saved with encoders of their own "
                 f"({', '.join(custom) or 'none'}), got {', '.join(given) or 'none'}"
             )
-        model = cls(UMDAConfig.from_dict(values), encoders)
-        weights = load_file(place / "model.safetensors")
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name in weights:
-                tensor.data = tensor.data.to(weights[name].dtype)
-        model.load_state_dict(weights)
-        return model
+        return pretrained.load_weights(cls(UMDAConfig.from_dict(values), encoders), directory)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from umda_fast.model import pretrained
 from umda_fast.model.encoders import ViewEncoders
 from umda_fast.model.specs import TaskSpec, ViewSpec, check_distinct
 
@@ -125,6 +124,17 @@ class Baseline(nn.Module):
         own = {id(parameter) for parameter in self.task_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in own]
 
+    def forward(
+        self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None = None, *unused: Any, **further: Any
+    ) -> BaselineOutput:
+        """Views {name: [N, width]}, ptr int64 [B+1], mask bool [N, V]; what `UMDA` takes beyond them (coordinates,
+        metadata) is not used."""
+        return self.predict(views, ptr, mask)
+
+    @abstractmethod
+    def predict(self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None) -> BaselineOutput:
+        """As `forward`."""
+
     @abstractmethod
     def task_parameters(self) -> list[nn.Parameter]:
         """Heads, and what else belongs to a task alone."""
@@ -135,32 +145,18 @@ class Baseline(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write model.safetensors and config.json into `directory`; needs the package safetensors."""
-        from safetensors.torch import save_file
-
-        place = Path(directory)
-        place.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, place / "model.safetensors")
-        text = json.dumps({"architecture": self.architecture, **self.config.to_dict()}, indent=2)
-        (place / "config.json").write_text(text + "\n", encoding="utf-8")
+        pretrained.save(self, directory, self.architecture, self.config.to_dict())
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
-        """The model that `save_pretrained` wrote, on the CPU.
+        """The model that `save_pretrained` wrote, on the CPU, in the dtype it had.
 
         Raises:
-            OSError: a file is missing. ValueError: config.json is of another architecture.
+            OSError: a file is missing. ValueError: config.json is of another architecture. RuntimeError: the
+            weights do not fit.
         """
-        from safetensors.torch import load_file
-
-        place = Path(directory)
-        values = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        architecture = values.pop("architecture", None)
-        if architecture != cls.architecture:
-            raise ValueError(f"config.json: architecture: expected {cls.architecture}, got {architecture!r}")
-        model = cls(cls.config_class(**values))
-        model.load_state_dict(load_file(place / "model.safetensors"))
-        return model
+        options = pretrained.read_options(directory, cls.architecture)
+        return pretrained.load_weights(cls(cls.config_class(**options)), directory)
 
 
 class OneEncoder(Baseline):
@@ -193,16 +189,7 @@ class OneEncoder(Baseline):
         }
         return BaselineOutput(logits, attention.expand(-1, tasks), entropy.expand(-1, tasks), z, {})
 
-    def forward(
-        self,
-        views: Mapping[str, Tensor],
-        ptr: Tensor,
-        mask: Tensor | None = None,
-        coords: Tensor | None = None,
-        *,
-        metadata: Tensor | None = None,
-    ) -> BaselineOutput:
-        """Views {name: [N, width]}, ptr int64 [B+1], mask bool [N, V]; `coords` and `metadata` are not used."""
+    def predict(self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None) -> BaselineOutput:
         return self.from_instances(self.encoder(views, mask), ptr)
 
     def task_parameters(self) -> list[nn.Parameter]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from umda_fast.model.baselines.gated_attention import GatedAttentionConfig, OneAttention
+from umda_fast.model.baselines.gated_attention import AttentionPooling, GatedAttentionConfig
 
 __all__ = ["HardSharing"]
 
 
-class HardSharing(OneAttention):
+class HardSharing(AttentionPooling):
     """One pooling and two hidden layers for all tasks, a head for each.
 
     Source: Caruana, "Multitask learning", Machine Learning 28, 1997.

@@ -41,15 +41,7 @@ class LateFusion(Baseline):
         super().__init__(config)
         self.models = nn.ModuleList(GatedAttention(config.of_view(view)) for view in config.views)
 
-    def forward(
-        self,
-        views: Mapping[str, Tensor],
-        ptr: Tensor,
-        mask: Tensor | None = None,
-        coords: Tensor | None = None,
-        *,
-        metadata: Tensor | None = None,
-    ) -> BaselineOutput:
+    def predict(self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None) -> BaselineOutput:
         """As of the other baselines; `representation` [N, V * D]."""
         models, names = self._gated(), [view.name for view in self.config.views]
         z = torch.cat([model.encoder({name: views[name]}, None) for name, model in zip(names, models, strict=True)], 1)

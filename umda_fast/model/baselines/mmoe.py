@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from umda_fast.model.baselines.gated_attention import GatedAttentionConfig, OneAttention
+from umda_fast.model.baselines.gated_attention import AttentionPooling, GatedAttentionConfig
 from umda_fast.model.experts import ExpertGates
 
 __all__ = ["ExpertsConfig", "MMoE"]
@@ -22,7 +22,7 @@ class ExpertsConfig(GatedAttentionConfig):
         return ("width", "hidden", "experts")
 
 
-class MMoE(OneAttention):
+class MMoE(AttentionPooling):
     """One pooling, experts for all tasks, a gate per task (see `ExpertGates`)."""
 
     architecture = "mmoe"
