@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no graph": {"graph": False},
     "no private paths": {"private": False},
     "bare": {"hcva": False, "graph": False, "private": False},
+    "gains": {"layer_scale": 0.5, "message_norm": "pre", "message_ffn": 2},
     "one view": {"views": VIEWS[:1]},
     "one task": {"tasks": TASKS[:1]},
 }

@@ -11,6 +11,7 @@ from umda_fast.model.specs import MetadataSpec, TaskSpec, ViewSpec, _as_float, _
 from umda_fast.ops.cross_view import MAX_HEAD_DIM, MAX_VIEWS, MIN_HEAD_DIM
 
 Message: TypeAlias = Literal["attention", "mean", "none"]
+MessageNorm: TypeAlias = Literal["post", "pre"]
 Branching: TypeAlias = Literal["dual", "mmoe", "ple"]
 
 _AT_LEAST = {
@@ -21,6 +22,7 @@ _AT_LEAST = {
     "graph_k": 1,
     "graph_width": 1,
     "graph_layers": 0,
+    "message_ffn": 0,
     "coords_k": 0,
     "task_embedding": 1,
     "experts": 1,
@@ -29,7 +31,11 @@ _AT_LEAST = {
     "bins": 0,
 }
 _AT_LEAST_OR_NONE = ("encoder_hidden", "pool_hidden", "private_rank")
-_SWITCHES = ("symmetrize", "hcva", "graph", "private", "scale_wide", "linear_path")
+_SWITCHES = ("symmetrize", "graph", "private", "scale_wide", "linear_path")
+VERSION = 2
+"""Of what `UMDAConfig.to_dict` writes."""
+_BEFORE_2: dict[str, Any] = {"hcva": True, "layer_scale": None, "message_norm": "post", "message_ffn": 0}
+"""What is now an option and was fixed before version 2."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class UMDAConfig:
         heads: H, of both attentions; divides `width`, with a quotient in 8..256.
         layers: L_v, cross-view attention blocks.
         ffn: hidden width of a block's feed-forward part, in multiples of `width`.
+        layer_scale: at which the gains of what blocks and messages add to their input begin, one for every one of
+            `width` dimensions (LayerScale): at 0, they begin as if they were not there. None has no gains.
         dropout: in the encoders, after attention, messages and feed-forward parts, and before the heads.
         encoder_hidden: hidden width of a default encoder; None takes `width`.
         input_dropout: of the features that a default encoder is given: for few bags with many features.
@@ -56,6 +64,9 @@ class UMDAConfig:
         graph_tau: tau of the edge weights exp((cos - 1) / tau).
         graph_layers: L_g, rounds of message passing.
         message: `attention`, `mean` (by edge weights) or `none` (the graph then serves its penalty only).
+        message_norm: `post`, of the sum of instance and message, or `pre`, of what messages are made of.
+        message_ffn: hidden width of a feed-forward part after every round of messages, in multiples of `width`, with
+            `message_norm="pre"`; 0 has none.
         symmetrize: whether an edge also runs back.
         coords_k: neighbours by coordinates, united with the others; 0 uses no coordinates, more needs them.
         pool_hidden: hidden units of the attention scores; None takes `width // 2`, at least 1.
@@ -75,7 +86,8 @@ class UMDAConfig:
         chunk: with more instances than this in a batch, encoders and cross-view attention run on so many at a time,
             and in training they run again in the backward pass instead of keeping their activations: less memory for a
             third more time. 0 never.
-        hcva, graph, private: switch off cross-view attention, the graph, or the private paths.
+        hcva: whether there is cross-view attention; `auto`: if there is more than one view.
+        graph, private: switch off the graph, or the private paths.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -87,6 +99,7 @@ class UMDAConfig:
     heads: int = 4
     layers: int = 2
     ffn: int = 2
+    layer_scale: float | None = None
     dropout: float = 0.1
     encoder_hidden: int | None = None
     input_dropout: float = 0.0
@@ -98,6 +111,8 @@ class UMDAConfig:
     graph_tau: float = 0.5
     graph_layers: int = 2
     message: Message = "attention"
+    message_norm: MessageNorm = "post"
+    message_ffn: int = 0
     symmetrize: bool = False
     coords_k: int = 0
     pool_hidden: int | None = None
@@ -113,7 +128,7 @@ class UMDAConfig:
     delta: float = 1.0
     gamma: float = 0.5
     chunk: int = 0
-    hcva: bool = True
+    hcva: bool | Literal["auto"] = True
     graph: bool = True
     private: bool = True
 
@@ -131,13 +146,17 @@ class UMDAConfig:
                 self._check_at_least(name, 1)
         if self.width % self.heads:
             raise ValueError(f"UMDAConfig.heads: expected a divisor of width = {self.width}, got {self.heads}")
-        if self.hcva and not MIN_HEAD_DIM <= self.width // self.heads <= MAX_HEAD_DIM:
+        if self.hcva != "auto" and not isinstance(self.hcva, bool):
+            raise TypeError(f"UMDAConfig.hcva: expected a bool or 'auto', got {self.hcva!r}")
+        if self.has_hcva and not MIN_HEAD_DIM <= self.width // self.heads <= MAX_HEAD_DIM:
             raise ValueError(
                 f"UMDAConfig.heads: expected width / heads in {MIN_HEAD_DIM}..{MAX_HEAD_DIM}, "
                 f"got {self.width} / {self.heads} = {self.width // self.heads}"
             )
-        if self.hcva and len(self.views) > MAX_VIEWS:
+        if self.has_hcva and len(self.views) > MAX_VIEWS:
             raise ValueError(f"UMDAConfig.views: expected at most {MAX_VIEWS}, got {len(self.views)}")
+        if self.layer_scale is not None:
+            object.__setattr__(self, "layer_scale", _as_float("UMDAConfig.layer_scale", self.layer_scale))
         for name in ("dropout", "input_dropout", "graph_tau", "kappa", "kappa_g", "delta", "gamma"):
             object.__setattr__(self, name, _as_float(f"UMDAConfig.{name}", getattr(self, name)))
         for name in ("dropout", "input_dropout"):
@@ -148,10 +167,16 @@ class UMDAConfig:
         for name in ("delta", "gamma"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"UMDAConfig.{name}: expected at least 0, got {getattr(self, name)}")
-        for name, choices in (("message", get_args(Message)), ("branching", get_args(Branching))):
+        for name, choices in (
+            ("message", get_args(Message)),
+            ("message_norm", get_args(MessageNorm)),
+            ("branching", get_args(Branching)),
+        ):
             if getattr(self, name) not in choices:
                 expected, got = ", ".join(choices), getattr(self, name)
                 raise ValueError(f"UMDAConfig.{name}: expected one of {expected}, got {got!r}")
+        if self.message_ffn and self.message_norm != "pre":
+            raise ValueError(f"UMDAConfig.message_ffn: expected 0 with message_norm=post, got {self.message_ffn}")
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"UMDAConfig.{name}: expected a bool, got {getattr(self, name)!r}")
@@ -181,17 +206,31 @@ class UMDAConfig:
                     )
         object.__setattr__(self, "hierarchy", rows)
 
+    @property
+    def has_hcva(self) -> bool:
+        """Whether there is cross-view attention."""
+        return len(self.views) > 1 if self.hcva == "auto" else bool(self.hcva)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back."""
-        return asdict(self)
+        """Plain values for JSON, with the `version` of their meaning; `from_dict` reads them back."""
+        return {"version": VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UMDAConfig:
         """The configuration that `to_dict` wrote, before or after a trip through JSON.
 
+        One without a version was written before there was one: options that it lacks had one value only then, which
+        need not be today's default.
+
         Raises:
-            TypeError, ValueError: an unknown, missing or wrong field, by name.
+            TypeError, ValueError: an unknown, missing or wrong field, by name, or a version still to come.
         """
+        values = dict(values)
+        version = _check_int("UMDAConfig.version", values.pop("version", 1))
+        if not 1 <= version <= VERSION:
+            raise ValueError(f"UMDAConfig.version: expected 1..{VERSION}, got {version}: from a newer umda-fast")
+        if version < 2:
+            values = {**_BEFORE_2, **values}
         known = [field.name for field in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:

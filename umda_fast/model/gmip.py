@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umda_fast.model._numerics import wide
 from umda_fast.model.config import Message
 from umda_fast.model.pooled import PooledInstances
+from umda_fast.model.residual import add_feed_forward, feed_forward, gained, residual_gain
 from umda_fast.ops import (
     NeighborGraph,
     bag_attention_pool,
     edge_cosine,
     knn_graph,
+    linear_residual,
     neighbor_attention,
     neighbor_sum,
+    norm_linear,
 )
 
 __all__ = [
@@ -31,41 +35,73 @@ __all__ = [
 
 
 class MessagePassing(nn.Module):
-    """One round on a graph: `z <- LN(z + W_m m)`.
+    """One round on a graph: `z <- LN(z + g * W_m m(z))`, or with `pre_norm` `z <- z + g_1 * W_m m(LN(z))` and, with
+    `ffn`, then `z + g_2 * FFN(LN(z))`.
 
     `attention`: `m_i = sum_j alpha[i,j] v_j`, alpha the softmax over the neighbours and i itself of
     `q_i.k_j / sqrt(Dh) + log w[i,j]`, self with w = 1. `mean`: the same without q and k, alpha = w normalised by
     row.
 
     Args:
-        width: D. heads: H, divides D. message: `attention` or `mean`. dropout: after W_m.
+        width: D. heads: H, divides D. message: `attention` or `mean`. dropout: after W_m and the feed-forward part.
+        pre_norm: whether what is read is normalised, not what is written.
+        ffn: hidden width of the feed-forward part, in multiples of D; 0 has none, and without `pre_norm` there is none.
+        layer_scale: at which the gains g [D] begin; None has none.
     """
 
-    def __init__(self, width: int, heads: int, message: Message = "attention", dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        message: Message = "attention",
+        dropout: float = 0.1,
+        pre_norm: bool = False,
+        ffn: int = 0,
+        layer_scale: float | None = None,
+    ) -> None:
         super().__init__()
         if message not in ("attention", "mean"):
             raise ValueError(f"message: expected attention or mean, got {message!r}")
         if width % heads:
             raise ValueError(f"heads: expected a divisor of width = {width}, got {heads}")
+        if ffn and not pre_norm:
+            raise ValueError(f"ffn: expected 0 without pre_norm, got {ffn}")
         self.heads = heads
         self.message = message
+        self.pre_norm = pre_norm
         self.input = nn.Linear(width, 3 * width if message == "attention" else width, bias=False)
         self.output = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
+        self.gain = residual_gain(width, layer_scale)
+        if ffn:
+            self.ffn_norm = nn.LayerNorm(width)
+            self.ffn = feed_forward(width, ffn, dropout)
+            self.ffn_gain = residual_gain(width, layer_scale)
+        self.has_ffn = ffn > 0
 
     def forward(self, z: Tensor, graph: NeighborGraph, log_weight: Tensor) -> Tensor:
         """z [N, D]; log_weight float32 (float64 for float64), the shape of graph.neighbors. Returns [N, D]."""
-        n, width = z.shape
+        if not self.pre_norm:
+            weight, bias = gained(self.output, self.gain)
+            message = self._messages(self.input(z), graph, log_weight)
+            out: Tensor = self.norm(z + self.dropout(F.linear(message, weight, bias)))
+            return out
+        norm, dropout = self.norm, self.dropout.p if self.training else 0.0
+        read, _ = norm_linear(z, norm.weight, norm.bias, self.input.weight, eps=norm.eps)
+        message = self._messages(read, graph, log_weight)
+        z = linear_residual(message, *gained(self.output, self.gain), z, dropout=dropout)
+        return add_feed_forward(z, self.ffn_norm, self.ffn, self.ffn_gain, dropout) if self.has_ffn else z
+
+    def _messages(self, read: Tensor, graph: NeighborGraph, log_weight: Tensor) -> Tensor:
+        """m [N, D] from q, k and v [N, 3 D] side by side, or v [N, D] alone."""
+        n = read.shape[0]
         if self.message == "attention":
-            q, k, v = self.input(z).view(n, 3, self.heads, width // self.heads).unbind(1)
-            message = neighbor_attention(q, k, v, graph, log_weight).reshape(n, width)
-        else:
-            v, weight = self.input(z), log_weight.exp()
-            total = 1.0 + neighbor_sum(weight.new_ones(n, 1), graph, weight)
-            message = ((v + neighbor_sum(v, graph, weight)) / total).to(v.dtype)
-        out: Tensor = self.norm(z + self.dropout(self.output(message)))
-        return out
+            q, k, v = read.view(n, 3, self.heads, -1).unbind(1)
+            return neighbor_attention(q, k, v, graph, log_weight).reshape(n, read.shape[1] // 3)
+        weight = log_weight.exp()
+        total = 1.0 + neighbor_sum(weight.new_ones(n, 1), graph, weight)
+        return ((read + neighbor_sum(read, graph, weight)) / total).to(read.dtype)
 
 
 class GMIPOutput(NamedTuple):
@@ -88,6 +124,7 @@ class GMIP(nn.Module):
         symmetrize: whether an edge also runs back. coords_k: neighbours by coordinates, united with the others.
             Both make a graph whose number of edges depends on the data, which synchronises with a GPU.
         dropout: of the messages.
+        pre_norm, ffn, layer_scale: of every round, see `MessagePassing`.
     """
 
     def __init__(
@@ -102,6 +139,9 @@ class GMIP(nn.Module):
         symmetrize: bool = False,
         coords_k: int = 0,
         dropout: float = 0.1,
+        pre_norm: bool = False,
+        ffn: int = 0,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.k = k
@@ -110,7 +150,9 @@ class GMIP(nn.Module):
         self.coords_k = coords_k
         self.key = nn.Linear(width, graph_width, bias=False)
         rounds = 0 if message == "none" else layers
-        self.layers = nn.ModuleList(MessagePassing(width, heads, message, dropout) for _ in range(rounds))
+        self.layers = nn.ModuleList(
+            MessagePassing(width, heads, message, dropout, pre_norm, ffn, layer_scale) for _ in range(rounds)
+        )
 
     def forward(self, z: Tensor, ptr: Tensor, coords: Tensor | None = None) -> GMIPOutput:
         """z [N, D]; ptr int64 [B+1]; coords [N, 2], needed when `coords_k` > 0.

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from umda_fast.model.residual import add_feed_forward, feed_forward, gained, residual_gain
 from umda_fast.ops import cross_view_attention, linear_residual, norm_linear
 
 __all__ = ["HCVA", "HCVABlock", "HCVAOutput", "concentration_penalty"]
 
 
 class HCVABlock(nn.Module):
-    """One pre-norm residual block: `y = x + W_o o(LN(x))`, then `y + FFN(LN(y))`.
+    """One pre-norm residual block: `y = x + g_1 * W_o o(LN(x))`, then `y + g_2 * FFN(LN(y))`.
 
     The gate of view u and head h is `sigmoid(w_g[h] . LN(x)[i,u] + c[h])`. Queries, keys and values have no
     biases: that of the keys would cancel in the softmax.
@@ -22,9 +23,18 @@ class HCVABlock(nn.Module):
         width: D. heads: H, divides D; D / H in 8..256. views: V, at most 16.
         ffn: hidden width of the feed-forward part, in multiples of D.
         dropout: after attention and feed-forward part.
+        layer_scale: at which the gains g_1 and g_2 [D] begin; None has none.
     """
 
-    def __init__(self, width: int, heads: int, views: int, ffn: int = 2, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        views: int,
+        ffn: int = 2,
+        dropout: float = 0.1,
+        layer_scale: float | None = None,
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"heads: expected a divisor of width = {width}, got {heads}")
@@ -35,10 +45,10 @@ class HCVABlock(nn.Module):
         self.influence_bias = nn.Parameter(torch.zeros(heads, views, views))
         self.output = nn.Linear(width, width)
         self.ffn_norm = nn.LayerNorm(width)
-        self.ffn = nn.Sequential(
-            nn.Linear(width, ffn * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(ffn * width, width)
-        )
+        self.ffn = feed_forward(width, ffn, dropout)
         self.dropout = nn.Dropout(dropout)
+        self.attention_gain = residual_gain(width, layer_scale)
+        self.ffn_gain = residual_gain(width, layer_scale)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, V, D], rows of missing views 0; mask bool [N, V] or None.
@@ -52,11 +62,9 @@ class HCVABlock(nn.Module):
         )
         q, k, v = qkv.view(n, views, 3, self.heads, width // self.heads).unbind(2)
         out, mass, entropy = cross_view_attention(q, k, v, gate_logits, bias=self.influence_bias, mask=mask)
-        x = linear_residual(out.reshape(n, views, width), self.output.weight, self.output.bias, x, dropout=dropout)
-        norm = self.ffn_norm
-        first, activation, inner, last = cast("tuple[nn.Linear, nn.GELU, nn.Dropout, nn.Linear]", tuple(self.ffn))
-        hidden, _ = norm_linear(x, norm.weight, norm.bias, first.weight, first.bias, eps=norm.eps)
-        x = linear_residual(inner(activation(hidden)), last.weight, last.bias, x, dropout=dropout)
+        weight, bias = gained(self.output, self.attention_gain)
+        x = linear_residual(out.reshape(n, views, width), weight, bias, x, dropout=dropout)
+        x = add_feed_forward(x, self.ffn_norm, self.ffn, self.ffn_gain, dropout)
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
         return x, mass, entropy
@@ -73,11 +81,20 @@ class HCVAOutput(NamedTuple):
 class HCVA(nn.Module):
     """`layers` blocks of hybrid cross-view attention, [N, V, D] -> [N, V, D]. Arguments as `HCVABlock` has them."""
 
-    def __init__(self, width: int, heads: int, views: int, layers: int = 2, ffn: int = 2, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        views: int,
+        layers: int = 2,
+        ffn: int = 2,
+        dropout: float = 0.1,
+        layer_scale: float | None = None,
+    ) -> None:
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers: expected at least 1, got {layers}")
-        self.blocks = nn.ModuleList(HCVABlock(width, heads, views, ffn, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(HCVABlock(width, heads, views, ffn, dropout, layer_scale) for _ in range(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> HCVAOutput:
         """x [N, V, D]; mask bool [N, V] with at least one view per instance, or None when all are present."""

@@ -56,7 +56,9 @@ class UMDA(nn.Module):
             config.bins,
         )
         self.hcva = (
-            HCVA(width, config.heads, len(config.views), config.layers, config.ffn, dropout) if config.hcva else None
+            HCVA(width, config.heads, len(config.views), config.layers, config.ffn, dropout, config.layer_scale)
+            if config.has_hcva
+            else None
         )
         self.consistency = ViewConsistency(width)
         self.fusion = ViewFusion(width)
@@ -72,6 +74,9 @@ class UMDA(nn.Module):
                 config.symmetrize,
                 config.coords_k,
                 dropout,
+                config.message_norm == "pre",
+                config.message_ffn,
+                config.layer_scale,
             )
             if config.graph
             else None
