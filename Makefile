@@ -14,11 +14,12 @@ DEMO_VENV = .venv-demo
 TEST_VENV = .venv-test
 DEMO_OUT ?= runs/demo
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test package lint clean
 
 help:
 	@echo "make demo   install into $(DEMO_VENV), train UMDA and a baseline on real digits, print both (minutes)"
 	@echo "make test   install into $(TEST_VENV), then ruff, mypy and all tests"
+	@echo "make package  build the source distribution, and from it a wheel with its library, both into dist/"
 	@echo "make lint   ruff and mypy only, in $(TEST_VENV) (made by make test)"
 	@echo "make clean  remove both environments, builds and caches; runs/ stays"
 
@@ -31,9 +32,22 @@ demo:
 test:
 	$(PYTHON) -m venv --clear $(TEST_VENV)
 	$(TEST_VENV)/bin/python $(PIP_INSTALL) $(TORCH) $(BUILD_TOOLS)
-	$(TEST_VENV)/bin/python $(PIP_INSTALL) --no-build-isolation -e ".[train,io,graph,balancers,dev]"
+	$(MAKE) package
+	UMDA_FAST_EXTENSION=0 $(TEST_VENV)/bin/python $(PIP_INSTALL) --no-build-isolation -e ".[train,io,graph,balancers,dev]"
+	cp dist/site/umda_fast/_C.abi3.so umda_fast/
 	$(MAKE) lint
 	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --durations 15
+
+# The wheel is built in a folder that holds the unpacked source distribution and nothing else.
+package:
+	rm -rf dist
+	$(TEST_VENV)/bin/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	mkdir dist/source && tar -xzf dist/*.tar.gz -C dist/source --strip-components 1
+	cd dist/source && UMDA_FAST_EXTENSION=1 UMDA_FAST_CUDA=0 ../../$(TEST_VENV)/bin/python -c \
+		"from setuptools import build_meta; build_meta.build_wheel('..')"
+	$(TEST_VENV)/bin/python $(PIP_INSTALL) --no-deps --target dist/site dist/*.whl
+	cd dist/site && ../../$(TEST_VENV)/bin/python -c \
+		"from umda_fast import ops; reason = ops.backend_status()['cpp']; assert reason is None, reason"
 
 lint:
 	$(TEST_VENV)/bin/ruff check .

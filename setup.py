@@ -9,8 +9,9 @@
     CUDA kernels, ``csrc/cuda/*.cu`` with ``csrc/cuda/*_binding.cpp``; built when nvcc is found and torch has CUDA.
 
 A failed build does not fail the installation (unless asked to): the compiler's message is printed and
-``umda_fast.ops`` serves the PyTorch reference. torch has to be installed already, hence
-``pip install --no-build-isolation -e .``
+``umda_fast.ops`` serves the PyTorch reference. pip shows such a message with ``-v`` only, so it also stays in the
+package (``_C.failed.txt``, which ``umda-fast info`` shows), and a wheel without any library is tagged ``py3-none-any``.
+torch has to be installed already, hence ``pip install --no-build-isolation -e .``
 
 Environment:
     UMDA_FAST_EXTENSION  auto (default) | 0: pure Python | 1: a failed build is an error
@@ -76,6 +77,24 @@ def say(message: str) -> None:
     """Print a message that is hard to overlook among the output of a build."""
     bar = "=" * 88
     print(f"\n{bar}\numda_fast: {message}\n{bar}\n", file=sys.stderr, flush=True)
+
+
+def failure_file(library: Path) -> Path:
+    """Beside ``library``: why it was not built. ``umda_fast/ops/_library.py`` reads it."""
+    return library.with_name(f"{library.name.partition('.')[0]}.failed.txt")
+
+
+def standalone(readme: str) -> str:
+    """README.md for a page outside the repository: a link to a file of the repository becomes the file's name."""
+
+    def name(link: re.Match[str]) -> str:
+        text, target = link.groups()
+        if re.match(r"https?:|#", target):
+            return link[0]
+        file = target.partition("#")[0]
+        return text if file in text else f"{text} ({file} in the repository)"
+
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", name, readme)
 
 
 def find_torch() -> Path | None:
@@ -274,19 +293,29 @@ class BuildNative(build_ext):
                 )
             plan = (cuda_plan if ext.name.endswith("_cuda") else cpu_plan)(output, objects, torch)
             run(plan, objects)
+            failure_file(output).unlink(missing_ok=True)
         except CompileError as error:
             # A library of an earlier build would be served in place of the sources as they now are.
             (ROOT / "umda_fast" / LIBRARIES[ext.name]).unlink(missing_ok=True)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            failure_file(output).write_text(f"{error}\n")
             say(f"{ext.name} was NOT built; the PyTorch reference serves its operations.\n{error}")
             raise
 
 
 class AbiWheel(bdist_wheel):
-    """One wheel per platform: the libraries do not depend on the version of Python."""
+    """One wheel per platform: the libraries do not depend on the version of Python. Without any library it is one
+    for every platform, which its name then says."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, plat = super().get_tag()
-        return (python, abi, plat) if self.root_is_pure else ("py3", "none", plat)
+        if self.root_is_pure:
+            return python, abi, plat
+        built = Path(self.get_finalized_command("build").build_lib) / "umda_fast"
+        if not any((built / library).is_file() for library in LIBRARIES.values()):
+            say("this wheel holds NO native library: the PyTorch reference will serve every operation.")
+            return "py3", "none", "any"
+        return "py3", "none", plat
 
 
 def extensions() -> list[Extension]:
@@ -295,6 +324,7 @@ def extensions() -> list[Extension]:
         # A library of an earlier build in the tree would be found all the same.
         for library in LIBRARIES.values():
             (ROOT / "umda_fast" / library).unlink(missing_ok=True)
+            failure_file(ROOT / "umda_fast" / library).unlink(missing_ok=True)
         say("UMDA_FAST_EXTENSION=0: pure Python, the PyTorch reference serves every operation on the CPU.")
         return []
     if platform.system() == "Windows":
@@ -312,4 +342,9 @@ def extensions() -> list[Extension]:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AbiWheel})
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": AbiWheel},
+        long_description=standalone((ROOT / "README.md").read_text(encoding="utf-8")),
+        long_description_content_type="text/markdown",
+    )

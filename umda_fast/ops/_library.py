@@ -103,7 +103,10 @@ def has_triton(name: str) -> bool:
 def _load(file: str) -> LibraryStatus:
     path = Path(__file__).resolve().parent.parent / file
     if not path.is_file():
-        return f"umda_fast/{file} was not built (reinstall with a compiler and without build isolation)"
+        why = path.with_name(f"{file.partition('.')[0]}.failed.txt")  # written by setup.py
+        said = " ".join(why.read_text(encoding="utf-8", errors="replace").split()) if why.is_file() else ""
+        reason = f": {said[:300]}" if said else " (reinstall with a compiler and without build isolation)"
+        return f"umda_fast/{file} was not built{reason}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
