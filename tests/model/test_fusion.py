@@ -84,7 +84,7 @@ def test_the_model_takes_one_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = UMDA(make_config()).double().eval()
     out = model(**batch.inputs())
-    y = model.cross_views(batch.views, batch.mask)[0]
+    y = model.cross_views(batch.views, batch.ptr, batch.mask).y
     z, beta = model.fusion(y, batch.mask)
     torch.testing.assert_close(out.view_weights, beta)
     torch.testing.assert_close(out.penalties["consistency"], model.consistency(y, batch.mask))

@@ -16,11 +16,12 @@ from umda_fast.model.gmip import (
     diversity_penalty,
 )
 from umda_fast.model.hcva import HCVA, HCVABlock, HCVAOutput, concentration_penalty
-from umda_fast.model.losses import decode, penalty_loss, task_losses
+from umda_fast.model.losses import decode, penalty_loss, task_losses, view_losses
 from umda_fast.model.output import UMDAOutput
 from umda_fast.model.pooled import PooledInstances
 from umda_fast.model.specs import TASK_KINDS, MetadataSpec, TaskKind, TaskSpec, ViewSpec
 from umda_fast.model.umda import UMDA
+from umda_fast.model.view_heads import ViewHeads, ViewLogits
 
 __all__ = [
     "ATSB",
@@ -52,6 +53,8 @@ __all__ = [
     "ViewConsistency",
     "ViewEncoders",
     "ViewFusion",
+    "ViewHeads",
+    "ViewLogits",
     "ViewSpec",
     "cohesion_penalty",
     "concentration_penalty",
@@ -61,4 +64,5 @@ __all__ = [
     "diversity_penalty",
     "penalty_loss",
     "task_losses",
+    "view_losses",
 ]

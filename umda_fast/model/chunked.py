@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,15 +17,25 @@ from umda_fast.model.fusion import ViewConsistency, ViewFusion
 from umda_fast.model.hcva import concentration_penalty
 from umda_fast.model.linear_path import LinearPath
 from umda_fast.model.output import UMDAOutput
+from umda_fast.model.view_heads import ViewHeads, ViewPool, join_pools
 from umda_fast.ops import _validate
 
-__all__ = ["CHUNK", "Chunkable", "forward_chunked", "in_chunks"]
+__all__ = ["CHUNK", "Chunkable", "CrossViews", "forward_chunked", "in_chunks"]
 
 CHUNK = 8192
 """Instances at a time in `forward_chunked`."""
 
-# What `UMDA.cross_views` takes and returns.
-CrossViews: TypeAlias = Callable[[Mapping[str, Tensor], Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+
+class CrossViews(NamedTuple):
+    """What `UMDA.cross_views` returns for N instances of B bags."""
+
+    y: Tensor  #: [N, V, D]
+    mass: Tensor  #: [N, V, V]
+    entropy: Tensor | None  #: [layers, N, V, H], of the mass; None without cross-view attention
+    alone: ViewPool | None  #: of what the encoders gave; None without `view_heads`
+
+
+Run: TypeAlias = Callable[[Mapping[str, Tensor], Tensor, Tensor | None], CrossViews]
 
 
 class Chunkable(Protocol):
@@ -40,29 +51,50 @@ class Chunkable(Protocol):
     @property
     def linear(self) -> LinearPath | None: ...
 
+    @property
+    def view_heads(self) -> ViewHeads | None: ...
+
     def __call__(self, *args: Any, **inputs: Any) -> Any: ...
 
-    def cross_views(
-        self, views: Mapping[str, Tensor], mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    def cross_views(self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None = None) -> CrossViews: ...
 
     def pool(self, z: Tensor, ptr: Tensor, *args: Any, **kwargs: Any) -> UMDAOutput: ...
 
     def with_linear(self, out: UMDAOutput, scores: Tensor, ptr: Tensor) -> UMDAOutput: ...
 
+    def with_view_heads(self, out: UMDAOutput, pool: ViewPool) -> UMDAOutput: ...
 
-def _pieces(
-    views: Mapping[str, Tensor], mask: Tensor | None, chunk: int
-) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
-    for start in range(0, len(next(iter(views.values()))), chunk):
-        rows = slice(start, start + chunk)
-        yield {name: features[rows] for name, features in views.items()}, None if mask is None else mask[rows]
+
+class _Piece(NamedTuple):
+    """A run of instances: their features and mask, the bags of which they are (int64, ascending) and where these begin
+    and end among them."""
+
+    views: dict[str, Tensor]
+    ptr: Tensor
+    mask: Tensor | None
+    bags: Tensor
+
+
+def _pieces(views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None, chunk: int) -> Iterator[_Piece]:
+    count = len(next(iter(views.values())))
+    _validate.offsets(ptr, "ptr", count, "N", like=next(iter(views.values())))
+    offsets = ptr.tolist()
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
+        first, last = bisect_right(offsets, start) - 1, bisect_left(offsets, stop)
+        own = [max(offset, start) - start for offset in offsets[first:last]]
+        yield _Piece(
+            {name: features[start:stop] for name, features in views.items()},
+            ptr.new_tensor([*own, stop - start]),
+            None if mask is None else mask[start:stop],
+            torch.arange(first, last, device=ptr.device),
+        )
 
 
 def in_chunks(
-    cross_views: CrossViews, views: Mapping[str, Tensor], mask: Tensor | None, chunk: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`cross_views(views, mask)` on at most `chunk` instances at a time (0: on all at once).
+    cross_views: Run, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None, chunk: int
+) -> CrossViews:
+    """`cross_views(views, ptr, mask)` on at most `chunk` instances at a time (0: on all at once).
 
     Where gradients are needed, a piece keeps its inputs only and runs again, with the same dropout, in the backward
     pass. Gradients are those of the whole within rounding (a sum over instances is taken in another order).
@@ -70,16 +102,25 @@ def in_chunks(
     Method: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
     """
     if not chunk:
-        return cross_views(views, mask)  # len() below would fix the number of instances in an exported program
+        return cross_views(views, ptr, mask)  # len() below would fix the number of instances in an exported program
     count = len(next(iter(views.values()), ()))
     if count <= chunk or any(len(features) != count for features in views.values()):
-        return cross_views(views, mask)  # wrong shapes are reported there
-    parts = [
-        checkpoint(cross_views, part, own, use_reentrant=False) if torch.is_grad_enabled() else cross_views(part, own)
-        for part, own in _pieces(views, mask, chunk)
-    ]
-    x, mass, entropy = zip(*parts, strict=True)
-    return torch.cat(x), torch.cat(mass), None if entropy[0] is None else torch.cat(entropy, dim=1)
+        return cross_views(views, ptr, mask)  # wrong shapes are reported there
+    parts: list[CrossViews] = []
+    bags: list[Tensor] = []
+    for piece in _pieces(views, ptr, mask, chunk):
+        inputs = (piece.views, piece.ptr, piece.mask)
+        again = torch.is_grad_enabled()
+        parts.append(checkpoint(cross_views, *inputs, use_reentrant=False) if again else cross_views(*inputs))
+        bags.append(piece.bags)
+    entropies = [part.entropy for part in parts if part.entropy is not None]
+    alone = [part.alone for part in parts if part.alone is not None]
+    return CrossViews(
+        torch.cat([part.y for part in parts]),
+        torch.cat([part.mass for part in parts]),
+        torch.cat(entropies, dim=1) if entropies else None,
+        join_pools(alone, bags, ptr) if alone else None,
+    )
 
 
 class _Moments:
@@ -168,10 +209,15 @@ def forward_chunked(
         out: UMDAOutput = model(whole, ptr, mask, coords, metadata=metadata)
         return out
     fused, masses, betas, linear = [], [], [], []
+    pools: list[ViewPool] = []
+    bags: list[Tensor] = []
     entropies, consistency, moments = _WeightedMean(), _WeightedMean(), _Moments()
-    for part, own in _pieces(views, mask, chunk):
-        part = {name: wide(features) for name, features in part.items()}
-        x, mass, entropy = model.cross_views(part, own)
+    for piece in _pieces(views, ptr, mask, chunk):
+        part, own = {name: wide(features) for name, features in piece.views.items()}, piece.mask
+        x, mass, entropy, alone = model.cross_views(part, piece.ptr, own)
+        if alone is not None:
+            pools.append(alone)
+            bags.append(piece.bags)
         if model.linear is not None:
             linear.append(model.linear.scores(model.encoders, part, own))
         z, beta = model.fusion(x, own)
@@ -190,4 +236,6 @@ def forward_chunked(
         "dispersion": moments.dispersion(model.config.delta).to(view_mass),
     }
     result = model.pool(torch.cat(fused), ptr, coords, view_mass, torch.cat(betas), penalties, metadata)
-    return model.with_linear(result, torch.cat(linear), ptr) if linear else result
+    if linear:
+        result = model.with_linear(result, torch.cat(linear), ptr)
+    return model.with_view_heads(result, join_pools(pools, bags, ptr)) if pools else result

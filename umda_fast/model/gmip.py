@@ -211,9 +211,13 @@ class BagPooling(nn.Module):
         self.gate = nn.Linear(width, hidden)
         self.score = nn.Linear(hidden, tasks, bias=False)  # [T, hidden]; a bias would cancel in the softmax
 
+    def hidden(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`tanh(W_a z)` and `sigmoid(W_b z)` [..., hidden] of z [..., D]."""
+        return torch.tanh(self.value(z)), torch.sigmoid(self.gate(z))
+
     def forward(self, z: Tensor, ptr: Tensor) -> BagPoolingOutput:
         """z [N, D]; ptr int64 [B+1]."""
-        value, gate = torch.tanh(self.value(z)), torch.sigmoid(self.gate(z))
+        value, gate = self.hidden(z)
         scores = self.score(value * gate)
         pool = bag_attention_pool(z, scores, ptr)
         attention = torch.exp(scores.to(pool.lse.dtype) - pool.lse[bag_index(ptr, z.shape[0])])

@@ -11,7 +11,7 @@ from torch import Tensor
 from umda_fast.model._numerics import wide
 from umda_fast.model.specs import TaskSpec
 
-__all__ = ["decode", "penalty_loss", "task_losses"]
+__all__ = ["decode", "penalty_loss", "task_losses", "view_losses"]
 
 
 def task_losses(
@@ -52,17 +52,63 @@ def task_losses(
         target = labels[task.name]
         keep = masks.get(task.name)
         if (len(target) > 0) if keep is None else next(some):
-            losses[task.name] = _loss(task, wide(logits[task.name]), target, keep)
+            loss, weight = _bag_losses(task, wide(logits[task.name]), target, keep)
+            losses[task.name] = (loss * weight).sum() / weight.sum()
     return losses
 
 
-def _check(task: TaskSpec, logits: Mapping[str, Tensor], target: Tensor, keep: Tensor | None) -> None:
+def view_losses(
+    tasks: Sequence[TaskSpec],
+    view_logits: Mapping[str, Tensor],
+    present: Tensor,
+    labels: Mapping[str, Tensor],
+    label_mask: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The losses of what every view alone says: of a bag, the mean of their losses over the views that it has; of a
+    task, the mean of that over the bags that carry its label, weighted as in `task_losses`.
+
+    A bag without any view (an empty one) adds 0 to the sum and its weight to what that is divided by, so that shares of
+    a batch are put together for these losses as they are for those of the tasks.
+
+    Args:
+        tasks: with a label in the batch, such as those that `task_losses` returns.
+        view_logits: task -> [B, V, outputs]. present: bool [B, V]. Both as `UMDAOutput` has them.
+        labels, label_mask: as of `task_losses`.
+
+    Returns:
+        task -> scalar, float32 (float64 for float64). Nothing is read back from a GPU.
+
+    Raises:
+        ValueError: labels, logits or a mask of another shape.
+    """
+    bags, views = present.shape
+    count = present.sum(1).clamp_min(1)
+    losses = {}
+    for task in tasks:
+        target, keep = labels[task.name], (label_mask or {}).get(task.name)
+        _check(task, view_logits, target, keep, views=views)
+        logits = wide(view_logits[task.name]).flatten(0, 1)
+        target = target.repeat_interleave(views, 0, output_size=bags * views)
+        keep = None if keep is None else keep.repeat_interleave(views, output_size=bags * views)
+        each, weight = _bag_losses(task, logits, target, keep)
+        loss = each.view(bags, views).masked_fill(~present, 0.0).sum(1) / count
+        weight = weight.view(bags, views)[:, 0]
+        losses[task.name] = (loss * weight).sum() / weight.sum()
+    return losses
+
+
+def _check(
+    task: TaskSpec, logits: Mapping[str, Tensor], target: Tensor, keep: Tensor | None, views: int | None = None
+) -> None:
+    """Shapes of a task's logits [B, outputs], or with `views` [B, V, outputs], and of its labels."""
     where = f"task {task.name!r}"
     if task.name not in logits:
         raise ValueError(f"{where}: expected logits, got {', '.join(logits) or 'none'}")
     bags = logits[task.name].shape[0]
-    if logits[task.name].shape != (bags, task.outputs):
-        raise ValueError(f"{where}: logits: expected shape [B, {task.outputs}], got {list(logits[task.name].shape)}")
+    between = () if views is None else (views,)
+    if logits[task.name].shape != (bags, *between, task.outputs):
+        expected = ", ".join(map(str, ("B", *between, task.outputs)))
+        raise ValueError(f"{where}: logits: expected shape [{expected}], got {list(logits[task.name].shape)}")
     shape = (bags, task.classes) if task.kind == "multilabel" else (bags,)
     if target.shape != shape:
         raise ValueError(f"{where}: labels: expected shape {list(shape)}, got {list(target.shape)}")
@@ -70,7 +116,8 @@ def _check(task: TaskSpec, logits: Mapping[str, Tensor], target: Tensor, keep: T
         raise ValueError(f"{where}: label_mask: expected bool [{bags}], got {keep.dtype} {list(keep.shape)}")
 
 
-def _loss(task: TaskSpec, logits: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
+def _bag_losses(task: TaskSpec, logits: Tensor, target: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Loss and weight of every bag [B]; both 0 where there is no label."""
     if keep is not None:
         target = target.masked_fill(~keep if target.dim() == 1 else ~keep[:, None], 0)
     given = None if task.class_weights is None else logits.new_tensor(task.class_weights)
@@ -91,7 +138,7 @@ def _loss(task: TaskSpec, logits: Tensor, target: Tensor, keep: Tensor | None) -
     if keep is not None:
         weight = weight.masked_fill(~keep, 0.0)
         losses = losses.masked_fill(~keep, 0.0)
-    return (losses * weight).sum() / weight.sum()
+    return losses, weight
 
 
 def decode(task: TaskSpec, logits: Tensor) -> Tensor:

@@ -34,6 +34,11 @@ class UMDAOutput:
         view_consistency: scalar, 1 - consistency penalty.
         branches: [B, T, D].
         graph: of the instances, None with `graph=False`.
+        view_logits: task -> [B, V, outputs], what every view alone says, 0 where a bag lacks it (they are part of
+            `logits`); None without `view_heads`.
+        view_present: bool [B, V], whether an instance of the bag has the view; None without `view_heads`.
+        view_features: [B, V, T, D], of which the former are linear maps, 0 where a bag lacks the view; None without
+            `view_heads`.
     """
 
     logits: dict[str, Tensor]
@@ -48,3 +53,6 @@ class UMDAOutput:
     view_consistency: Tensor
     branches: Tensor
     graph: NeighborGraph | None
+    view_logits: dict[str, Tensor] | None = None
+    view_present: Tensor | None = None
+    view_features: Tensor | None = None

@@ -43,7 +43,8 @@ class ReadoutConfig:
 
 
 class Readout(nn.Module):
-    """`logits_t = W_t f + b_t`, f the trunk's branches of all ITS tasks side by side, [B, T_trunk D].
+    """`logits_t = W_t f + b_t`, f the trunk's branches of all ITS tasks side by side, [B, T_trunk D], and after them,
+    if it has heads of single views, what those read, the mean over its tasks, [B, V D].
 
     Attention, and what else `UMDAOutput` reports by task, is the mean over the trunk's tasks, the same for every new
     task; the influence matrix is the identity.
@@ -58,15 +59,19 @@ class Readout(nn.Module):
         check_distinct("tasks", tasks)
         self.config = ReadoutConfig(trunk.config, tuple(tasks))
         self.trunk = trunk.requires_grad_(False)
-        features = len(trunk.config.tasks) * trunk.config.width
+        views = len(trunk.config.views) if trunk.config.view_heads else 0
+        features = (len(trunk.config.tasks) + views) * trunk.config.width
         self.heads = nn.ModuleList(nn.Linear(features, task.outputs) for task in tasks)
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
 
     @staticmethod
     def features(output: UMDAOutput) -> Tensor:
-        """f [B, T_trunk D] from what the trunk returned."""
-        return output.branches.flatten(1)
+        """f [B, (T_trunk + V) D], V 0 without heads of single views, from what the trunk returned."""
+        branches = output.branches.flatten(1)
+        if output.view_features is None:
+            return branches
+        return torch.cat([branches, output.view_features.mean(2).flatten(1).to(branches.dtype)], 1)
 
     def forward(
         self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None = None, **inputs: Any
@@ -87,6 +92,8 @@ class Readout(nn.Module):
             attention_entropy=alike(out.attention_entropy),
             influence=torch.eye(count, dtype=out.influence.dtype, device=out.influence.device),
             branches=out.branches.mean(1, keepdim=True).expand(-1, count, -1),
+            view_logits=None,
+            view_features=None if out.view_features is None else out.view_features.mean(2, keepdim=True),
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:

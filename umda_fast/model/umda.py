@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from umda_fast.model import pretrained
 from umda_fast.model.atsb import ATSB, cohesion_penalty
-from umda_fast.model.chunked import in_chunks
+from umda_fast.model.chunked import CrossViews, in_chunks
 from umda_fast.model.config import UMDAConfig
 from umda_fast.model.encoders import ViewEncoders
 from umda_fast.model.experts import ExpertGates
@@ -21,6 +21,7 @@ from umda_fast.model.gmip import GMIP, BagPooling, diversity_penalty
 from umda_fast.model.hcva import HCVA, concentration_penalty
 from umda_fast.model.linear_path import LinearPath
 from umda_fast.model.output import UMDAOutput
+from umda_fast.model.view_heads import ViewHeads, ViewLogits, ViewPool
 from umda_fast.ops import _validate, smoothness_energy
 
 __all__ = ["UMDA"]
@@ -99,6 +100,8 @@ class UMDA(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleList(nn.Linear(width, task.outputs) for task in config.tasks)
         self.linear = LinearPath(config.views, config.tasks) if config.linear_path else None
+        views = len(config.views)
+        self.view_heads = ViewHeads(views, config.tasks, width, hidden, dropout) if config.view_heads else None
 
     def forward(
         self,
@@ -127,7 +130,7 @@ class UMDA(nn.Module):
         """
         if mask is not None:
             _validate.views_present(mask, "mask")
-        x, view_mass, entropy = in_chunks(self.cross_views, views, mask, self.config.chunk)
+        x, view_mass, entropy, alone = in_chunks(self.cross_views, views, ptr, mask, self.config.chunk)
         zero = x.new_zeros((), dtype=view_mass.dtype)
         fused = fuse_and_penalize(self.fusion, self.consistency, x, mask, self.config.delta)
         penalties = {
@@ -139,21 +142,20 @@ class UMDA(nn.Module):
         out = self.pool(z, ptr, coords, view_mass, view_weights, penalties, metadata, task_cosines)
         if self.linear is not None:
             out = self.with_linear(out, self.linear.scores(self.encoders, views, mask), ptr)
-        return out
+        return out if alone is None else self.with_view_heads(out, alone)
 
-    def cross_views(
-        self, views: Mapping[str, Tensor], mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Encoders and cross-view attention, which see each instance by itself: y [N, V, D], view mass [N, V, V], and
-        its entropy [layers, N, V, H] or None without cross-view attention. Arguments as of `forward`."""
+    def cross_views(self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None = None) -> CrossViews:
+        """Encoders and cross-view attention, which see each instance by itself, and for `view_heads` the pools of what
+        the encoders gave. Arguments as of `forward`."""
         x: Tensor = self.encoders(views, mask)
+        alone = None if self.view_heads is None else self.view_heads.pool(self.pooling, x, ptr, mask)
         if self.hcva is not None:
-            out: tuple[Tensor, Tensor, Tensor] = self.hcva(x, mask)
-            return out
+            y, mass, entropy = self.hcva(x, mask)
+            return CrossViews(y, mass, entropy, alone)
         n, count, _ = x.shape
         dtype = torch.promote_types(x.dtype, torch.float32)
         view_mass = torch.eye(count, dtype=dtype, device=x.device).expand(n, count, count)
-        return x, view_mass if mask is None else view_mass * mask[..., None], None
+        return CrossViews(x, view_mass if mask is None else view_mass * mask[..., None], None, alone)
 
     def pool(
         self,
@@ -206,6 +208,15 @@ class UMDA(nn.Module):
         wide = self.linear.pool(scores, ptr)
         return replace(out, logits={name: logits + wide[name] for name, logits in out.logits.items()})
 
+    def with_view_heads(self, out: UMDAOutput, pool: ViewPool) -> UMDAOutput:
+        """`out` with what every view alone says, from its pools, added to the logits."""
+        assert self.view_heads is not None
+        alone: ViewLogits = self.view_heads(pool)
+        logits = {name: logits + alone.total[name] for name, logits in out.logits.items()}
+        return replace(
+            out, logits=logits, view_logits=alone.views, view_present=alone.present, view_features=alone.features
+        )
+
     def shared_parameters(self) -> list[nn.Parameter]:
         """What all tasks train: encoders, cross-view attention, fusion, graph, the hidden units of the pooling,
         conditioning on metadata, the shared path S of the branches and the shared experts."""
@@ -215,8 +226,8 @@ class UMDA(nn.Module):
         return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
     def task_parameters(self) -> list[nn.Parameter]:
-        """All other parameters: scores of the pooling, private paths, influence, norms, heads and
-        linear paths of the tasks."""
+        """All other parameters: scores of the pooling, private paths, influence, norms, heads, linear paths and heads
+        of single views of the tasks."""
         shared = {id(parameter) for parameter in self.shared_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in shared]
 
