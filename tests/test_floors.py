@@ -144,7 +144,7 @@ def test_no_circle_of_files() -> None:
         ("data", "from umda_fast.model.specs import TaskSpec", []),
         ("data", "from umda_fast.data import files", ["data.files"]),
         ("data.files", "from umda_fast.data.sources.npz import read_npz", ["data.sources"]),
-        ("data.sources", "from umda_fast.data.bags import Bag", []),
+        ("data.sources", "from umda_fast.data.bag import Bag", []),
         ("ops", "from umda_fast.reference.knn import knn\nfrom umda_fast.errors import DataError", []),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from umda_fast.data import Bag, BagDataset, collate, concat
-from umda_fast.data.bags import all_finite
+from umda_fast.data.arrays import all_finite
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec
 

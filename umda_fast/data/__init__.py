@@ -1,10 +1,14 @@
 """Bags and where they come from: datasets, batches, samplers, file formats, splits."""
 
-from umda_fast.data.bags import Bag, BagBatch, BagDataset, BagStore, Metadata, collate, concat
+from umda_fast.data.bag import Bag
+from umda_fast.data.batch import BagBatch, collate
+from umda_fast.data.dataset import BagDataset, concat
+from umda_fast.data.metadata import Metadata
 from umda_fast.data.sampler import BagLoader, InstanceBudgetSampler, make_loader
 from umda_fast.data.sources.inspection import SourceReport, inspect_source, inspect_splits
 from umda_fast.data.sources.source import FORMATS, SourceFormat, find_format, load_folds, load_source
 from umda_fast.data.splits import SPLITS, Fold, Splits, k_fold, split_bags
+from umda_fast.data.stores import BagStore
 
 __all__ = [
     "FORMATS",

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from umda_fast.data import Bag, BagDataset, Metadata
+from umda_fast.data.bag import Bag, bag_labels
+from umda_fast.data.dataset import BagDataset
+from umda_fast.data.metadata import Metadata
 from umda_fast.errors import DataError
 from umda_fast.model import MetadataSpec, TaskSpec, ViewSpec
 
@@ -134,11 +136,5 @@ class _AdaptedStore:
             raise DataError(
                 f"bag {bag.name!r}: instance {int(bare[0])} has none of the views the model knows"
             )
-        labels = {}
-        for task in self._tasks:
-            value = self.labels[task.name][index]
-            if not np.isnan(value).any():
-                dtype = torch.int64 if task.kind == "multiclass" else torch.float32
-                labels[task.name] = torch.as_tensor(value, dtype=dtype)
         views = {name: features for name, features in bag.views.items() if name in self._views}
-        return Bag(bag.name, views, mask, labels, bag.coords)
+        return Bag(bag.name, views, mask, bag_labels(self._tasks, self.labels, index), bag.coords)

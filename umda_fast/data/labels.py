@@ -13,36 +13,17 @@ from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from umda_fast.data.arrays import ArrayInput, FloatArray, as_numpy
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TASK_KINDS, TaskKind, TaskSpec
 
-FloatArray: TypeAlias = npt.NDArray[np.float64]
-ArrayInput: TypeAlias = npt.ArrayLike | Tensor
 KindOverride: TypeAlias = TaskKind | TaskSpec | Mapping[str, Any]
 KindOverrides: TypeAlias = Mapping[str, KindOverride] | Sequence[TaskSpec]
 ClassWeights: TypeAlias = Literal["balanced"] | None
 
 MAX_CLASSES = 20
 """Integers with more distinct values than this are taken for a regression, not for classes."""
-
-
-def as_numpy(where: str, value: ArrayInput) -> npt.NDArray[Any]:
-    """A numpy array of whatever was given.
-
-    Raises:
-        DataError: rows of different lengths.
-    """
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        array: npt.NDArray[Any] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-        return array
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise DataError(f"{where}: expected an array, got rows of different lengths") from error
 
 
 def label_columns(

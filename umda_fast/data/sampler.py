@@ -12,11 +12,10 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from umda_fast.data import _random
-from umda_fast.data._random import IntArray
-from umda_fast.data.bags import BagBatch, BagDataset
-
-_SHUFFLE = 1  # the first word of this sampler's random streams, so that no other use of the seed shares them
+from umda_fast.data.arrays import IntArray
+from umda_fast.data.batch import BagBatch
+from umda_fast.data.dataset import BagDataset
+from umda_fast.data.draws import Stream, generator, permutation
 
 
 class InstanceBudgetSampler(Sampler[list[int]]):
@@ -140,7 +139,7 @@ class InstanceBudgetSampler(Sampler[list[int]]):
         bags = len(self.sizes)
         order = np.arange(bags, dtype=np.int64)
         if self.shuffle:
-            order = _random.permutation(_random.generator(_SHUFFLE, self.seed, epoch), bags)
+            order = permutation(generator(Stream.SHUFFLE, self.seed, epoch), bags)
         ends = self.sizes[order].cumsum()
         batches = []
         first, before = 0, 0

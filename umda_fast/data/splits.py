@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from umda_fast.data import _random
-from umda_fast.data._random import IntArray
-from umda_fast.data.bags import BagDataset
-from umda_fast.data.labels import ClassWeights, FloatArray, fit_tasks
+from umda_fast.data.arrays import FloatArray, IntArray
+from umda_fast.data.dataset import BagDataset
+from umda_fast.data.draws import Stream, generator, permutation
+from umda_fast.data.labels import ClassWeights, fit_tasks
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec
 
 SPLITS = ("train", "val", "test")
-_SPLIT, _FOLD = 2, 3  # first words of the random streams
 _REGRESSION_BINS = 4
 
 
@@ -55,7 +54,7 @@ def stratify(
     part = np.full(n, -1, dtype=np.int64)
     lacking = share * n  # rows every part still lacks, [P]
     lacking_label = share[:, None] * indicators.sum(axis=0)  # and of every label, [P, L]
-    order = _random.permutation(rng, n)
+    order = permutation(rng, n)
     shuffled = indicators[order]
 
     def assign(rows: IntArray, demand: FloatArray) -> None:
@@ -159,7 +158,7 @@ def split_bags(
     values = list(shares.values())
     if any(not 0.0 <= value <= 1.0 for value in values) or abs(sum(values) - 1.0) > 1e-9:
         raise DataError(f"{dataset.name}: shares: expected numbers in 0..1 that sum to 1, got {dict(shares)}")
-    part = _assign(dataset, values, groups, _random.generator(_SPLIT, seed))
+    part = _assign(dataset, values, groups, generator(Stream.SPLIT, seed))
     return {name: np.flatnonzero(part == index) for index, name in enumerate(shares)}
 
 
@@ -204,7 +203,7 @@ def k_fold(
     check_folds(dataset.name, folds, repeats, len(dataset) if groups is None else len(set(groups)))
     result = []
     for repeat in range(repeats):
-        rng = _random.generator(_FOLD, seed, repeat)
+        rng = generator(Stream.FOLD, seed, repeat)
         part = _assign(dataset, [1.0 / folds] * folds, groups, rng)
         result += [
             Fold(repeat, fold, train=np.flatnonzero(part != fold), test=np.flatnonzero(part == fold))

@@ -9,12 +9,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from umda_fast.data import _random
-from umda_fast.data.bags import BagBatch
+from umda_fast.data.batch import BagBatch
+from umda_fast.data.draws import Stream, generator
 
 __all__ = ["drop_instances"]
-
-_DROP = 7  # first word of the random streams
 
 
 def drop_instances(batch: BagBatch, share: float, seed: int = 0, epoch: int = 0) -> BagBatch:
@@ -39,8 +37,8 @@ def drop_instances(batch: BagBatch, share: float, seed: int = 0, epoch: int = 0)
     for bag, (first, last) in enumerate(pairwise(ptr)):
         count = last - first
         keep = min(count, max(1, round(count * (1.0 - share))))
-        draws = _random.generator(_DROP, seed, epoch, zlib.crc32(batch.names[bag].encode())).random(count)
-        kept.append(first + np.sort(np.argsort(draws, kind="stable")[:keep]))
+        order = generator(Stream.DROP_INSTANCES, seed, epoch, zlib.crc32(batch.names[bag].encode())).random(count)
+        kept.append(first + np.sort(np.argsort(order, kind="stable")[:keep]))
     rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *kept]))
     sizes = torch.tensor([0, *(len(part) for part in kept)])
     return replace(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from umda_fast.data import BagBatch
-from umda_fast.data.bags import all_finite
+from umda_fast.data.arrays import all_finite
 from umda_fast.errors import DataError
 
 __all__ = ["NonFiniteError", "check_batch", "explain_non_finite"]

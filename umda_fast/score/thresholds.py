@@ -8,14 +8,13 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from umda_fast.data import _random
+from umda_fast.data.draws import Stream, generator, integers
 from umda_fast.model import TaskSpec, decode
 from umda_fast.score.collect import Predictions
 
 __all__ = ["best_f1_thresholds", "tune_thresholds"]
 
 _DRAWS = 100
-_THRESHOLDS = 8  # first word of the random stream
 _Matrix = npt.NDArray[np.float64]
 
 
@@ -58,8 +57,8 @@ def tune_thresholds(tasks: Sequence[TaskSpec], found: Predictions, seed: int = 0
             tuned.append(task)
             continue
         probability, target = decode(task, logits.double()).numpy(), labels.double().numpy()
-        rng, bags = _random.generator(_THRESHOLDS, seed), len(target)
-        draws = [_random.integers(rng, 0, bags - 1, bags) for _ in range(_DRAWS)]
+        rng, bags = generator(Stream.THRESHOLDS, seed), len(target)
+        draws = [integers(rng, 0, bags - 1, bags) for _ in range(_DRAWS)]
         cuts = np.mean([best_f1_thresholds(probability[rows], target[rows]) for rows in draws], axis=0)
         tuned.append(replace(task, thresholds=tuple(cuts.tolist())))
     return tuple(tuned)

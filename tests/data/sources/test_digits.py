@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from umda_fast.data import _random, load_source
+from umda_fast.data import load_source
+from umda_fast.data.draws import Stream, generator
 from umda_fast.data.sources.digits import (
     draw_bags,
     fold_digits_source,
@@ -69,7 +70,7 @@ class TestViews:
 class TestBags:
     def test_sizes_digits_and_nines(self, images):
         digits = images[1]
-        draw = draw_bags(digits, np.arange(len(digits)), 400, _random.generator(0))
+        draw = draw_bags(digits, np.arange(len(digits)), 400, generator(Stream.DIGIT_BAGS))
         bags = np.split(draw.index, draw.ptr[1:-1])
         kinds = [len(set(digits[bag])) for bag in bags]
         assert {len(bag) for bag in bags} == set(range(3, 31))
@@ -80,13 +81,13 @@ class TestBags:
     def test_scarce_images_are_reused(self, images):
         digits = images[1]
         few = np.concatenate([np.flatnonzero(digits == digit)[:2] for digit in range(10)])
-        draw = draw_bags(digits, few, 50, _random.generator(0))
+        draw = draw_bags(digits, few, 50, generator(Stream.DIGIT_BAGS))
         assert set(draw.index) <= set(few)
         assert np.diff(draw.ptr).max() > 20
 
     def test_images_are_split_by_digit(self, images):
         digits = images[1]
-        parts = split_images(digits, np.arange(len(digits)), SHARES, _random.generator(0))
+        parts = split_images(digits, np.arange(len(digits)), SHARES, generator(Stream.DIGIT_BAGS))
         assert sorted(np.concatenate(list(parts.values()))) == list(range(len(digits)))
         for part, share in SHARES.items():
             counts = np.bincount(digits[parts[part]])

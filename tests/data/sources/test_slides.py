@@ -13,7 +13,7 @@ import torch
 
 from tests.slide_files import grid, write_clam, write_labels, write_stamp, write_trident
 from umda_fast.data import InstanceBudgetSampler, find_format, inspect_source, load_folds, load_source, make_loader
-from umda_fast.data.bags import concat
+from umda_fast.data.dataset import concat
 from umda_fast.errors import DataError
 
 NAMES = [f"s{index:02d}" for index in range(12)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from umda_fast.data._random import IntArray
+from umda_fast.data.arrays import IntArray
 from umda_fast.data.files.index import READ_TIMEOUT, FileIndex, Matching, SlideIndex
 from umda_fast.data.files.labels_table import LabelTable, match_names, plain_name, read_labels, read_split, split_files
 from umda_fast.data.files.packed import PackIndex, is_pack

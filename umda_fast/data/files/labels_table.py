@@ -17,11 +17,11 @@ from typing import Protocol
 
 import numpy as np
 
-from umda_fast.data._random import IntArray
-from umda_fast.data.bags import Metadata
+from umda_fast.data.arrays import ArrayInput, FloatArray, IntArray
 from umda_fast.data.files.readers import SUFFIXES
 from umda_fast.data.files.skipped import Report
-from umda_fast.data.labels import MAX_CLASSES, ArrayInput, FloatArray, KindOverride, KindOverrides, label_columns
+from umda_fast.data.labels import MAX_CLASSES, KindOverride, KindOverrides, label_columns
+from umda_fast.data.metadata import Metadata
 from umda_fast.data.splits import SPLITS
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from umda_fast.data._random import IntArray
-from umda_fast.data.labels import FloatArray
+from umda_fast.data.arrays import FloatArray, IntArray
 
 
 def match_rows(coords: Sequence[FloatArray], tolerance: float) -> IntArray | None:

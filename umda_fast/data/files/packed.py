@@ -24,9 +24,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from umda_fast.data._random import IntArray
-from umda_fast.data.bags import Positions
+from umda_fast.data.arrays import IntArray
 from umda_fast.data.files.skipped import Report
+from umda_fast.data.metadata import Positions
 from umda_fast.errors import DataError
 from umda_fast.model.specs import ViewSpec
 

@@ -33,9 +33,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from umda_fast.data._random import IntArray
-from umda_fast.data.bags import all_finite
-from umda_fast.data.labels import FloatArray
+from umda_fast.data.arrays import FloatArray, IntArray, all_finite
 from umda_fast.errors import DataError
 
 Unit: TypeAlias = Literal["um", "px"]

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from umda_fast.data import _random
-from umda_fast.data._random import IntArray
-from umda_fast.data.bags import BagDataset, concat
-from umda_fast.data.labels import ClassWeights, FloatArray
+from umda_fast.data.arrays import FloatArray, IntArray
+from umda_fast.data.dataset import BagDataset, concat
+from umda_fast.data.draws import Stream, generator, integers, permutation
+from umda_fast.data.labels import ClassWeights
 from umda_fast.data.splits import SPLITS, Splits, check_folds
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec
 
-_IMAGES, _BAGS, _HOLES = 4, 5, 6  # first words of the random streams
 _DIGITS = tuple(str(digit) for digit in range(10))
 _TASKS = (
     TaskSpec("has_nine", "binary", labels=("no", "yes")),
@@ -96,7 +95,7 @@ def split_images(
     parts: dict[str, list[IntArray]] = {part: [] for part in shares}
     for digit in range(10):
         pool = images[digits[images] == digit]
-        pool = pool[_random.permutation(rng, len(pool))]
+        pool = pool[permutation(rng, len(pool))]
         pieces = np.split(pool, np.round(cuts * len(pool)).astype(np.int64))
         for part, piece in zip(shares, pieces, strict=True):
             parts[part].append(piece)
@@ -110,21 +109,21 @@ def draw_bags(digits: IntArray, images: IntArray, bags: int, rng: np.random.Gene
     """
     pools = [images[digits[images] == digit] for digit in range(10)]
     index: list[IntArray] = []
-    sizes = _random.integers(rng, 3, 30, bags)
+    sizes = integers(rng, 3, 30, bags)
     nine = rng.random(bags) < 0.5
     for size, with_nine in zip(sizes.tolist(), nine.tolist(), strict=True):
-        kinds = int(_random.integers(rng, 2, min(5, size), 1)[0])
-        chosen = _random.permutation(rng, 9)[: kinds - with_nine]
+        kinds = int(integers(rng, 2, min(5, size), 1)[0])
+        chosen = permutation(rng, 9)[: kinds - with_nine]
         if with_nine:
             chosen = np.append(chosen, 9)
         # One image of every digit chosen, the others at random among them.
         counts = np.ones(kinds, dtype=np.int64)
-        counts += np.bincount(_random.integers(rng, 0, kinds - 1, size - kinds), minlength=kinds)
+        counts += np.bincount(integers(rng, 0, kinds - 1, size - kinds), minlength=kinds)
         drawn = []
         for digit, count in zip(chosen.tolist(), counts.tolist(), strict=True):
-            order = _random.permutation(rng, len(pools[digit]))
+            order = permutation(rng, len(pools[digit]))
             drawn.append(pools[digit][np.resize(order, count)])
-        index.append(np.concatenate(drawn)[_random.permutation(rng, size)])
+        index.append(np.concatenate(drawn)[permutation(rng, size)])
     ptr = np.concatenate([np.zeros(1, dtype=np.int64), sizes.cumsum()])
     return BagDraw(np.concatenate(index) if index else np.empty(0, dtype=np.int64), ptr)
 
@@ -155,7 +154,7 @@ def _dataset(
     instances, bags = len(draw.index), len(draw.ptr) - 1
     mask = rng.random((instances, len(views))) >= missing_views
     # An instance keeps at least one view.
-    kept = _random.integers(rng, 0, len(views) - 1, instances)
+    kept = integers(rng, 0, len(views) - 1, instances)
     bare = ~mask.any(axis=1)
     mask[bare, kept[bare]] = True
     labels = _labels(digits, draw)
@@ -181,7 +180,7 @@ def _splits(parts: dict[str, IntArray], seed: Sequence[int], options: _Options) 
     bags = {"train": options.train_bags, "val": options.val_bags, "test": options.test_bags}
     datasets = {}
     for stream, split in enumerate(SPLITS):
-        draw = draw_bags(digits, parts[split], bags[split], _random.generator(_BAGS, *seed, stream))
+        draw = draw_bags(digits, parts[split], bags[split], generator(Stream.DIGIT_BAGS, *seed, stream))
         datasets[split] = _dataset(
             split,
             views,
@@ -189,7 +188,7 @@ def _splits(parts: dict[str, IntArray], seed: Sequence[int], options: _Options) 
             draw,
             options.missing_labels if split == "train" else 0.0,
             options.missing_views,
-            _random.generator(_HOLES, *seed, stream),
+            generator(Stream.DIGIT_HOLES, *seed, stream),
         )
     return Splits(
         name="digits",
@@ -250,7 +249,7 @@ def load_digits_source(
     options = _Options(train_bags, val_bags, test_bags, missing_labels, missing_views, class_weights)
     _, digits = load_images()
     everything = np.arange(len(digits), dtype=np.int64)
-    parts = split_images(digits, everything, _SHARES, _random.generator(_IMAGES, seed))
+    parts = split_images(digits, everything, _SHARES, generator(Stream.DIGIT_IMAGES, seed))
     return _splits(parts, [seed], options)
 
 
@@ -277,7 +276,7 @@ def fold_digits_source(
     rest = _SHARES["train"] + _SHARES["val"]
     shares = {split: _SHARES[split] / rest for split in ("train", "val")}
     for repeat in range(repeats):
-        rng = _random.generator(_IMAGES, seed, repeat, folds)
+        rng = generator(Stream.DIGIT_IMAGES, seed, repeat, folds)
         parts = split_images(digits, everything, {str(fold): 1.0 / folds for fold in range(folds)}, rng)
         for fold in range(folds):
             test = parts[str(fold)]

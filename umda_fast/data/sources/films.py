@@ -28,10 +28,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from umda_fast.data._random import IntArray
-from umda_fast.data.bags import Bag, BagDataset, label_tensor
+from umda_fast.data.arrays import FloatArray, IntArray
+from umda_fast.data.bag import Bag, bag_labels
+from umda_fast.data.dataset import BagDataset
 from umda_fast.data.files.labels_table import read_rows
-from umda_fast.data.labels import ClassWeights, FloatArray
+from umda_fast.data.labels import ClassWeights
 from umda_fast.data.sources.text import WIDTH, text_features
 from umda_fast.data.sources.text import sentences as sentences_of
 from umda_fast.data.sources.text_encoder import SentenceEncoder
@@ -174,11 +175,7 @@ class FilmStore:
             poster = torch.from_numpy(self._posters[index])
             views["poster"] = poster.expand(n, -1)
             present.append(not bool(poster.isnan().all()))
-        labels = {}
-        for task in self._tasks:
-            value = self.labels[task.name][index]
-            if not np.isnan(value).any():
-                labels[task.name] = label_tensor(task, value)
+        labels = bag_labels(self._tasks, self.labels, index)
         return Bag(self.names[index], views, torch.tensor([present]).expand(n, -1), labels)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from umda_fast.data.bags import Bag, BagDataset
+from umda_fast.data.bag import Bag
+from umda_fast.data.dataset import BagDataset
 from umda_fast.data.labels import class_counts
 from umda_fast.data.sources.source import find_format, load_source
 from umda_fast.data.splits import SPLITS, Splits

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from umda_fast.data._random import IntArray
-from umda_fast.data.bags import Bag, BagDataset, label_tensor
-from umda_fast.data.labels import ClassWeights, FloatArray
+from umda_fast.data.arrays import FloatArray, IntArray
+from umda_fast.data.bag import Bag, bag_labels
+from umda_fast.data.dataset import BagDataset
+from umda_fast.data.labels import ClassWeights
 from umda_fast.data.splits import Splits, held_out, k_fold, split_bags
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec
@@ -87,8 +88,7 @@ class FilmRows:
         except (OSError, KeyError) as error:
             raise DataError(f"{self._path}: row {index}: cannot be read: {error}") from error
         mask = torch.stack([~features.isnan().all(1) for features in views.values()], dim=1)
-        labels = {task.name: label_tensor(task, self.labels[task.name][index]) for task in self._tasks}
-        return Bag(self.names[index], views, mask, labels)
+        return Bag(self.names[index], views, mask, bag_labels(self._tasks, self.labels, index))
 
 
 def _open_source(

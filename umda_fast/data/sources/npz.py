@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from umda_fast.data.bags import BagDataset
+from umda_fast.data.dataset import BagDataset
 from umda_fast.data.labels import ClassWeights, KindOverrides, fixed_tasks
 from umda_fast.data.splits import SPLITS, Splits, held_out, k_fold, split_bags
 from umda_fast.errors import DataError

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from umda_fast.data._random import IntArray
-from umda_fast.data.bags import Bag, BagDataset, label_tensor
+from umda_fast.data.arrays import FloatArray, IntArray
+from umda_fast.data.bag import Bag, bag_labels
+from umda_fast.data.dataset import BagDataset
 from umda_fast.data.files.directory import OpenedSlides, open_slides
 from umda_fast.data.files.index import READ_TIMEOUT, Matching, SlideIndex
 from umda_fast.data.files.labels_table import read_metadata, read_tasks
-from umda_fast.data.labels import ClassWeights, FloatArray, KindOverrides, fixed_tasks, label_columns
+from umda_fast.data.labels import ClassWeights, KindOverrides, fixed_tasks, label_columns
 from umda_fast.data.splits import SPLITS, Splits, held_out, k_fold, split_bags
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec
@@ -38,12 +39,7 @@ class SlideStore:
 
     def load(self, index: int) -> Bag:
         views, mask, coords = self._index.read(index)
-        labels = {}
-        for task in self._tasks:
-            value = self.labels[task.name][index]
-            if not np.isnan(value).any():
-                labels[task.name] = label_tensor(task, value)
-        return Bag(self.names[index], views, mask, labels, coords)
+        return Bag(self.names[index], views, mask, bag_labels(self._tasks, self.labels, index), coords)
 
 
 @dataclass(frozen=True)

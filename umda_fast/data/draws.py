@@ -7,17 +7,29 @@ numpy keeps the bit streams of `PCG64` and `SeedSequence` fixed for good, but no
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from enum import IntEnum
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray: TypeAlias = npt.NDArray[np.int64]
+from umda_fast.data.arrays import IntArray
 
 
-def generator(*key: int) -> np.random.Generator:
-    """A generator of its own for each sequence of non-negative integers, e.g. (seed, purpose, epoch)."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(key))))
+class Stream(IntEnum):
+    """First words of the streams, one for each use, so that no two uses of one seed share their draws."""
+
+    SHUFFLE = 1
+    SPLIT = 2
+    FOLD = 3
+    DIGIT_IMAGES = 4
+    DIGIT_BAGS = 5
+    DIGIT_HOLES = 6
+    DROP_INSTANCES = 7
+    THRESHOLDS = 8
+
+
+def generator(stream: Stream, *key: int) -> np.random.Generator:
+    """A generator of its own for each use and sequence of non-negative integers, e.g. (seed, epoch)."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([int(stream), *key])))
 
 
 def permutation(rng: np.random.Generator, n: int) -> IntArray:
