@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.slide_files import grid, write_clam, write_stamp, write_trident
-from umda_fast.data.files.readers import check_step, read_bag, read_coords, read_header
+from umda_fast.data.files.bag_file import check_step
+from umda_fast.data.files.readers import read_bag, read_coords, read_header
 from umda_fast.errors import DataError
 
 
