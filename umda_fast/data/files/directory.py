@@ -9,9 +9,11 @@ from pathlib import Path
 from umda_fast.data.arrays import IntArray
 from umda_fast.data.files.header_fields import check_pixel_size
 from umda_fast.data.files.index import READ_TIMEOUT, FileIndex, Matching, SlideIndex
-from umda_fast.data.files.labels_table import LabelTable, match_names, plain_name, read_labels, read_split, split_files
+from umda_fast.data.files.labels_table import LabelTable, match_names, read_labels
+from umda_fast.data.files.names import plain_name
 from umda_fast.data.files.packed import PackIndex, is_pack
 from umda_fast.data.files.skipped import Skipped
+from umda_fast.data.files.split_files import read_split, split_files
 from umda_fast.errors import DataError
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from umda_fast.data.arrays import FloatArray, IntArray
 from umda_fast.data.files.bag_file import BagFile, check_step
 from umda_fast.data.files.isolated import IsolatedCalls
-from umda_fast.data.files.labels_table import plain_name
 from umda_fast.data.files.layouts import find_files, unread_folders
 from umda_fast.data.files.matching import match_rows
+from umda_fast.data.files.names import plain_name
 from umda_fast.data.files.readers import read_bag, read_coords, read_header
 from umda_fast.data.files.skipped import Skipped
 from umda_fast.data.metadata import Positions

@@ -22,9 +22,9 @@ import torch
 
 from umda_fast.data.files.directory import OpenedSlides, open_slides
 from umda_fast.data.files.index import READ_TIMEOUT, FileIndex, Matching
-from umda_fast.data.files.labels_table import read_rows
 from umda_fast.data.files.layouts import is_slides
 from umda_fast.data.files.packed import COORDS, DTYPES, MANIFEST, MASK, VERSION, checksum, view_file
+from umda_fast.data.files.tables import read_rows
 from umda_fast.data.splits import SPLITS
 from umda_fast.errors import DataError
 

@@ -31,7 +31,7 @@ import torch
 from umda_fast.data.arrays import FloatArray, IntArray
 from umda_fast.data.bag import Bag, bag_labels
 from umda_fast.data.dataset import BagDataset
-from umda_fast.data.files.labels_table import read_rows
+from umda_fast.data.files.tables import read_rows
 from umda_fast.data.labels import ClassWeights
 from umda_fast.data.sources.text import WIDTH, text_features
 from umda_fast.data.sources.text import sentences as sentences_of

@@ -16,7 +16,7 @@ from umda_fast.data.bag import Bag, bag_labels
 from umda_fast.data.dataset import BagDataset
 from umda_fast.data.files.directory import OpenedSlides, open_slides
 from umda_fast.data.files.index import READ_TIMEOUT, Matching, SlideIndex
-from umda_fast.data.files.labels_table import read_metadata, read_tasks
+from umda_fast.data.files.table_columns import read_metadata, read_tasks
 from umda_fast.data.labels import ClassWeights, KindOverrides, fixed_tasks, label_columns
 from umda_fast.data.splits import SPLITS, Splits, held_out, k_fold, split_bags
 from umda_fast.errors import DataError

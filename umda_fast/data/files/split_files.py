@@ -1,0 +1,60 @@
+"""Split files of CLAM: `splits_0.csv`, `splits_1.csv`, ..., each with columns train, val and test of names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from umda_fast.data.arrays import IntArray
+from umda_fast.data.files.names import Bags, NameIndex, some_names
+from umda_fast.data.files.skipped import Report
+from umda_fast.data.files.tables import known_text, read_rows
+from umda_fast.data.splits import SPLITS
+from umda_fast.errors import DataError
+
+
+def split_files(directory: Path) -> list[Path]:
+    """CLAM's splits_0.csv, splits_1.csv, ... of a directory, by number."""
+    found = {
+        int(match.group(1)): path
+        for path in directory.glob("splits_*.csv")
+        if (match := re.fullmatch(r"splits_(\d+)\.csv", path.name))
+    }
+    if sorted(found) != list(range(len(found))):
+        raise DataError(f"{directory}: expected splits_0.csv, splits_1.csv, ... without a gap, got {sorted(found)}")
+    return [found[number] for number in sorted(found)]
+
+
+def read_split(path: Path, bags: Bags, report: Report) -> dict[str, IntArray]:
+    """One of CLAM's split files: columns train, val and test, each with names of slides.
+
+    Returns:
+        Split -> int64 indices into the bags' names, in ascending order. A slide that the file does not name is in none.
+
+    Raises:
+        DataError: naming the file: columns missing, a slide in two splits; unless `report` skips it, a missing slide.
+    """
+    header, rows = read_rows(path)
+    if not {"train", "test"} <= set(header):
+        raise DataError(f"{path}: expected columns train, val and test, got {', '.join(map(repr, header))}")
+    index = NameIndex(bags)
+    part: dict[int, str] = {}
+    missing: list[str] = []
+    for split in SPLITS:
+        if split not in header:
+            continue
+        column = header.index(split)
+        for text in (row[column] for row in rows):
+            if not known_text(text):
+                continue
+            bag = index.find(text, missing)
+            if bag is not None and part.setdefault(bag, split) != split:
+                raise DataError(f"{path}: slide {text!r}: expected in one split, got {part[bag]} and {split}")
+    if missing:
+        report(f"{path}: missing slides: {some_names(missing)}")
+    return {
+        split: np.array(sorted(bag for bag, where in part.items() if where == split), dtype=np.int64)
+        for split in SPLITS
+    }
