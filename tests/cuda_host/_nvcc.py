@@ -10,14 +10,18 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+
+from tests.machine_code.sass import Function, disassemble, tool
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUDGET = Path(__file__).resolve().parent / "nvcc_budget.json"
@@ -48,6 +52,31 @@ class Build:
     library: Path
     kernels: tuple[Kernel, ...]
     version: str
+
+    @cached_property
+    def code(self) -> dict[tuple[str, str], Function]:
+        """Machine code by kernel and target."""
+        found = {}
+        with tempfile.TemporaryDirectory() as folder:
+            command = [str(tool("cuobjdump")), "-xelf", "all", str(self.library)]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+            cubins = sorted(Path(folder).glob("*.cubin"))
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                for cubin, functions in zip(cubins, pool.map(disassemble, cubins), strict=True):
+                    target = cubin.name.split(".")[-2]
+                    names = _short_names([name for name in functions if not name.startswith("$")])
+                    found.update({(short, target): functions[name] for name, short in names.items()})
+        return found
+
+    def embedded(self) -> tuple[set[str], set[str]]:
+        """Targets for which every source has machine code, and those for which every source has portable code (PTX)."""
+        sources, found = len(list((ROOT / "csrc/cuda").glob("*.cu"))), []
+        for option in ("--list-elf", "--list-ptx"):
+            command = [str(tool("cuobjdump")), option, str(self.library)]
+            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            files = Counter(re.findall(r"\.(sm_\w+)\.", text))
+            found.append({target for target, count in files.items() if count == sources})
+        return found[0], found[1]
 
 
 def _setup() -> Any:
@@ -131,14 +160,21 @@ def _parse(log: str) -> list[Kernel]:
         re.DOTALL,
     )
     found = list(entry.finditer(log))
-    names = "\n".join(match["name"] for match in found)
-    demangled = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
-    for match, name in zip(found, demangled.splitlines(), strict=True):
-        short = name.replace("(anonymous namespace)::", "").replace("umda::cuda::", "").replace("umda::", "")
-        short = short.split("(")[0].removeprefix("void ")
+    names = _short_names([match["name"] for match in found])
+    for match in found:
         numbers = (int(match[key]) for key in ("registers", "stack", "stores", "loads"))
-        kernels.append(Kernel(short, match["target"], *numbers))
+        kernels.append(Kernel(names[match["name"]], match["target"], *numbers))
     return kernels
+
+
+def _short_names(mangled: list[str]) -> dict[str, str]:
+    """Mangled name of a kernel -> ``name<arguments of its template>``."""
+    text = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    short = {}
+    for name, whole in zip(mangled, text.splitlines(), strict=True):
+        plain = whole.replace("(anonymous namespace)::", "").replace("umda::cuda::", "").replace("umda::", "")
+        short[name] = plain.split("(")[0].removeprefix("void ")
+    return short
 
 
 def most_registers(kernels: tuple[Kernel, ...]) -> dict[str, int]:

@@ -1,4 +1,5 @@
-"""The CUDA library builds with nvcc for every target, within its budget of registers, and is complete."""
+"""The CUDA library builds with nvcc for every target, within its budget of registers, stores whole vectors, and is
+complete."""
 
 import json
 import subprocess
@@ -11,6 +12,12 @@ import torch
 from tests.cuda_host._nvcc import BUDGET, Build, build, most_registers
 
 TARGETS = {"sm_80", "sm_90a", "sm_100", "sm_120"}
+
+#: Compute capabilities, from the first with bfloat16 to those of the compiler that builds.
+CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
+
+#: Kernels that write rows of features; with ``true`` as last argument of their template, 16 bytes at a time.
+WRITERS = ("gather_parts", "gather_rows", "merge_units", "pool_units", "unpool_units")
 
 #: Registers by which a patch release of nvcc may exceed the budget: the unit in which they are handed out.
 SLACK = 8
@@ -55,6 +62,30 @@ def test_registers_stay_within_the_budget(made: Build) -> None:
     assert not over, f"over budget (python -m tests.cuda_host._nvcc writes a new one): {over}"
 
 
+def test_every_device_finds_code(made: Build) -> None:
+    """A device runs machine code of its own major version up to its minor one, and what it can compile from PTX."""
+    machine, portable = made.embedded()
+    assert machine == TARGETS
+
+    def version(target: str) -> tuple[int, int]:
+        number = int(target.removeprefix("sm_").rstrip("a"))
+        return number // 10, number % 10
+
+    for major, minor in CAPABILITIES:
+        own = any(version(x)[0] == major and version(x)[1] <= minor for x in machine)
+        compiled = any(version(x) <= (major, minor) for x in portable)
+        assert own or compiled, f"sm_{major}{minor}"
+
+
+def test_rows_are_stored_as_vectors(made: Build) -> None:
+    """Not as four times 4 bytes, which nvcc makes of a vector that was put together from parts."""
+    writers = {x for x in made.code if x[0].split("<")[0] in WRITERS and x[0].endswith("true>")}
+    assert {target for _, target in writers} == TARGETS
+    assert {name.split("<")[0] for name, _ in writers} == set(WRITERS)
+    split = {x: made.code[x].widths("store") for x in writers if not made.code[x].widths("store")[16]}
+    assert not split
+
+
 def _symbols(library: Path, option: str) -> set[str]:
     command = ["nm", "-D", option, str(library)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -68,6 +99,14 @@ def test_it_needs_nothing_that_only_cuda_builds_of_torch_have_but_these(made: Bu
     from_torch = {s for s in needed if s.startswith(("aoti_", "torch_"))}
     assert from_torch - torch_exports <= CUDA_SYMBOLS
     assert not any(s.startswith("cuda") for s in needed), "the CUDA runtime must be linked in"
+
+
+def test_the_loader_is_told_of_libtorch(made: Build) -> None:
+    """Through libtorch.so a CUDA build of torch brings in what only it has; built beside a CPU-only torch, which needs
+    nothing of that library, the linker would leave it out and nothing here would load."""
+    output = subprocess.run(["readelf", "-d", str(made.library)], capture_output=True, text=True, check=True).stdout
+    needed = {line.split("[")[1].rstrip("]") for line in output.splitlines() if "(NEEDED)" in line}
+    assert {"libtorch.so", "libtorch_cpu.so", "libc10.so"} <= needed
 
 
 def test_it_registers_every_operation(made: Build, tmp_path: Path) -> None:
