@@ -585,6 +585,7 @@ void backward(const BagPoolBackward& a, const Launch& launch) {
   const int64_t per_warp = backward_shared(in.tasks, kWarp / lanes) * static_cast<int64_t>(sizeof(float));
   const int64_t warps = smaller<int64_t>(kWarps, kMaxShared / larger<int64_t>(per_warp, 1));
   const bool vector = aligned_rows<Z>(in.z, in.z_stride, in.width) &&
+                      aligned_rows<Z>(a.pooled, in.width, in.width) &&
                       aligned_rows<Z>(a.d_pooled, a.d_pooled_bag_stride, in.width) &&
                       a.d_pooled_task_stride % kRun<Z> == 0;
   run(launch, vector ? unpool_units<Z, true> : unpool_units<Z, false>, units, warps, static_cast<int>(warps) * kWarp,

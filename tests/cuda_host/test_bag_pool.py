@@ -112,7 +112,9 @@ def forward(case: Case, max_blocks: int = 1000, order: int = 0, shift: int = 0) 
     return [pooled, entropy, lse]
 
 
-def backward(case: Case, pooled: Tensor, max_blocks: int = 1000, order: int = 0, shift: int = 0) -> list[Tensor]:
+def backward(
+    case: Case, pooled: Tensor, max_blocks: int = 1000, order: int = 0, shift: int = 0, pooled_shift: int = 0
+) -> list[Tensor]:
     """The emulated backward kernel: dz, d_scores."""
     arena = Arena()
     source = _input(arena, case, shift)
@@ -124,7 +126,7 @@ def backward(case: Case, pooled: Tensor, max_blocks: int = 1000, order: int = 0,
     d_scores = arena.empty(*case.scores.shape, dtype=case.scores.dtype)
     space = arena.workspace(workspace_size("bag_pool_backward", source))
     strides = (0, 0) if d_pooled is None else d_pooled.stride()[:2]
-    rest = (d_entropy, d_lse, arena.put(pooled), dz, d_scores, space)
+    rest = (d_entropy, d_lse, arena.put(pooled, pooled_shift), dz, d_scores, space)
     arguments = _structures()[2](source, pointer(d_pooled), *strides, *map(pointer, rest))
     call("bag_pool_backward", arguments, arena, max_blocks, order)
     return [dz, d_scores]
@@ -146,14 +148,14 @@ def expected(case: Case, dtype: torch.dtype | None) -> tuple[list[Tensor], list[
     return [r.detach() for r in results], filled
 
 
-def check(case: Case, shift: int = 0) -> None:
+def check(case: Case, shift: int = 0, pooled_shift: int = 0) -> None:
     """Parity, forward and backward, and the same bits for every grid and order."""
     exact, exact_gradients = expected(case, torch.float64)
     base, base_gradients = expected(case, None)
     results = repeatable(lambda blocks, order: forward(case, blocks, order, shift))
     for name, got, want, baseline in zip(("pooled", "entropy", "lse"), results, exact, base, strict=True):
         assert_parity(got, want, baseline, 2, name)
-    gradients = repeatable(lambda blocks, order: backward(case, results[0], blocks, order, shift))
+    gradients = repeatable(lambda blocks, order: backward(case, results[0], blocks, order, shift, pooled_shift))
     for name, got, want, baseline in zip(("dz", "d_scores"), gradients, exact_gradients, base_gradients, strict=True):
         # d_scores goes through pooled, which arrives in z's type, also where the scores are wider.
         assert_parity(got, want, baseline, 3, name, case.z.dtype)
@@ -197,6 +199,12 @@ def test_strided_and_unaligned() -> None:
     case.d_entropy, case.d_lse = (x[:, ::2].contiguous() for x in (case.d_entropy, case.d_lse))
     check(case)
     check(case, shift=1)
+
+
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+def test_pooled_at_an_odd_offset(dtype: torch.dtype) -> None:
+    """Contiguous as the operation asks, but not aligned as its other inputs are."""
+    check(make(RAGGED, 64, 3, dtype), pooled_shift=1)
 
 
 @pytest.mark.parametrize("kept", ["d_pooled", "d_entropy", "d_lse"])
