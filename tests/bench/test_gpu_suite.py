@@ -17,7 +17,7 @@ from umda_fast.bench.measure import Clock, Contender, Timer, compare
 from umda_fast.bench.processes import Processes
 from umda_fast.bench.sections import STEP, Task
 from umda_fast.bench.training_step import COMPOSED, COMPOSED_COMPILED, EXACT, OURS_COMPILED
-from umda_fast.bench.workloads import COMPILED, FLASH, FLEX, OURS, SDPA, WORKLOADS
+from umda_fast.bench.workloads import COMPILED, FLASH, FLEX, OURS, SDPA, WORKLOADS, Place
 from umda_fast.ops._dispatch import reasons_against
 from umda_fast.parity.cases import all_cases, neighbor_cases
 
@@ -59,6 +59,28 @@ def test_every_operation_is_checked_and_timed(result: Result) -> None:
     assert result["backends"] == {"cpp": None}
     assert result["passed"]
     assert {text for text in result["notes"] if "nothing checks it" not in text} == set()
+
+
+@pytest.mark.parametrize("op", sorted(WORKLOADS))
+def test_what_is_timed_is_checked_at_those_widths(op: str) -> None:
+    """A kernel takes another path for whole vectors, more tasks or wider heads than for the odd widths of parity."""
+    flat = {"task_gradient_statistics", "combine_task_gradients"}  # [tasks, columns]: any number of columns
+    timed = {size[1:] if isinstance(size, tuple) else () for size in WORKLOADS[op].cuda}
+    for rest in timed:
+        problem = WORKLOADS[op].make((32, *rest) if rest else 32, Place(CPU, torch.float32))
+        leaves = [x for x in problem.leaves if x.is_floating_point()]
+        wanted = {x.shape[0] if op in flat else x.shape[-1] for x in leaves}
+        found = [
+            {x.shape[0] if op in flat else x.shape[-1] for x in case.inputs.values() if x.is_floating_point()}
+            for case in all_cases()
+            if case.op == op
+        ]
+        assert any(wanted <= widths for widths in found), (op, rest, wanted)
+
+
+def test_segments_of_tokens_fill_more_than_a_tile() -> None:
+    lengths = [case.inputs["cu_tokens"].diff() for case in all_cases() if case.op == "cross_view_tokens"]
+    assert sum(len(x) > 0 and int(x.min()) >= 300 for x in lengths) >= 2
 
 
 def test_floors_and_figures(result: Result) -> None:

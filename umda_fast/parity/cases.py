@@ -1,7 +1,8 @@
 """What parity runs: for every operation a few shapes that have broken kernels, and how to run one case.
 
 Shapes are odd on purpose: ragged and empty bags, missing views full of NaN, packed slices, one view, one task, rows
-of no neighbours, widths that fill no vector.
+of no neighbours, widths that fill no vector. And for every operation the widths that the GPU suite times, over several
+tiles: kernels take other paths there (whole vectors, larger tiles), which odd widths never reach.
 """
 
 import math
@@ -429,7 +430,29 @@ def all_cases() -> list[Case]:
             knn_case("ragged, d=59 k=4", [17, 0, 1, 3, 40], 59, 4, metric),
             knn_case("d=1 k=9, k >= n", [5, 2], 1, 9, metric),
         ]
-    return cases
+    return cases + timed_cases()
+
+
+def timed_cases() -> list[Case]:
+    """The widths of `umda_fast.bench.workloads` at sizes of some tiles."""
+    return [
+        cross_view_case("as timed: N=70 V=3 H=4 Dh=64", 70, 3, 4, 64),
+        *(
+            cross_view_tokens_case(f"as timed: 2 x 300 tokens and more, Dh={width}", [330, 301], [2], 2, width, views=2)
+            for width in (64, 128)
+        ),
+        norm_linear_case("as timed: N=50 V=3 D=256, 768 + 4 columns", 50, 3, 256, 768, 4),
+        linear_residual_case("as timed: N=50 V=3, 256 to 256", 50, 3, 256, 256),
+        view_fusion_case("as timed: N=300 V=3 D=256 P=64", 300, 3, 256, 64),
+        knn_case("as timed: d=64 k=8", [301, 140], 64, 8, "cosine"),
+        knn_case("as timed: d=256 k=8", [301, 140], 256, 8, "cosine"),
+        *neighbor_cases("as timed: k=8 H=4 Dh=64", 150, 8, 4, 64, csr=False),
+        *neighbor_cases("as timed, CSR: k=8 H=1 Dh=64", 90, 8, 1, 64, csr=True),
+        bag_pool_case("as timed: D=256 T=8", [300, 5, 70], 256, 8),
+        representation_gram_case("as timed: D=128 T=4 H=64", [300], 128, 4, 64, 4),
+        linear_weight_gradient_case("as timed: B=300 O=256 I=256", 300, 256, 256),
+        *task_gradient_cases("as timed: T=8 P=12288", 8, [8192, 4096]),
+    ]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
