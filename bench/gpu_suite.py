@@ -7,7 +7,8 @@ timed, the rest goes on, and the exit code is 1. Then contenders take turns, cac
 a GPU every part runs in a process of its own: an operation that crashes or hangs takes nothing else with it. What is
 missing, runs out of memory or out of time is a line of the report. ``--device cpu --quick`` tests the script itself.
 
-It writes ``DIR/gpu_suite.json`` and ``DIR/gpu_suite.html``. The JSON (seconds and bytes throughout)::
+It writes ``DIR/gpu_suite.json`` and ``DIR/gpu_suite.html``, after every section anew, and on a GPU ``DIR/sections``:
+the records of every process as they come, should the suite itself be killed. The JSON (seconds and bytes throughout)::
 
     schema      1
     machine     device, name, capability, multiprocessors, memory_bytes, l2_bytes, driver, processor, cores, threads
@@ -50,7 +51,8 @@ import torch
 
 from umda_fast.ops import backend_status
 from umda_fast.ops._dispatch import reasons_against
-from umda_fast.parity.cases import all_cases
+from umda_fast.parity import DTYPES
+from umda_fast.parity.cases import all_cases, dtype_name
 
 from .aims import judge
 from .machine import git, versions
@@ -85,8 +87,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
     ),
 }
 STEP_SHARE, COMPILED_SHARE, CAPTURE_SHARE = 2.0, 2.5, 0.5
-#: Most seconds of a process that checks one operation.
-PARITY_SECONDS = 150.0
+#: Seconds of a process that checks one operation; one that hangs is ended at this and the grace, 90 s.
+PARITY_SECONDS = 30.0
+#: Operations whose kernels are compiled when they are called: a process per dtype, so that none comes near the limit.
+COMPILED_OPS = ("cross_view", "cross_view_tokens", "knn", "linear_residual", "norm_linear", "view_fusion")
 
 
 def timed_operations() -> list[str]:
@@ -101,6 +105,7 @@ def run(
     only: Sequence[str] | None = None,
     seconds: float | None = None,
     isolate: bool | None = None,
+    folder: Path | None = None,
     save: Callable[[Record], None] = lambda result: None,
     say: Callable[[str], None] = print,
 ) -> Record:
@@ -112,7 +117,8 @@ def run(
         only: operations, out of `timed_operations`; None for all.
         seconds: time budget; None for that of the profile.
         isolate: a process per section; None: on a GPU.
-        save: called with the result so far after every section.
+        folder: where isolated sections leave their records as they come; None: nowhere.
+        save: called with the result so far after every section, of parity after every process.
         say: called with a line about every section.
 
     Raises:
@@ -132,8 +138,8 @@ def run(
     # A step computes with all of them.
     checked = sorted(known) if STEP in wanted else [x for x in wanted if x != STEP]
     isolate = kind == "cuda" if isolate is None else isolate
-    here: Here | Processes = Processes() if isolate else Here()
-    beside = Processes(max(1, min(8, (os.cpu_count() or 2) // 2))) if isolate else here
+    here: Here | Processes = Processes(folder=folder) if isolate else Here()
+    beside = Processes(max(1, min(8, (os.cpu_count() or 2) // 2)), folder) if isolate else here
 
     result: Record = {
         "schema": 1,
@@ -173,13 +179,20 @@ def run(
                 if task.section == "parity":
                     result["parity"] |= dict.fromkeys(task.ops, f"crashed: {problem.removeprefix('crashed: ')}")
                 result["notes"].append(f"{task.section} ({', '.join(task.ops) or 'all'}): {problem}")
+            save(result)
         say(f"{what}: {time.monotonic() - begin:.1f} s, {max(0.0, budget.left):.0f} s left")
-        save(result)
 
     take([Task("machine", device, profile, 60.0)], here, "machine")
     rates = {name: value for name, value in result["rates"].items() if name != "measured"}
 
-    take([Task("parity", device, profile, PARITY_SECONDS, [op]) for op in checked if op in known], beside, "parity")
+    names = [dtype_name(dtype) for dtype in DTYPES]
+    checks = [
+        Task("parity", device, profile, PARITY_SECONDS, [op], dtypes=dtypes)
+        for op in checked
+        if op in known
+        for dtypes in ([[name] for name in names] if isolate and op in COMPILED_OPS else [names])
+    ]
+    take(checks, beside, "parity")
     for op in checked:
         result["parity"].setdefault(op, verdict(op, result["parity_rows"], kind))
     served = ("pass", "no native kernel")
@@ -225,7 +238,9 @@ def _store(result: Record, record: Record) -> None:
     lists = {"parity": "parity_rows", "timing": "timings", "step": "steps", "note": "notes"}
     lists |= {"capture": "capture", "broken": "broken"}
     if kind in lists:
-        result[lists[kind]].append(value)
+        # A backend that cannot serve an operation is said by the process of each dtype.
+        if kind != "parity" or value not in result[lists[kind]]:
+            result[lists[kind]].append(value)
     elif kind == "compiled":  # measured later, beside ours once more: its ratio is to that
         same = ("op", "pass", "shape", "dtype")
         for timing in result["timings"]:
@@ -331,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             only=options.ops,
             seconds=options.seconds,
             isolate=options.isolate,
+            folder=options.out / "sections",
             save=lambda result: save_to(options.out, result),
             say=lambda text: print(text, flush=True),
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from umda_fast import ops
-from umda_fast.parity import run_parity
+from umda_fast.parity import DTYPES, run_parity
 from umda_fast.parity.cases import all_cases, dtype_name
 
 from . import capture, training_step
@@ -39,6 +39,7 @@ class Task:
     ops: list[str] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)  #: of parity; empty: all
 
 
 def measure_machine(task: Task, emit: Emit) -> None:
@@ -50,11 +51,19 @@ def measure_machine(task: Task, emit: Emit) -> None:
 
 
 def check_parity(task: Task, emit: Emit) -> None:
-    """Every case of the operations, on every native backend of the device."""
-    for op in task.ops:
-        cases = [case for case in all_cases() if case.op == op]
-        for row in run_parity(task.device, backends=BACKENDS[torch.device(task.device).type], cases=cases)["rows"]:
-            emit({"kind": "parity", "value": {**row, "op": op}})
+    """Every case of the operations, on every native backend of the device; each case's rows when it is done."""
+    dtypes = [getattr(torch, name) for name in task.dtypes] or DTYPES
+    backends = BACKENDS[torch.device(task.device).type]
+    missing = set()  # a backend that cannot serve an operation is said once
+    for case in all_cases():
+        # An operation on nothing but float32 has one dtype, and runs with it.
+        if case.op not in task.ops or not (case.storage or torch.float32 in dtypes):
+            continue
+        for row in run_parity(task.device, backends=backends, cases=[case], dtypes=dtypes)["rows"]:
+            known = (case.op, row["backend"], row["verdict"])
+            if row["verdict"] in ("pass", "fail") or known not in missing:
+                emit({"kind": "parity", "value": {**row, "op": case.op}})
+            missing.add(known)
 
 
 def time_operations(task: Task, emit: Emit) -> None:

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from umda_fast import ops
 from umda_fast.bench import capture, gpu_suite
 from umda_fast.bench.aims import AIMS, judge
 from umda_fast.bench.measure import Clock, Contender, Timer, compare
-from umda_fast.bench.processes import Processes
+from umda_fast.bench.processes import Here, Processes
 from umda_fast.bench.sections import STEP, Task
 from umda_fast.bench.training_step import COMPOSED, COMPOSED_COMPILED, EXACT, OURS_COMPILED
 from umda_fast.bench.workloads import COMPILED, FLASH, FLEX, OURS, SDPA, WORKLOADS, Place
@@ -300,12 +302,52 @@ def test_a_crash_takes_nothing_with_it() -> None:
     assert crash.startswith("crashed: exit code 1: KeyError: 'nothing'")
 
 
-def test_a_section_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("umda_fast.bench.processes.GRACE", 0.0)
-    [(_, records, problem)] = Processes()([Task("parity", "cpu", "quick", 0.05, ["bag_pool"])])
-    assert records == []
-    assert problem is not None
-    assert "did not end within 0 s" in problem
+#: A program in the place of the suite's: writes what it runs, then crashes, sleeps for ever beside a child, or ends.
+STRANGE = """
+import json, subprocess, sys
+section = json.load(open(sys.argv[1]))["section"]
+with open(sys.argv[2], "a") as answer:
+    print(json.dumps({"kind": "note", "value": section}), file=answer, flush=True)
+    with open(sys.argv[3], "a") as log:
+        print(section, file=log, flush=True)
+    if section == "sleeps":
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"])
+    if section == "crashes":
+        sys.exit("fell over")
+"""
+
+
+def test_a_section_that_hangs_is_ended_once_and_keeps_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are given out as they end, a crash is tried again alone, and one that sleeps has had its time."""
+    script, log, folder = tmp_path / "strange.py", tmp_path / "log", tmp_path / "sections"
+    script.write_text(STRANGE.replace("sys.argv[3]", repr(str(log))))
+    monkeypatch.setattr("umda_fast.bench.processes.GRACE", 5.0)
+    tasks = [Task(section, "cpu", "quick", 0.0) for section in ("sleeps", "crashes", "ends")]
+    begin = time.monotonic()
+    found = {}
+    for task, records, problem in Processes(3, folder, (sys.executable, str(script)))(tasks):
+        found[task.section] = (records, problem, time.monotonic() - begin)
+    note = [[{"kind": "note", "value": name}] for name in ("ends", "sleeps", "crashes")]
+    assert [records for records, _, _ in found.values()] == note
+    assert found["ends"][1] is None
+    assert found["ends"][2] < 5
+    assert found["sleeps"][1] == "crashed: did not end within 5 s"
+    assert found["crashes"][1] == "crashed: exit code 1: fell over"
+    assert sorted(log.read_text().split()) == ["crashes", "crashes", "ends", "sleeps"]
+    assert {path.stem for path in folder.iterdir()} == {"sleeps", "crashes", "ends"}
+    assert json.loads((folder / "sleeps.jsonl").read_text()) == note[1][0]
+
+
+def test_parity_of_one_dtype() -> None:
+    """As a GPU runs it, where kernels are compiled in every process."""
+    task = Task("parity", "cpu", "quick", SECONDS, ["cross_view", "graph_transpose"], dtypes=["bfloat16"])
+    [(_, records, problem)] = Here()([task])
+    assert problem is None
+    assert {(x["value"]["op"], x["value"]["dtype"]) for x in records} == {("cross_view", "bfloat16")}
+    task.dtypes = ["float32"]
+    assert {x["value"]["op"] for x in next(iter(Here()([task])))[1]} == {"cross_view", "graph_transpose"}
 
 
 def test_capture_sees_what_changes() -> None:

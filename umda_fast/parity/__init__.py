@@ -16,7 +16,7 @@ from umda_fast.parity.rule import (
     error_of,
 )
 
-__all__ = ["GRADIENT_FACTOR", "OUTPUT_FACTOR", "allowed_error", "assert_close", "error_of", "run_parity"]
+__all__ = ["DTYPES", "GRADIENT_FACTOR", "OUTPUT_FACTOR", "allowed_error", "assert_close", "error_of", "run_parity"]
 
 NATIVE = ("cpp", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
