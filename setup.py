@@ -215,9 +215,10 @@ def cuda_plan(output: Path, objects: Path, torch: Path) -> Plan:
     command = [str(nvcc), "-shared", "-cudart", "static", "-ccbin", shlex.split(cxx)[0], "-o", str(output)]
     # Where the packages of CUDA 13.0 put the runtime, and their nvcc does not look.
     command.append(f"-L{nvcc.resolve().parent.parent / 'lib'}")
-    # A CPU build of torch has what is used in libtorch_cpu.so only; many toolchains would then drop libtorch.so, through
-    # which a CUDA build brings in the symbols that only it has.
-    command += [*map(str, inputs), f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    # A CPU build of torch has what is used in libtorch_cpu.so only; many toolchains would then drop libtorch.so,
+    # through which a CUDA build brings in the symbols that only it has.
+    command += [*map(str, inputs), f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed"]
+    command += ["-ltorch", "-ltorch_cpu", "-lc10"]
     plan.link = Step(output, inputs, command)
     return plan
 
