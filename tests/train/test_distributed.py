@@ -23,12 +23,12 @@ from umda_fast.model import TaskSpec, ViewSpec
 from umda_fast.parity.rule import GRADIENT_FACTOR, allowed_error
 from umda_fast.runtime.rundir import read_metrics
 from umda_fast.runtime.together import label_counts, penalty_counts
+from umda_fast.score import evaluation
 from umda_fast.train import (
     NonFiniteError,
     RunConfig,
     Trainer,
     cross_validate,
-    evaluation,
     load_run,
     run,
     train,
