@@ -23,7 +23,7 @@ def main(directory: str, step: int) -> None:
     original = Trainer._train_step
 
     def train_step(self: Trainer, *args: Any) -> int:
-        if self.step == step:
+        if self.state.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *args)
 

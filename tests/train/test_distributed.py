@@ -114,7 +114,7 @@ def killed(place: str, name: str, step: int) -> str:
     original = Trainer._train_step
 
     def train_step(self: Trainer, *args: Any) -> int:
-        if self.step == step and dist.get_rank() == 1:
+        if self.state.step == step and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *args)
 
@@ -137,7 +137,7 @@ def dropout(place: str) -> dict[str, Tensor]:
             original = Trainer._train_step
 
             def stop(self: Trainer, *args: Any, original: Any = original) -> int:
-                if self.step == EPOCH + 5:
+                if self.state.step == EPOCH + 5:
                     raise KeyboardInterrupt
                 return original(self, *args)
 

@@ -1,12 +1,10 @@
-import random
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from umda_fast.train.optim import learning_rate_factor, parameter_groups, random_state, set_random_state
+from umda_fast.train.optim import learning_rate_factor, parameter_groups
 
 
 def test_only_matrices_decay() -> None:
@@ -46,14 +44,3 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine() -> None:
     assert factors[-1] == pytest.approx(0.01)
     assert all(b <= a for a, b in pairwise(factors[100:]))
     assert learning_rate_factor(0.0, 0.0, 0.1) == 1.0
-
-
-def test_random_states_return(tmp_path: object) -> None:
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
-
-    state = random_state()
-    first = draw()
-    torch.save(state, f"{tmp_path}/state.pt")
-    set_random_state(torch.load(f"{tmp_path}/state.pt", weights_only=True))
-    assert draw() == first

@@ -178,7 +178,7 @@ def test_one_host_synchronisation_a_step(tmp_path: Path) -> None:
     trainer._train_step(first, 0.5)
     # AdamW reads its own step counters, which lie in host memory on every device.
     trainer.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
-    trainer.step = 1
+    trainer.state.step = 1
     with Reads() as reads:
         trainer._train_step(second, 0.5)
     assert reads.count <= 1

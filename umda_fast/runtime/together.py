@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -27,7 +26,6 @@ __all__ = [
     "one_decides",
     "penalty_counts",
     "processes_of",
-    "rank_seed",
     "started_together",
     "strategy",
 ]
@@ -98,11 +96,6 @@ def one_decides(processes: Processes | None, function: Callable[[], Result]) -> 
         raise DataError(value)
     result: Result = value
     return result
-
-
-def rank_seed(seed: int, rank: int, step: int) -> int:
-    """Seed of the random numbers (dropout) that process `rank` > 0 draws from `step` on."""
-    return int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0])
 
 
 def label_counts(batch: BagBatch, tasks: tuple[TaskSpec, ...]) -> dict[str, float]:

@@ -1,19 +1,14 @@
-"""AdamW's parameter groups, the schedule of the learning rate, and the random states an exact resume
-needs.
-"""
+"""AdamW's parameter groups and the schedule of the learning rate."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-__all__ = ["learning_rate_factor", "parameter_groups", "random_state", "set_random_state"]
+__all__ = ["learning_rate_factor", "parameter_groups"]
 
 
 def parameter_groups(
@@ -63,33 +58,3 @@ def learning_rate_factor(progress: float, warmup: float, final: float) -> float:
         return final if progress >= 1.0 else 1.0
     angle = math.pi * (progress - warmup) / (1.0 - warmup)
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(angle))
-
-
-def random_state() -> dict[str, Any]:
-    """States of Python's, numpy's and torch's random generators as plain values and tensors."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is what others draw from
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": (
-            str(kind),
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -37,12 +37,14 @@ from umda_fast.runtime.config import (
     make_config,
 )
 from umda_fast.runtime.progress import peak_memory_mb
+from umda_fast.runtime.random_state import rank_seed
 from umda_fast.runtime.rundir import RunDirectory, read_metrics, save_model
-from umda_fast.runtime.together import one_decides, processes_of, rank_seed, started_together, strategy
+from umda_fast.runtime.together import one_decides, processes_of, started_together, strategy
 from umda_fast.score.collect import calibrate, collect
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset
 from umda_fast.score.thresholds import tune_thresholds
 from umda_fast.sgl.outliers import outlier_tasks
+from umda_fast.train.log import tensorboard_events
 from umda_fast.train.plots import plot_run
 from umda_fast.train.trainer import Trainer
 
@@ -218,7 +220,9 @@ def train(
         if zero:
             dump_config(config, run.config)
         keep_all = config.train.keep == "all"
-        with _events(run, trainer.step) if keep_all and zero else contextlib.nullcontext() as trainer.events:
+        with contextlib.ExitStack() as stack:
+            if keep_all and zero:
+                trainer.log.events = stack.enter_context(tensorboard_events(run, trainer.state.step))
             trainer.fit()
         best = trainer.best_model()
         if config.train.thresholds == "f1" and len(datasets.get("val", ())):
@@ -257,18 +261,6 @@ def _deterministic(on: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         settings.fill_uninitialized_memory = fill
-
-
-@contextlib.contextmanager
-def _events(run: RunDirectory, step: int) -> Iterator[Any]:
-    """TensorBoard's writer; what an earlier, killed process wrote from `step` on is no longer shown."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(run.events), purge_step=step or None)
-    try:
-        yield writer
-    finally:
-        writer.close()
 
 
 def versions() -> dict[str, str]:
@@ -320,8 +312,8 @@ def summary(
         "gradient_variance": mean("gradient_variance"),
         "conflict_share": mean("conflict_share"),
         "outlier_tasks": outliers(trainer),
-        "seconds": trainer.total_seconds,
-        "instances_per_second": trainer.instances / max(trainer.train_seconds, 1e-9),
+        "seconds": trainer.state.total_seconds,
+        "instances_per_second": trainer.state.instances_per_second,
         "peak_memory_mb": peak_memory,
         "processes": trainer.fabric.world_size,
         "versions": versions(),

@@ -15,9 +15,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -27,29 +27,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
 from umda_fast.data.thinning import drop_instances
 from umda_fast.errors import DataError, ProcessLostError
-from umda_fast.files import save_torch
 from umda_fast.model import UMDA, penalty_loss, task_losses
 from umda_fast.runtime.config import ConfigError, RunConfig, as_dict, make_balancer
 from umda_fast.runtime.guard import NonFiniteError, check_batch, explain_non_finite
 from umda_fast.runtime.progress import ProgressReport
-from umda_fast.runtime.rundir import MetricsLog, RunDirectory, save_model
-from umda_fast.runtime.together import label_counts, penalty_counts, processes_of, rank_seed
+from umda_fast.runtime.random_state import random_state
+from umda_fast.runtime.rundir import RunDirectory, save_model
+from umda_fast.runtime.together import label_counts, penalty_counts, processes_of
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset, to_device
 from umda_fast.sgl import SelfGuided
 from umda_fast.sgl.distributed import GradientReducer
-from umda_fast.train.optim import learning_rate_factor, parameter_groups, random_state, set_random_state
+from umda_fast.train.checkpoint import Checkpoint, TrainingState
+from umda_fast.train.log import TrainingLog
+from umda_fast.train.optim import learning_rate_factor, parameter_groups
 from umda_fast.train.quantiles import fit_bins
 from umda_fast.train.scaling import standardize_inputs
 
 __all__ = ["Trainer"]
-
-CHECKPOINT_VERSION = 2
-
-
-class Events(Protocol):
-    """What of TensorBoard's SummaryWriter the trainer uses."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,8 @@ class Trainer:
         progress: show progress on standard error.
 
     Attributes:
-        events: a TensorBoard SummaryWriter, or None.
+        log: what is written on the way.
+        state: where the training stands.
     """
 
     def __init__(
@@ -104,7 +99,9 @@ class Trainer:
         self.fabric = fabric
         self.processes = processes_of(fabric)
         self.run = run
-        self.events: Events | None = None
+        self.log = TrainingLog(run, writes=fabric.is_global_zero)
+        self.state = TrainingState()
+        self.saved_step: int | None = None
         self.progress = progress and fabric.is_global_zero
         self.train_set = datasets["train"]
         self.val_set = datasets.get("val")
@@ -147,22 +144,6 @@ class Trainer:
             rank=fabric.global_rank,
         )
         self.loader = make_loader(self.train_set, self.sampler, workers=config.data.workers)
-        self.log: MetricsLog | None = None
-
-        # What a checkpoint holds beside the states of model, optimiser, self-guided learning, average and
-        # generators.
-        self.epoch = 0
-        self.step = 0
-        self.step_in_epoch = 0
-        self.instances = 0
-        self.train_seconds = 0.0
-        self.total_seconds = 0.0
-        self.sums: dict[str, list[float]] = {}
-        self.best_score = -math.inf
-        self.best_epoch = -1
-        self.best_weights: dict[str, Tensor] = {}
-        self.finished = False
-        self.saved_step: int | None = None
 
     def _self_guided(self) -> SelfGuided | None:
         sgl = self.config.sgl
@@ -220,50 +201,49 @@ class Trainer:
         else:
             where = f"the last checkpoint is in {self.run.checkpoint}"
         return ProcessLostError(
-            f"step {self.step}: {error}; {where}; continue with --resume, with any number of processes"
+            f"step {self.state.step}: {error}; {where}; continue with --resume, with any number of processes"
         )
 
     def _fit(self) -> None:
-        if self.fabric.is_global_zero:
-            self.log = self.log or MetricsLog(self.run.log)
-        epochs = self.config.train.epochs
-        began = time.monotonic()
-        before = self.total_seconds
+        if not self.log.begun:
+            self.log.begin()
+        state, epochs = self.state, self.config.train.epochs
+        began = time.monotonic() - state.total_seconds  # as if it had never been stopped
         with ProgressReport(
-            "train", device=self.fabric.device, start=self.epoch / epochs, enabled=self.progress
+            "train", device=self.fabric.device, start=state.epoch / epochs, enabled=self.progress
         ) as report:
-            while self.epoch < epochs and not self.finished:
-                self._train_epoch(report, lambda: before + time.monotonic() - began)
-                self.total_seconds = before + time.monotonic() - began
+            while state.epoch < epochs and not state.finished:
+                self._train_epoch(report, began)
+                state.total_seconds = time.monotonic() - began
                 self._end_epoch()
-        if self.log is not None:
-            self.log.close()
+        self.log.close()
 
-    def _train_epoch(self, report: ProgressReport, clock: Callable[[], float]) -> None:
-        epochs = self.config.train.epochs
-        self.sampler.resume_at(self.epoch, self.step_in_epoch)
-        steps = self.sampler.num_batches(self.epoch)
+    def _train_epoch(self, report: ProgressReport, began: float) -> None:
+        """What is left of an epoch, checkpoints within it included."""
+        state, options, data = self.state, self.config.train, self.config.data
+        self.sampler.resume_at(state.epoch, state.step_in_epoch)
+        steps = self.sampler.num_batches(state.epoch)
         self.model.train()
         last = time.monotonic()
         for host in self.loader:
             if len(host) > 0:  # of several processes one may have nothing of a batch
                 check_batch(host)
-                host = drop_instances(host, self.config.data.instance_dropout, self.config.seed, self.epoch)
-            instances = self._train_step(host, (self.epoch + self.step_in_epoch / steps) / epochs)
-            self.step += 1
-            self.step_in_epoch += 1
-            self.instances += instances
+                host = drop_instances(host, data.instance_dropout, self.config.seed, state.epoch)
+            instances = self._train_step(host, (state.epoch + state.step_in_epoch / steps) / options.epochs)
+            state.step += 1
+            state.step_in_epoch += 1
+            state.instances += instances
             now = time.monotonic()
-            self.train_seconds += now - last
+            state.train_seconds += now - last
             last = now
-            share = (self.epoch + self.step_in_epoch / steps) / epochs
-            note = f"epoch {self.epoch + 1}/{epochs}"
-            if self.best_epoch >= 0:
-                note += f", best mean_score {self.best_score:.4f}"
-            report.update(share, instances=instances, note=note)
-            every = self.config.train.checkpoint_steps
-            if every and self.step % every == 0 and self.step_in_epoch < steps:
-                self.total_seconds = clock()
+            note = f"epoch {state.epoch + 1}/{options.epochs}"
+            if state.best_epoch >= 0:
+                note += f", best mean_score {state.best_score:.4f}"
+            done = (state.epoch + state.step_in_epoch / steps) / options.epochs
+            report.update(done, instances=instances, note=note)
+            every = options.checkpoint_steps
+            if every and state.step % every == 0 and state.step_in_epoch < steps:
+                state.total_seconds = time.monotonic() - began
                 self.save()
 
     def _train_step(self, host: BagBatch, progress: float) -> int:
@@ -328,11 +308,8 @@ class Trainer:
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        for name, value in values.items():
-            entry = self.sums.setdefault(name, [0.0, 0.0])
-            entry[0] += value
-            entry[1] += 1.0
-        if self.step % options.log_steps == 0:
+        self.state.add(values)
+        if self.state.step % options.log_steps == 0:
             self._log_step(lr, values, {} if out is None else out.penalties, share)
         return host.num_instances if share is None else share.instances
 
@@ -378,11 +355,11 @@ class Trainer:
         finite = all(bool(torch.isfinite(value.detach()).all()) for value in own.values())
         if out is None or (finite and lost):
             return NonFiniteError(
-                f"step {self.step}: training stopped before the weights were touched; what is not finite came "
+                f"step {self.state.step}: training stopped before the weights were touched; what is not finite came "
                 "from another process, whose message names it"
             )
         return explain_non_finite(
-            batch, out.logits, {**losses, **out.penalties}, self.model.named_parameters(), step=self.step
+            batch, out.logits, {**losses, **out.penalties}, self.model.named_parameters(), step=self.state.step
         )
 
     def _forward(self, batch: BagBatch) -> Any:
@@ -400,8 +377,8 @@ class Trainer:
     ) -> None:
         record: dict[str, Any] = {
             "kind": "step",
-            "step": self.step,
-            "epoch": self.epoch,
+            "step": self.state.step,
+            "epoch": self.state.epoch,
             "lr": lr,
             "gradient_norm": values["gradient_norm"],
             "losses": {name[5:]: value for name, value in values.items() if name.startswith("loss/")},
@@ -422,57 +399,37 @@ class Trainer:
                 return
         if self.guided is not None:
             record["sgl"] = self.guided.metrics()
-        self._write(record, step=self.step)
+        self.log.write(record, self.state.step)
 
     def _end_epoch(self) -> None:
-        options = self.config.train
+        """Validation, the best weights, the log and a checkpoint; decides whether to stop."""
+        state, options = self.state, self.config.train
         record: dict[str, Any] = {
             "kind": "epoch",
-            "step": self.step,
-            "epoch": self.epoch,
-            "train": {name: total / count for name, (total, count) in self.sums.items()},
-            "seconds": self.total_seconds,
-            "instances_per_second": self.instances / max(self.train_seconds, 1e-9),
+            "step": state.step,
+            "epoch": state.epoch,
+            "train": state.means(),
+            "seconds": state.total_seconds,
+            "instances_per_second": state.instances_per_second,
         }
         score = math.nan
-        result: SplitResult | None = None
         if self.val_set is not None and len(self.val_set) > 0:
             result = self.evaluate(self.val_set)
             score = result.mean_score
-            record["val"] = {
-                "losses": result.losses,
-                "tasks": result.tasks,
-                "mean_score": result.mean_score,
-                "view_consistency": result.view_consistency,
-            }
-        # Without a validation score the last weights are the best known.
-        better = not math.isfinite(score) or score > self.best_score
-        if better:
-            self.best_score = score if math.isfinite(score) else self.best_score
-            self.best_epoch = self.epoch
-            self.best_weights = {
-                name: value.detach().cpu().clone()
-                for name, value in self.evaluated_model.state_dict().items()
-            }
-        record["best_epoch"] = self.best_epoch
-        self._write(record, step=self.step)
-        self.epoch += 1
-        self.step_in_epoch = 0
-        self.sums = {}
-        self.finished = self.epoch >= options.epochs or (
-            options.patience > 0 and self.epoch - 1 - self.best_epoch >= options.patience
+            names = ("losses", "tasks", "mean_score", "view_consistency")
+            record["val"] = {name: getattr(result, name) for name in names}
+        better = state.offer(score, self.evaluated_model.state_dict())
+        record["best_epoch"] = state.best_epoch
+        self.log.write(record, state.step)
+        state.epoch += 1
+        state.step_in_epoch = 0
+        state.sums = {}
+        state.finished = state.epoch >= options.epochs or (
+            options.patience > 0 and state.epoch - 1 - state.best_epoch >= options.patience
         )
         self.save()
-        if better and self.fabric.is_global_zero and self.config.train.keep == "all":
+        if better and self.fabric.is_global_zero and options.keep == "all":
             self.save_best()
-
-    def _write(self, record: dict[str, Any], *, step: int) -> None:
-        if not self.fabric.is_global_zero or self.log is None:
-            return
-        self.log.write(record)
-        if self.events is not None:
-            for tag, value in _scalars(record):
-                self.events.add_scalar(tag, value, step)
 
     def evaluate(self, dataset: BagDataset, model: nn.Module | None = None) -> SplitResult:
         """`evaluated_model` (or `model`) on `dataset`."""
@@ -483,8 +440,8 @@ class Trainer:
     def best_model(self) -> Any:
         """A copy of the model with the best weights, in evaluation mode."""
         model: Any = copy.deepcopy(self.evaluated_model)
-        if self.best_weights:
-            model.load_state_dict(self.best_weights)
+        if self.state.best_weights:
+            model.load_state_dict(self.state.best_weights)
         return model.eval()
 
     def save_best(self) -> None:
@@ -492,7 +449,7 @@ class Trainer:
         save_model(self.best_model(), self.run.path)
 
     def save(self) -> None:
-        """Write checkpoint.pt, whole or not at all. Every process calls it; process 0 writes."""
+        """Write checkpoint.pt. Every process calls it; process 0 writes."""
         if self.config.train.keep == "scores":
             return
         zero = self.fabric.is_global_zero
@@ -500,30 +457,18 @@ class Trainer:
         random = [random_state()] if self.processes is None else self.processes.objects(random_state())
         if not zero:
             return
-        state = {
-            "version": CHECKPOINT_VERSION,
-            "config": as_dict(self.config),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sgl": guided,
-            "average": self.average.state_dict() if self.average is not None else None,
-            "random": random,
-            "sampler": self.sampler.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "step_in_epoch": self.step_in_epoch,
-            "instances": self.instances,
-            "train_seconds": self.train_seconds,
-            "total_seconds": self.total_seconds,
-            "sums": self.sums,
-            "best_score": self.best_score,
-            "best_epoch": self.best_epoch,
-            "best_weights": self.best_weights,
-            "finished": self.finished,
-            "log_offset": self.log.sync() if self.log is not None else 0,
-        }
-        save_torch(self.run.checkpoint, state)
-        self.saved_step = self.step
+        Checkpoint(
+            config=as_dict(self.config),
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            sgl=guided,
+            average=self.average.state_dict() if self.average is not None else None,
+            random=random,
+            sampler=self.sampler.state_dict(),
+            state=self.state,
+            log_offset=self.log.sync(),
+        ).write(self.run.checkpoint)
+        self.saved_step = self.state.step
 
     def load(self) -> None:
         """Continue from checkpoint.pt; a run killed before its first checkpoint begins anew.
@@ -533,93 +478,33 @@ class Trainer:
 
         Raises:
             DataError: the file is no checkpoint of this version, or of a model of another shape.
+            ConfigError: the run was configured otherwise.
         """
         path = self.run.checkpoint
-        zero = self.fabric.is_global_zero
         if not path.is_file():
-            self.log = MetricsLog(self.run.log) if zero else None
+            self.log.begin()
             return
+        saved = Checkpoint.read(path, self.config)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            version = state["version"]
-        except Exception as error:
-            raise DataError(f"{path}: not a checkpoint: {' '.join(str(error).split())[:200]}") from None
-        if version != CHECKPOINT_VERSION:
-            raise DataError(f"{path}: version {version}, expected {CHECKPOINT_VERSION}")
-        check_same_run(as_dict(self.config), state["config"])
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.model.load_state_dict(saved.model)
+            self.optimizer.load_state_dict(saved.optimizer)
             if self.guided is not None:
-                self.guided.load_state_dict(state["sgl"])
+                self.guided.load_state_dict(saved.sgl or {})
             if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            self.sampler.load_state_dict(state["sampler"])
+                self.average.load_state_dict(saved.average or {})
+            self.sampler.load_state_dict(saved.sampler)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: does not fit this model: {' '.join(str(error).split())[:300]}"
             ) from None
-        self.epoch = state["epoch"]
-        self.step = state["step"]
-        self.step_in_epoch = state["step_in_epoch"]
-        self.instances = state["instances"]
-        self.train_seconds = state["train_seconds"]
-        self.total_seconds = state["total_seconds"]
-        self.sums = state["sums"]
-        self.best_score = state["best_score"]
-        self.best_epoch = state["best_epoch"]
-        self.best_weights = state["best_weights"]
+        self.state = saved.state
         # A run that had ended goes on only if it is given more epochs than it had.
-        self.finished = state["finished"] and self.config.train.epochs <= state["config"]["train"]["epochs"]
-        self.saved_step = self.step
-        self.log = MetricsLog(self.run.log, offset=state["log_offset"]) if zero else None
-        rank = self.fabric.global_rank
-        if rank < len(state["random"]):
-            set_random_state(state["random"][rank])
-        else:
-            Fabric.seed_everything(rank_seed(self.config.seed, rank, self.step), verbose=False)
+        self.state.finished &= self.config.train.epochs <= saved.config["train"]["epochs"]
+        self.saved_step = self.state.step
+        self.log.begin(saved.log_offset)
+        saved.restore_random_state(self.config.seed, self.fabric.global_rank)
 
 
 def adds_averages(guided: SelfGuided) -> bool:
     """Whether `.grad` of the shared parameters is a running mean after `backward`, not a gradient."""
     return guided.scope == "shared_parameters" and guided.statistics and guided.direction == "average"
-
-
-# What may change when a run is resumed; everything else decides what the weights become.
-_CHANGEABLE = (
-    "device",
-    "backend",
-    "data.workers",
-    "train.epochs",
-    "train.patience",
-    "train.checkpoint_steps",
-    "train.log_steps",
-)
-
-
-def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise ConfigError naming the first key whose value must not differ from the checkpoint's."""
-    for key in sorted(now.keys() | then.keys()):
-        name = prefix + key
-        if name in _CHANGEABLE:
-            continue
-        here, there = now.get(key), then.get(key)
-        if isinstance(here, Mapping) and isinstance(there, Mapping):
-            check_same_run(here, there, f"{name}.")
-        elif here != there:
-            raise ConfigError(
-                f"{name}: a resumed run keeps its configuration; expected {there!r}, got {here!r}"
-            )
-
-
-def _scalars(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """The numbers in a nested record as (tag, value), for TensorBoard."""
-    found: list[tuple[str, float]] = []
-    for key, value in record.items():
-        if not prefix and key in ("kind", "step", "epoch"):
-            continue
-        if isinstance(value, Mapping):
-            found.extend(_scalars(value, f"{prefix}{key}/"))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append((prefix + key, float(value)))
-    return found
