@@ -95,10 +95,10 @@ class MessagePassing(nn.Module):
 
     def _messages(self, read: Tensor, graph: NeighborGraph, log_weight: Tensor) -> Tensor:
         """m [N, D] from q, k and v [N, 3 D] side by side, or v [N, D] alone."""
-        n = read.shape[0]
+        n, width = read.shape[0], self.output.in_features
         if self.message == "attention":
-            q, k, v = read.view(n, 3, self.heads, -1).unbind(1)
-            return neighbor_attention(q, k, v, graph, log_weight).reshape(n, read.shape[1] // 3)
+            q, k, v = read.view(n, 3, self.heads, width // self.heads).unbind(1)
+            return neighbor_attention(q, k, v, graph, log_weight).reshape(n, width)
         weight = log_weight.exp()
         total = 1.0 + neighbor_sum(weight.new_ones(n, 1), graph, weight)
         return ((read + neighbor_sum(read, graph, weight)) / total).to(read.dtype)
