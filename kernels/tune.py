@@ -13,7 +13,7 @@ import argparse
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import triton
@@ -31,6 +31,7 @@ __all__ = [
     "KERNELS",
     "Listed",
     "Measure",
+    "Shape",
     "Tunable",
     "command",
     "cross_view",
@@ -47,6 +48,19 @@ __all__ = [
 KERNELS = ("cross_view", "cross_view_tokens", "knn")
 
 Measure = Callable[[Callable[[], None]], float]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What kernels are tuned for: features of a head are those of attention; width, k and metric those of knn."""
+
+    dtype: str = "bfloat16"
+    views: int = 3
+    heads: int = 4
+    head_dim: int = 64
+    width: int = 64
+    k: int = 8
+    metric: str = "cosine"
 
 
 @dataclass(frozen=True)
@@ -209,40 +223,20 @@ def describe(config: Config) -> str:
     return f"{tile}, {config.num_warps} warps{most}"
 
 
-def select(
-    kernels: Sequence[str],
-    dtype: torch.dtype,
-    *,
-    views: int,
-    heads: int,
-    head_dim: int,
-    width: int,
-    k: int,
-    metric: str,
-    device: torch.device,
-) -> Iterator[Tunable]:
+def select(kernels: Sequence[str], shape: Shape, device: torch.device) -> Iterator[Tunable]:
     """The tunables of ``kernels``, out of `KERNELS`, at one shape; on ``meta`` they can only be listed."""
+    dtype = getattr(torch, shape.dtype)
     for kernel in kernels:
         if kernel == "knn":
-            yield from knn(dtype, width, k, metric, device=device)
+            yield from knn(dtype, shape.width, shape.k, shape.metric, device=device)
         elif kernel == "cross_view":
-            yield from cross_view(dtype, views, heads, head_dim, device=device)
+            yield from cross_view(dtype, shape.views, shape.heads, shape.head_dim, device=device)
         else:
-            yield from cross_view_tokens(dtype, views, heads, head_dim, device=device)
+            yield from cross_view_tokens(dtype, shape.views, shape.heads, shape.head_dim, device=device)
 
 
 def command(
-    kernels: Sequence[str] = (),
-    *,
-    dtype: str = "bfloat16",
-    views: int = 3,
-    heads: int = 4,
-    head_dim: int = 64,
-    width: int = 64,
-    k: int = 8,
-    metric: str = "cosine",
-    dry_run: bool = False,
-    say: Callable[[str], None] = print,
+    kernels: Sequence[str], shape: Shape, *, dry_run: bool = False, say: Callable[[str], None] = print
 ) -> None:
     """Tunes ``kernels`` (none: all of `KERNELS`) at one shape, or with ``dry_run`` lists what is known about them.
 
@@ -250,32 +244,23 @@ def command(
         DataError: an argument that is none of the choices, or no GPU to measure on.
     """
     for name, value, choices in (
-        ("--dtype", dtype, ("bfloat16", "float16", "float32")),
-        ("--metric", metric, ("cosine", "euclidean")),
+        ("--dtype", shape.dtype, ("bfloat16", "float16", "float32")),
+        ("--metric", shape.metric, ("cosine", "euclidean")),
         *(("KERNEL", kernel, KERNELS) for kernel in kernels),
     ):
         if value not in choices:
             raise DataError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
     if not dry_run and not torch.cuda.is_available():
         raise DataError("tune: torch finds no CUDA device, and tuning measures on one; --dry-run lists what there is")
-    tunables = select(
-        kernels or KERNELS,
-        getattr(torch, dtype),
-        views=views,
-        heads=heads,
-        head_dim=head_dim,
-        width=width,
-        k=k,
-        metric=metric,
-        device=torch.device("meta") if dry_run else torch.device("cuda", torch.cuda.current_device()),
-    )
+    device = torch.device("meta") if dry_run else torch.device("cuda", torch.cuda.current_device())
+    tunables = select(kernels or KERNELS, shape, device)
     if dry_run:
         for row in listing(tunables):
             say(f"{row.key}: pinned {describe(row.pinned)}; {row.candidates} candidates")
             for machine, config in row.measured.items():
                 say(f"    measured on {machine}: {describe(config)}")
     else:
-        tune_all(tunables, torch.device("cuda", torch.cuda.current_device()), tell=say)
+        tune_all(tunables, device, tell=say)
     say(f"kept in {tuning_file()}")
 
 
@@ -283,12 +268,13 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line above, where the package's own is not installed."""
     parser = argparse.ArgumentParser(prog="python -m umda_fast.kernels.tune", description=__doc__)
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(KERNELS)}; default: all")
-    for name, default in (("dtype", "bfloat16"), ("views", 3), ("heads", 4), ("head-dim", 64), ("width", 64), ("k", 8)):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
-    parser.add_argument("--metric", default="cosine", help="cosine or euclidean")
+    for option in fields(Shape):
+        name, kind = option.name.replace("_", "-"), type(option.default)
+        parser.add_argument(f"--{name}", type=kind, default=option.default, help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="list, measure nothing, need no GPU")
     try:
-        command(**vars(parser.parse_args(arguments)))
+        given = vars(parser.parse_args(arguments))
+        command(given.pop("kernels"), dry_run=given.pop("dry_run"), shape=Shape(**given))
     except DataError as error:
         parser.error(str(error))
 

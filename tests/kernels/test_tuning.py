@@ -122,8 +122,8 @@ def test_every_kernel_can_be_tuned(own_file: Path) -> None:
 
 def test_every_configuration_is_listed_without_a_gpu(own_file: Path) -> None:
     """By planning on tensors that hold nothing; no key knows a length."""
-    shape = {"views": 3, "heads": 4, "head_dim": 64, "width": 64, "k": 8, "metric": "cosine"}
-    rows = tune.listing(tune.select(tune.KERNELS, torch.bfloat16, **shape, device=torch.device("meta")))
+    shape = tune.Shape("bfloat16", views=3, heads=4, head_dim=64, width=64, k=8, metric="cosine")
+    rows = tune.listing(tune.select(tune.KERNELS, shape, torch.device("meta")))
     assert len(rows) == 2 + 3 + 1
     case = test_cross_view.make(2, 3, 4, 64, dtype=torch.bfloat16)
     assert rows[0].pinned == cross_view._config(case.q, False)

@@ -36,18 +36,12 @@ def tune(
 
     if backend_status()["triton"] == "triton is not installed":
         raise DataError("tune: triton is not installed")
-    from umda_fast.kernels.tune import command
+    from umda_fast.kernels.tune import Shape, command
 
     console = make_console()
     command(
         kernels or (),
-        dtype=dtype,
-        views=views,
-        heads=heads,
-        head_dim=head_dim,
-        width=width,
-        k=k,
-        metric=metric,
+        Shape(dtype, views, heads, head_dim, width, k, metric),
         dry_run=dry_run,
         say=lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False),
     )
