@@ -12,18 +12,9 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-collect_ignore = (
-    ["test_compile.py", "test_interpreter.py"]
-    if INTERPRETED
-    else [
-        "test_cross_view.py",
-        "test_cross_view_tokens.py",
-        "test_knn.py",
-        "test_projections.py",
-        "test_tuning.py",
-        "test_view_fusion.py",
-    ]
-)
+COMPILED_MODULES = ("test_compile.py", "test_interpreter.py")
+INTERPRETED_MODULES = sorted({path.name for path in Path(__file__).parent.glob("test_*.py")} - {*COMPILED_MODULES})
+collect_ignore = [*(COMPILED_MODULES if INTERPRETED else INTERPRETED_MODULES)]
 
 
 # What somebody measured on this machine is not what is tested.

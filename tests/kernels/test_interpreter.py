@@ -1,8 +1,6 @@
 """Gate 1: every Triton kernel, forward and backward, in Triton's interpreter against the float64 reference.
 
-The tests proper are ``test_cross_view.py``, ``test_cross_view_tokens.py``, ``test_knn.py``, ``test_projections.py``,
-``test_tuning.py`` and ``test_view_fusion.py`` beside this file; see ``conftest.py`` for why they run in processes of
-their own.
+The tests proper are the other modules beside this file; see ``conftest.py`` for why they run in processes of their own.
 """
 
 import os
@@ -13,15 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.conftest import INTERPRETED_MODULES
+
 HERE = Path(__file__).parent
-MODULES = (
-    "test_cross_view.py",
-    "test_cross_view_tokens.py",
-    "test_knn.py",
-    "test_projections.py",
-    "test_tuning.py",
-    "test_view_fusion.py",
-)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +28,14 @@ def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
             env=environment,
             cwd=HERE.parent.parent,
         )
-        for module in MODULES
+        for module in INTERPRETED_MODULES
     }
     yield started
     for process in started.values():
         process.kill()
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", INTERPRETED_MODULES)
 def test_interpreted(module: str, processes: dict[str, subprocess.Popen[str]]) -> None:
     output, _ = processes[module].communicate()
     assert processes[module].returncode == 0, output

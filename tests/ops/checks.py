@@ -25,6 +25,13 @@ def leaf(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
 
+def some_views(n: int, views: int) -> Tensor:
+    """A mask [n, views] with a view at least for every instance."""
+    mask = torch.rand(n, views, generator=torch.Generator().manual_seed(n)) < 0.5
+    mask[torch.arange(n), torch.arange(n) % views] = True
+    return mask
+
+
 def keeps_rule(case: Case, dtype: torch.dtype = torch.float32, backend: str = "cpp") -> None:
     """Outputs and gradients keep the rule, and no element that nobody wrote is seen."""
     with poisoned_memory():

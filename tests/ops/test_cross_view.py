@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.checks import DTYPES, check_compiled, check_gradients, check_op, few, keeps_rule, leaf, repeats
+from tests.ops.checks import (
+    DTYPES,
+    check_compiled,
+    check_gradients,
+    check_op,
+    few,
+    keeps_rule,
+    leaf,
+    repeats,
+    some_views,
+)
 from umda_fast.ops import cross_view_attention
 from umda_fast.parity.cases import cross_view_case
 
@@ -18,12 +28,6 @@ def inputs(n: int, views: int, heads: int, width: int, dtype: torch.dtype = torc
     q, k, v = (leaf(n, views, heads, width, seed=i, dtype=dtype) for i in range(3))
     wide = torch.promote_types(dtype, torch.float32)
     return [q, k, v, leaf(n, views, heads, seed=3, dtype=dtype), leaf(heads, views, views, seed=4, dtype=wide)]
-
-
-def some_views(n: int, views: int) -> Tensor:
-    mask = torch.rand(n, views, generator=torch.Generator().manual_seed(n)) < 0.5
-    mask[torch.arange(n), torch.arange(n) % views] = True
-    return mask
 
 
 @pytest.mark.parametrize(

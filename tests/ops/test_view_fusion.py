@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.checks import DTYPES, check_compiled, check_gradients, check_op, few, keeps_rule, leaf, repeats
+from tests.ops.checks import (
+    DTYPES,
+    check_compiled,
+    check_gradients,
+    check_op,
+    few,
+    keeps_rule,
+    leaf,
+    repeats,
+    some_views,
+)
 from umda_fast.ops import _library, backends_used, fuse_views
 from umda_fast.ops import view_fusion as module
 from umda_fast.parity.cases import view_fusion_case
@@ -17,12 +27,6 @@ from umda_fast.parity.cases import view_fusion_case
 
 def inputs(n: int, views: int, width: int, narrow: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [leaf(n, views, width, seed=0, dtype=dtype), leaf(n, views, seed=1), leaf(n, views, narrow, seed=2)]
-
-
-def some_views(n: int, views: int) -> Tensor:
-    mask = torch.rand(n, views, generator=torch.Generator().manual_seed(n)) < 0.5
-    mask[torch.arange(n), torch.arange(n) % views] = True
-    return mask
 
 
 @pytest.mark.parametrize(

@@ -85,18 +85,8 @@ def cross_view_token_attention(
     return CrossViewTokensOutput(out, mass, entropy, over_tokens if token_entropy else None)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate_logits: Tensor,
-    cu_tokens: Tensor,
-    cu_segments: Tensor,
-    view_of_segment: Tensor,
-    num_views: int,
-    bias: Tensor | None,
-    token_entropy: bool,
-) -> tuple[Tensor, ...]:
+def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, num_views, _, token_entropy = rest
     tokens, heads, _ = q.shape
 
     def statistic(*shape: int) -> Tensor:
@@ -121,12 +111,9 @@ def _fake_backward(
     k: Tensor,
     v: Tensor,
     gate_logits: Tensor,
-    cu_tokens: Tensor,
-    cu_segments: Tensor,
-    view_of_segment: Tensor,
-    num_views: int,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
+    _, _, _, num_views, *_ = rest  # after the three tensors of offsets and views
     d_bias = q.new_empty(q.shape[1], num_views, num_views, dtype=torch.float32)
     return (*(x.new_empty(x.shape) for x in (q, k, v, gate_logits)), d_bias)
 

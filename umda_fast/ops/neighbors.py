@@ -183,6 +183,11 @@ def _save_inputs(ctx: _library.Context, inputs: tuple[Any, ...], output: Any) ->
     ctx.save_for_backward(*inputs)
 
 
+def _save_all(ctx: _library.Context, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])  # saved for backward, no result
+
+
 def _cosine_backward(op: Any, ctx: _library.Context, d_cos: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_cos is None:
         return (None,) * 5
@@ -221,8 +226,7 @@ def _attention_fake_backward(
 
 def _attention_setup(ctx: _library.Context, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.self_loop = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])  # saved for backward, no result
+    _save_all(ctx, tuple(tensors), output)
 
 
 def _attention_backward(
@@ -289,11 +293,6 @@ def _energy_fake_backward(d_energy: Tensor, z: Tensor, weight: Tensor, *rest: An
     return z.new_empty(z.shape), weight.new_empty(weight.shape)
 
 
-def _energy_setup(ctx: _library.Context, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])  # saved for backward, no result
-
-
 def _energy_backward(
     op: Any, ctx: _library.Context, d_energy: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
@@ -315,4 +314,4 @@ _library.define(
     "(Tensor dz, Tensor d_weight)",
     _energy_fake_backward,
 )
-_library.differentiable("smoothness_energy", _energy_setup, _energy_backward)
+_library.differentiable("smoothness_energy", _save_all, _energy_backward)

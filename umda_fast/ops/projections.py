@@ -130,15 +130,9 @@ def _optional(value: Tensor | None, name: str, shape: list[int | str], like: Ten
 
 
 def _fake_norm_linear(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    eps: float,
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight2, _, _ = rest
     rows = x.shape[:-1]
     second = 0 if weight2 is None else weight2.shape[0]
     return (

@@ -41,10 +41,7 @@ def task_gradient_statistics(
         TypeError, ValueError: an argument of another type, dtype, shape or device.
         BackendUnavailableError: ``backend`` cannot serve the call.
     """
-    _validate.tensor(ema, "ema", ["T", "P"], dtype=(torch.float32, torch.float64))
-    if not ema.is_contiguous():
-        raise ValueError(f"ema must be contiguous, got strides {list(ema.stride())}")
-    tasks, size = ema.shape
+    tasks, size = _check_averages(ema)
     if not 0.0 <= beta < 1.0:
         raise ValueError(f"beta must be at least 0 and below 1, got {beta}")
     if isinstance(grads, Tensor):
@@ -81,19 +78,17 @@ def combine_task_gradients(
         backend: see `umda_fast.set_backend`.
 
     Returns:
-        ``out``. Carries no gradient.
+        ``out`` [P]. Carries no gradient.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device.
         BackendUnavailableError: ``backend`` cannot serve the call.
     """
-    _validate.tensor(ema, "ema", ["T", "P"], dtype=(torch.float32, torch.float64))
-    if not ema.is_contiguous():
-        raise ValueError(f"ema must be contiguous, got strides {list(ema.stride())}")
-    _validate.tensor(weights, "weights", [ema.shape[0]], like=ema, like_name="ema")
+    tasks, size = _check_averages(ema)
+    _validate.tensor(weights, "weights", [tasks], like=ema, like_name="ema")
     if out is None:
-        out = ema.new_empty(ema.shape[1])
-    _validate.tensor(out, "out", [ema.shape[1]], dtype=_validate.FLOATS, like=ema, like_name="ema")
+        out = ema.new_empty(size)
+    _validate.tensor(out, "out", [size], dtype=_validate.FLOATS, like=ema, like_name="ema")
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
     chosen = resolve("combine_task_gradients", ema, backend)
@@ -114,7 +109,7 @@ def linear_weight_gradient(d_out: Tensor, x: Tensor, out: Tensor, *, backend: st
         backend: see `umda_fast.set_backend`. On CUDA the reference, a matrix product of cuBLAS, serves it.
 
     Returns:
-        ``out``. Carries no gradient.
+        ``out`` [O, I]. Carries no gradient.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device.
@@ -131,6 +126,15 @@ def linear_weight_gradient(d_out: Tensor, x: Tensor, out: Tensor, *, backend: st
     else:
         _library.op(native("linear_weight_gradient", chosen))(d_out, x, out)
     return out
+
+
+def _check_averages(ema: Tensor) -> tuple[int, int]:
+    """T and P of ``ema``."""
+    _validate.tensor(ema, "ema", ["T", "P"], dtype=(torch.float32, torch.float64))
+    if not ema.is_contiguous():
+        raise ValueError(f"ema must be contiguous, got strides {list(ema.stride())}")
+    tasks, size = ema.shape
+    return tasks, size
 
 
 def _flat_pieces(grads: Sequence[Sequence[Tensor]], ema: Tensor) -> list[Tensor]:

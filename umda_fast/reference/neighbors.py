@@ -163,12 +163,9 @@ def neighbor_sum(x: Tensor, weight: Tensor, neighbors: Tensor, indptr: Tensor | 
         neighbors, indptr: the graph.
     """
     n, width = x.shape
-    xf = with_zero_row(x.to(accumulation_dtype(x)))
-    row, column, valid = _edges(neighbors, indptr, n)
-    w = weight.to(xf.dtype).reshape(-1).masked_fill(~valid, 0.0)
-    pieces = _pieces(row, width)
+    xf, w, row, column = _weighted(x, weight, neighbors, indptr)
     out = sum(
-        (_map(_messages, w[e], xf, row[e], column[e], n + 1, whole=whole) for e, whole in pieces),
+        (_map(_messages, w[e], xf, row[e], column[e], n + 1, whole=whole) for e, whole in _pieces(row, width)),
         start=torch.zeros_like(xf),
     )
     return out[:n].to(x.dtype)
@@ -186,10 +183,8 @@ def smoothness_energy(
         weight: neighbors' shape.
         neighbors, indptr: the graph.
     """
-    n, width = z.shape
-    zf = with_zero_row(z.to(accumulation_dtype(z)))
-    row, column, valid = _edges(neighbors, indptr, n)
-    w = weight.to(zf.dtype).reshape(-1).masked_fill(~valid, 0.0)
+    width = z.shape[1]
+    zf, w, row, column = _weighted(z, weight, neighbors, indptr)
     pieces = [
         _map(_squared_distance, zf, zf, row[e], column[e], whole=whole) for e, whole in _pieces(row, width)
     ]
@@ -209,6 +204,15 @@ def _edges(neighbors: Tensor, indptr: Tensor | None, n: int) -> tuple[Tensor, Te
         row = segment_index(indptr, column.shape[0])
     valid = column >= 0
     return row.masked_fill(~valid, n), column.masked_fill(~valid, n), valid
+
+
+def _weighted(
+    x: Tensor, weight: Tensor, neighbors: Tensor, indptr: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [N+1, D], its last row 0, weight [E], 0 where absent, row and column [E] of every edge, as sums take them."""
+    wide = with_zero_row(x.to(accumulation_dtype(x)))
+    row, column, valid = _edges(neighbors, indptr, x.shape[0])
+    return wide, weight.to(wide.dtype).reshape(-1).masked_fill(~valid, 0.0), row, column
 
 
 def _pieces(row: Tensor, width: int) -> Iterator[tuple[slice, bool]]:
