@@ -21,6 +21,7 @@ from umda_fast.parity.rule import GRADIENT_FACTOR, allowed_error
 from umda_fast.sgl import SelfGuided
 from umda_fast.sgl.buffers import FlatLayout
 from umda_fast.sgl.distributed import GradientReducer, Processes, ShardedRows
+from umda_fast.sgl.scopes.averaged import AveragedScope
 
 TASKS = ["a", "b", "c"]
 ROWS = 12
@@ -335,7 +336,9 @@ def memory(columns: int) -> tuple[int, int]:
     parameter = Parameter(torch.zeros(columns))
     sgl = SelfGuided([parameter], ["a", "b"], variance_window=0, process_group=dist.group.WORLD)
     sgl.backward({"a": parameter.sum(), "b": (2 * parameter).sum()})
-    return sgl._ema.numel(), sgl._gradients.numel()
+    scope = sgl._setup().scope
+    assert isinstance(scope, AveragedScope)
+    return scope.ema.numel(), scope.gradients.numel()
 
 
 def vanish(doomed: int, how: str) -> tuple[str, float]:

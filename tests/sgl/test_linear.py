@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 from umda_fast.parity.rule import GRADIENT_FACTOR, assert_close
 from umda_fast.sgl import SelfGuided, linear
-from umda_fast.sgl.self_guided import Direction, Scope
+from umda_fast.sgl.scopes import Direction, Scope
 
 
 @pytest.fixture(autouse=True)

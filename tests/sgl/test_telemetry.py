@@ -10,7 +10,8 @@ from torch.nn import Parameter
 from tests.sgl.oracle import TwoHeads
 from umda_fast.sgl import SelfGuided
 from umda_fast.sgl.buffers import FlatLayout
-from umda_fast.sgl.telemetry import DirectionVariance, cosine_matrix, gram_metrics
+from umda_fast.sgl.telemetry import cosine_matrix, gram_metrics
+from umda_fast.sgl.variance import DirectionVariance
 
 
 def test_figures_of_two_gradients_by_hand() -> None:

@@ -1,6 +1,7 @@
 """Self-guided learning: per-task gradient statistics, balancers, telemetry. Usable with any PyTorch model."""
 
 from umda_fast.sgl.balancers import Balancer, Equal, FunctionBalancer, SGLBalancer, StatefulBalancer
+from umda_fast.sgl.batch import SGLStep
 from umda_fast.sgl.gram_balancers import (
     IMTLG,
     MGDA,
@@ -17,7 +18,8 @@ from umda_fast.sgl.gram_balancers import (
 )
 from umda_fast.sgl.loss_balancers import DWA, FAMO, RLW, STCH, GradNorm, Uncertainty
 from umda_fast.sgl.registry import BALANCERS, make_balancer
-from umda_fast.sgl.self_guided import Scope, SelfGuided, SGLStep
+from umda_fast.sgl.scopes import Scope
+from umda_fast.sgl.self_guided import SelfGuided
 from umda_fast.sgl.sharpness import ascended
 from umda_fast.sgl.torchjd_adapter import TorchJDBalancer
 

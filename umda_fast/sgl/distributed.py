@@ -28,6 +28,8 @@ from torch.nn import Parameter
 
 from umda_fast.errors import ProcessLostError
 from umda_fast.sgl.buffers import FlatLayout, write_row
+from umda_fast.sgl.linear import LinearUse
+from umda_fast.sgl.rows import Rows
 
 __all__ = ["GradientReducer", "Processes", "ShardedRows", "is_sharded"]
 
@@ -139,7 +141,7 @@ class Processes:
         return self._scatters and device.type == "cuda"
 
 
-class ShardedRows:
+class ShardedRows(Rows):
     """Rows [count, S] of this process: its S = ceil(P / W) columns of sums over all processes.
 
     `put` takes a row's gradients on this process; a second row may be made while the first is on its way.
@@ -162,8 +164,13 @@ class ShardedRows:
         self._received = None if processes.scatters(device) else torch.empty_like(self._staging)
         self._pending: list[tuple[dist.Work, int] | None] = [None] * slots
         self._next = 0
+        self._gathered: Tensor | None = None
 
-    def put(self, row: int, gradients: Sequence[Tensor | None]) -> None:
+    def uses(self, losses: Sequence[Tensor], parameters: Sequence[Parameter]) -> list[LinearUse | None]:
+        """None: the gradients themselves travel."""
+        return [None] * len(parameters)
+
+    def put(self, row: int, gradients: Sequence[Tensor | None], uses: Sequence[LinearUse | None] = ()) -> None:
         """Sends this process's part of a row, one gradient for each parameter, None for zeros."""
         slot = self._next
         self._next = (slot + 1) % len(self._pending)
@@ -187,16 +194,34 @@ class ShardedRows:
         if self._received is not None:
             torch.sum(self._received[slot].view(-1, self.columns), 0, out=self.rows[row])
 
-    def padded(self) -> Tensor:
+    def _padded(self) -> Tensor:
         """Zeros [W S], for `Processes.gather`; the first P are the row."""
         return self._staging.new_zeros(self._staging.shape[1])
+
+    def direction(self) -> Tensor:
+        """Zeros [P]; `spread` gathers in their memory."""
+        if self._gathered is None:
+            self._gathered = self._padded()
+        return self._gathered[: self._layout.numel]
+
+    def part(self, out: Tensor) -> Tensor:
+        """Room [S] of its own."""
+        return self.rows.new_empty(self.columns)
+
+    def spread(self, part: Tensor, out: Tensor) -> None:
+        """Gathers the parts; with another `out` than `direction`, through the memory of that."""
+        direction = self.direction()
+        assert self._gathered is not None
+        self._processes.gather(part, self._gathered)
+        if out.data_ptr() != direction.data_ptr():
+            out.copy_(direction)
 
     def whole(self, rows: Tensor, *, keep: bool = True) -> Tensor:
         """All columns [count, P] of `rows` [count, S], gathered a row at a time. Every process calls it; without
         `keep` nothing is left of it ([count, 0])."""
         size = self._layout.numel if keep else 0
         result = rows.new_empty(len(rows), size)
-        buffer = self.padded()
+        buffer = self._padded()
         for shard, out in zip(rows, result, strict=True):
             self._processes.gather(shard, buffer)
             out.copy_(buffer[:size])

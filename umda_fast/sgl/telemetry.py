@@ -1,4 +1,4 @@
-"""What the Gram matrix and the update direction tell about training; nothing here changes a gradient.
+"""What the Gram matrix tells about training; nothing here changes a gradient.
 
 From the Gram matrix `G` [T, T] of the (smoothed) task gradients, with `n_t = sqrt(G_tt)` and
 `C_st = G_st / (n_s n_t)`, over the pairs `s < t` of tasks seen so far:
@@ -11,15 +11,13 @@ From the Gram matrix `G` [T, T] of the (smoothed) task gradients, with `n_t = sq
 - condition number of `G`, on the eigenvalues above `T * eps * largest`;
 - cosine of the update `sum_t w_t m_t` to the plain mean of the task gradients.
 
-`DirectionVariance` measures how much the update itself fluctuates.
+How much the update itself fluctuates is measured in `variance`.
 """
 
 import math
 
 import torch
 from torch import Tensor
-
-from umda_fast.sgl.buffers import FlatLayout
 
 
 def cosine_matrix(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,91 +80,3 @@ def gram_metrics(gram: Tensor, weights: Tensor) -> dict[str, float]:
         float((weights64 @ gram64 @ plain) / squared.sqrt()) if float(squared) > 0 else math.nan
     )
     return result
-
-
-class DirectionVariance:
-    """Variance of the update direction d over windows of W updates, in running form: two buffers [P].
-
-    Two figures, both from sums only:
-
-    - `variance`: `V = tr Var(d) / ||mean d||^2` with the unbiased `tr Var(d) = (Q - ||S||^2 / k) / (k - 1)`,
-      `S = sum d`, `Q = sum ||d||^2` over the k updates of the window;
-    - `matched`: the same with every d scaled to norm 1 first. Two methods whose updates have different or
-      drifting lengths can be compared by it: it sees the fluctuation of the direction alone.
-
-    Windows follow each other without overlap. The figures are those of the last full window, or of the
-    running one while there is no full window and it holds at least two updates. The sums are float32
-    (float64 for float64 parameters), so a V below about 1e-6 cannot be told from 0.
-    """
-
-    def __init__(self, layout: FlatLayout, window: int) -> None:
-        self._layout = layout
-        self._window = window
-        self._sum = layout.zeros()
-        self._unit_sum = layout.zeros()
-        self._square = torch.zeros((), dtype=torch.float64, device=layout.device)
-        self._units = torch.zeros((), dtype=torch.float64, device=layout.device)
-        self._count = 0
-        self._last = torch.full((2,), math.nan, dtype=torch.float64, device=layout.device)
-
-    def update(self, direction: Tensor) -> None:
-        """Takes one update direction [P]; no wait for the device."""
-        norm = torch.linalg.vector_norm(direction)
-        inverse = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
-        self._sum.add_(direction)
-        self._unit_sum.addcmul_(direction, inverse)
-        self._square.add_(norm.double().square())
-        self._units.add_(norm > 0)
-        self._count += 1
-        if self._count >= self._window:
-            self._last = self._figures()
-            self._sum.zero_()
-            self._unit_sum.zero_()
-            self._square.zero_()
-            self._units.zero_()
-            self._count = 0
-
-    def _figures(self) -> Tensor:
-        """[2]: variance and matched variance of the running window."""
-        count = self._count
-        figures = []
-        for total, square in ((self._sum, self._square), (self._unit_sum, self._units)):
-            squared_sum = torch.linalg.vector_norm(total).double().square()
-            variance = ((square - squared_sum / count) / (count - 1)).clamp_min(0)
-            figures.append(variance / (squared_sum / count**2))
-        return torch.stack(figures)
-
-    def figures(self) -> tuple[float, float]:
-        """(variance, matched variance), nan before two updates were seen (waits for the device)."""
-        current = self._last
-        if self._count >= 2:
-            current = torch.where(current.isnan(), self._figures(), current)
-        variance, matched = current.tolist()
-        return variance, matched
-
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """Sums, count and the last window's figures."""
-        return {
-            "sum": self._sum.clone(),
-            "unit_sum": self._unit_sum.clone(),
-            "square": self._square.clone(),
-            "units": self._units.clone(),
-            "last": self._last.clone(),
-            "count": self._count,
-        }
-
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Puts back what `state_dict` gave."""
-        for name, target in (
-            ("sum", self._sum),
-            ("unit_sum", self._unit_sum),
-            ("square", self._square),
-            ("units", self._units),
-            ("last", self._last),
-        ):
-            value = state[name]
-            assert isinstance(value, Tensor)
-            target.copy_(value)
-        count = state["count"]
-        assert isinstance(count, int)
-        self._count = count

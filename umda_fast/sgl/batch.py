@@ -1,0 +1,157 @@
+"""What one backward call works on, and what it used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NO_FLOAT16 = (
+    "its gradients need a loss scale, which running averages would keep from one step to the next; use bfloat16"
+)
+
+
+@dataclass(frozen=True)
+class SGLStep:
+    """What one backward call used; tensors on the device, detached.
+
+    Attributes:
+        weights: [T] the weight of every task's loss, 0 for an absent task.
+        gram: [T, T] Gram matrix of the last statistics step; rows of tasks never seen are 0.
+        cosine: [T, T] its cosines.
+        norms: [T] square roots of its diagonal.
+        active: bool [T], the tasks present.
+    """
+
+    weights: Tensor
+    gram: Tensor
+    cosine: Tensor
+    norms: Tensor
+    active: Tensor
+
+
+@dataclass(frozen=True)
+class Present:
+    """The A tasks present in a batch of T.
+
+    Attributes:
+        rows: their positions, in order.
+        index: the same, int64 [A] on the device.
+        mask: bool [T] on the device.
+    """
+
+    rows: tuple[int, ...]
+    index: Tensor
+    mask: Tensor
+
+    @property
+    def everyone(self) -> bool:
+        """Whether no task is absent."""
+        return len(self.rows) == self.mask.shape[0]
+
+    @property
+    def pairs(self) -> Tensor:
+        """bool [T, T]: both tasks are present."""
+        return self.mask[:, None] & self.mask[None, :]
+
+    def take(self, values: Tensor, *dims: int) -> Tensor:
+        """The present tasks' part of a [T] or [T, T] tensor, along `dims`."""
+        if self.everyone:
+            return values
+        for dim in dims:
+            values = values.index_select(dim, self.index)
+        return values
+
+
+class TaskSets:
+    """`Present` of sets of tasks; tensors are made, and copied to the device, once for each set that occurs."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._count = count
+        self._device = device
+        self._made: dict[tuple[int, ...], Present] = {}
+
+    def __call__(self, rows: tuple[int, ...]) -> Present:
+        """Of the tasks at these positions."""
+        if rows not in self._made:
+            index = torch.tensor(rows, dtype=torch.int64)
+            mask = torch.zeros(self._count, dtype=torch.bool)
+            mask[index] = True
+            self._made[rows] = Present(rows, index.to(self._device), mask.to(self._device))
+        return self._made[rows]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch of all processes.
+
+    Attributes:
+        present: its tasks.
+        losses: for each of them this process's part of its loss, None where it has none.
+        penalty: this process's part of the penalty.
+        penalized: whether some process has a penalty.
+    """
+
+    present: Present
+    losses: list[Tensor | None]
+    penalty: Tensor | None
+    penalized: bool
+
+    @property
+    def own(self) -> list[tuple[int, Tensor]]:
+        """(position among the present tasks, loss) of what this process has."""
+        return [(position, loss) for position, loss in enumerate(self.losses) if loss is not None]
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """This process's parts [A] of the losses, detached, zeros where it has none."""
+        zero = torch.zeros((), dtype=dtype, device=self.present.mask.device)
+        return torch.stack([zero if loss is None else loss.detach().to(dtype) for loss in self.losses])
+
+    def total(self, weights: Tensor) -> Tensor | None:
+        """The weighted sum of this process's losses and its penalty; None where it has neither.
+
+        Args:
+            weights: [A].
+        """
+        own = self.own
+        if not own:
+            return self.penalty
+        losses = torch.stack([loss.to(weights.dtype) for _, loss in own])
+        if len(own) < len(self.losses):
+            weights = torch.stack([weights[position] for position, _ in own])
+        total = (losses * weights).sum()
+        return total if self.penalty is None else total + self.penalty.reshape(()).to(total.dtype)
+
+
+def check_losses(
+    tasks: Sequence[str], losses: Mapping[str, Tensor], counts: Mapping[str, float] | None, penalty: Tensor | None
+) -> None:
+    """The arguments of a backward call, one by one.
+
+    Raises:
+        TypeError: a loss or the penalty is not a Tensor.
+        ValueError: an unknown task, a loss that is not a scalar, is float16 or has no gradient, a count that is missing
+            or not positive.
+    """
+    unknown = [name for name in losses if name not in tasks]
+    if unknown:
+        raise ValueError(f"losses: expected tasks among {list(tasks)}, got {unknown}")
+    scalars: list[tuple[str, Any]] = [(f"losses[{name!r}]", loss) for name, loss in losses.items()]
+    if penalty is not None:
+        scalars.append(("penalty", penalty))
+    for name, value in scalars:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected a scalar, got shape {tuple(value.shape)}")
+        if value.dtype == torch.float16:
+            raise ValueError(f"{name}: expected anything but float16: {NO_FLOAT16}")
+    for name, loss in losses.items():
+        if counts is not None and not 0 < counts.get(name, 0) < math.inf:
+            raise ValueError(f"counts[{name!r}]: expected a positive number, got {counts.get(name)}")
+        if not loss.requires_grad:
+            raise ValueError(f"losses[{name!r}]: expected a loss that requires grad, got a constant")

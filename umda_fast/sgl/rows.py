@@ -1,0 +1,97 @@
+"""Rows of task gradients, [T, P] for the P numbers of a scope's parameters.
+
+`LocalRows` are those of one process. Of several, each keeps some of the columns of the sum (`distributed.ShardedRows`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from umda_fast.sgl.buffers import FlatLayout
+from umda_fast.sgl.linear import LinearUse, linear_uses, write_gradients
+
+
+class Rows(ABC):
+    """What a scope asks of its rows.
+
+    Attributes:
+        rows: [count, columns] of this process; complete after `wait`.
+    """
+
+    rows: Tensor
+
+    @abstractmethod
+    def uses(self, losses: Sequence[Tensor], parameters: Sequence[Parameter]) -> list[LinearUse | None]:
+        """For each parameter where its gradient is to be asked for instead; None for the parameter itself."""
+
+    @abstractmethod
+    def put(self, row: int, gradients: Sequence[Tensor | None], uses: Sequence[LinearUse | None]) -> None:
+        """Takes this process's gradients of one task, None for zeros."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Completes every row."""
+
+    @abstractmethod
+    def part(self, out: Tensor) -> Tensor:
+        """Where this process's columns of `out` [P] are to be written."""
+
+    @abstractmethod
+    def spread(self, part: Tensor, out: Tensor) -> None:
+        """All columns in `out` [P], from what the processes wrote into their parts of it."""
+
+    @abstractmethod
+    def direction(self) -> Tensor:
+        """Room [P] for a combination of rows."""
+
+    @abstractmethod
+    def whole(self, rows: Tensor, *, keep: bool = True) -> Tensor:
+        """All columns [count, P] of `rows` [count, columns]; every process calls it, without `keep` for nothing."""
+
+    @abstractmethod
+    def own(self, whole: Tensor) -> Tensor:
+        """This process's columns of [count, P]."""
+
+
+class LocalRows(Rows):
+    """All columns, in one process."""
+
+    def __init__(self, layout: FlatLayout, count: int, backend: str | None) -> None:
+        self._layout = layout
+        self._backend = backend
+        self.rows = layout.zeros(count)
+        self._views = [layout.views(row) for row in self.rows]
+
+    def uses(self, losses: Sequence[Tensor], parameters: Sequence[Parameter]) -> list[LinearUse | None]:
+        """See `linear.linear_uses`."""
+        return linear_uses(losses, parameters)
+
+    def put(self, row: int, gradients: Sequence[Tensor | None], uses: Sequence[LinearUse | None]) -> None:
+        """Writes the gradients into the row."""
+        write_gradients(self._views[row], gradients, uses, self._backend)
+
+    def wait(self) -> None:
+        """Nothing is on its way."""
+
+    def part(self, out: Tensor) -> Tensor:
+        """All of it."""
+        return out
+
+    def spread(self, part: Tensor, out: Tensor) -> None:
+        """It is there already."""
+
+    def direction(self) -> Tensor:
+        """Zeros [P]."""
+        return self._layout.zeros()
+
+    def whole(self, rows: Tensor, *, keep: bool = True) -> Tensor:
+        """The rows themselves."""
+        return rows
+
+    def own(self, whole: Tensor) -> Tensor:
+        """All of it."""
+        return whole

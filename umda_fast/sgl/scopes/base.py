@@ -1,0 +1,152 @@
+"""What a scope is: where the gradients of single tasks are taken, and what is done with them.
+
+A scope finds the Gram matrix [T, T] of the task gradients, `measure`, and adds the gradient of the weighted loss to
+`.grad`, `apply`. It works on its process's share of a batch; `Setting.exchange` is its way to the others'.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from umda_fast.sgl.batch import Batch
+from umda_fast.sgl.buffers import FlatLayout
+from umda_fast.sgl.exchange import Exchange
+from umda_fast.sgl.parameters import ParameterLists
+from umda_fast.sgl.statistics import GramStatistics
+
+Direction = Literal["average", "gradient"]
+
+
+class Representation(Protocol):
+    """What can stand for the representation: it finds the Gram matrix of the gradients on it by itself."""
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether there are gradients at all."""
+
+    def gradient_gram(self, losses: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+        """Inner products [S, S] of the gradients of S losses; keeps the graph."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every scope works with.
+
+    Attributes:
+        tasks: their number T.
+        parameters: all of them.
+        layout: of the shared ones.
+        scoped: those that the scope is about.
+        exchange: the way to the other processes.
+        statistics: counts of updates, and the decay of averages.
+        direction: what the exact scope adds up.
+        control: whether it also makes the direction of equal weights.
+        backend: of the operations.
+    """
+
+    tasks: int
+    parameters: ParameterLists
+    layout: FlatLayout
+    scoped: list[Parameter]
+    exchange: Exchange
+    statistics: GramStatistics
+    direction: Direction
+    control: bool
+    backend: str | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a statistics step found, of all processes.
+
+    Attributes:
+        gram: [T, T]; None where no gradients are taken.
+        losses: [A] of the tasks present, detached.
+        unshared: in the exact scope, gradients of all other parameters in this process: (parameter, position of the
+            task among those present, gradient), -1 for the penalty.
+    """
+
+    gram: Tensor | None
+    losses: Tensor
+    unshared: Sequence[tuple[Parameter, int, Tensor]] = ()
+
+
+class GradientScope(ABC):
+    """A scope, set up for a model.
+
+    Attributes:
+        needs_layer: whether `last_shared_layer` has to be given.
+        reached: for each parameter of the scope, whether a task has reached it so far.
+        control: [P] in the exact scope on demand: what equal weights would have added to `.grad` minus what was.
+    """
+
+    needs_layer: ClassVar[bool] = False
+    control: Tensor | None = None
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self.reached = [False] * len(setting.scoped)
+
+    @classmethod
+    def parameters(cls, lists: ParameterLists) -> list[Parameter]:
+        """Those that the scope is about."""
+        return lists.shared
+
+    @classmethod
+    def missing(cls, representation: Tensor | Representation | None) -> str:
+        """What a backward call with these arguments lacks, in words; nothing by default."""
+        return ""
+
+    @abstractmethod
+    def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
+        """Takes the gradients of the tasks present; keeps the graph unless `apply` needs none."""
+
+    def apply(self, measured: Measured, batch: Batch, weights: Tensor, everyone: Tensor) -> None:
+        """Adds the gradient of the weighted total loss to every `.grad`: by ONE backward pass.
+
+        Args:
+            measured: what `measure` found.
+            batch: the same.
+            weights: [A] of the tasks present.
+            everyone: the same, [T] with 0 for the others.
+        """
+        self._setting.exchange.backward(batch.total(weights))
+
+    def added(self) -> Tensor | None:
+        """[P] what `apply` added to the `.grad` of the shared parameters, where that is at hand."""
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Running averages, by name, as they lie in this process."""
+        return {}
+
+    def state(self, *, keep: bool) -> dict[str, Tensor]:
+        """Running averages in full size. Every process calls it; `keep=False` for nothing."""
+        return self.tensors()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of `state`."""
+        return {name: tuple(value.shape) for name, value in self.tensors().items()}
+
+    def restore(self, reached: Sequence[bool]) -> None:
+        """Puts `reached` back."""
+        self.reached = list(reached)
+
+    def load(self, name: str, value: Tensor) -> None:
+        """Puts one of `state` back."""
+        self.tensors()[name].copy_(value)
+
+
+class Unmeasured(GradientScope):
+    """No task gradients at all, for a balancer that reads losses only."""
+
+    def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
+        """The losses."""
+        losses, _, _ = self._setting.exchange.totals(batch.values(self._setting.layout.dtype), None, ())
+        return Measured(None, losses)

@@ -1,0 +1,38 @@
+"""Scope `last_shared_layer`: gradients on the parameters of one layer.
+
+    g_t   =   dL_t / d(layer)                      averaged, see `averaged`
+    .grad +=  d(sum_t w_t L_t + penalty)
+
+T short backward passes, from the losses down to that layer, then ONE of the weighted total for every parameter: the
+update is made of this step's gradients, only the weights are smoothed. Over several processes each has columns of its
+own of the rows, and the Gram matrices of the columns are added up.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from umda_fast.sgl.batch import Batch
+from umda_fast.sgl.parameters import ParameterLists
+from umda_fast.sgl.scopes.averaged import AveragedScope
+from umda_fast.sgl.scopes.base import Measured, Representation
+
+
+class LastSharedLayerScope(AveragedScope):
+    """See the head of this file."""
+
+    needs_layer = True
+
+    @classmethod
+    def parameters(cls, lists: ParameterLists) -> list[Parameter]:
+        """The layer's."""
+        return lists.layer
+
+    def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
+        """Gram matrix of the averages."""
+        self.fill(batch, (), keep_graph=True)
+        self.rows.wait()
+        part = self.smoothed_gram(batch.present)
+        losses, gram, _ = self._setting.exchange.totals(batch.values(self._setting.layout.dtype), part, ())
+        return Measured(gram, losses)

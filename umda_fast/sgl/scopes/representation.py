@@ -1,0 +1,79 @@
+"""Scope `representation`: gradients on the tensor through which the tasks reach the trunk.
+
+    g_t   =  dL_t / dz                          z: representation, of any shape; its rows are other instances at every
+    G_st  <- beta G_st + (1 - beta) <g_s, g_t>  step, so that gradients must not be averaged, but their products may be
+    Ghat  =  G_st / (1 - beta^k_st)             k_st: statistics steps with both tasks
+
+T short passes from the losses down to z, then ONE backward pass of `sum_t w_t L_t + penalty`: the trunk is traversed
+once, what lies between z and the losses T + 1 times. An object that knows a shorter way (`Representation`, such as
+`UMDAOutput.instances`) may stand for z. With labels missing on some steps the entries of G average over different
+steps, and G may be slightly indefinite. Several processes have instances of their own; their Gram matrices are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from umda_fast.sgl import _gradients
+from umda_fast.sgl.batch import Batch
+from umda_fast.sgl.scopes.base import GradientScope, Measured, Representation, Setting
+
+
+class RepresentationScope(GradientScope):
+    """See the head of this file."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._gram_ema = torch.zeros_like(setting.statistics.gram)
+
+    @classmethod
+    def missing(cls, representation: Tensor | Representation | None) -> str:
+        """A representation that gradients come to."""
+        if representation is not None and representation.requires_grad:
+            return ""
+        got = "None" if representation is None else "a constant"
+        return f"representation: expected a Tensor that requires grad, got {got}"
+
+    def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
+        """Gram matrix of this batch, averaged into the running one."""
+        setting, statistics = self._setting, self._setting.statistics
+        part = self._part(batch, representation)
+        losses, gram, _ = setting.exchange.totals(batch.values(setting.layout.dtype), part, ())
+        assert gram is not None
+        statistics.counts += batch.present.mask
+        pairs = batch.present.pairs
+        statistics.average(self._gram_ema, gram, pairs)
+        correction = _gradients.bias_correction(statistics.pair_counts + pairs, statistics.beta, gram.dtype)
+        return Measured(self._gram_ema * correction, losses)
+
+    def _part(self, batch: Batch, representation: Tensor | Representation | None) -> Tensor:
+        """Gram matrix [T, T] of the gradients on this process's instances, zeros where it has none."""
+        full = torch.zeros_like(self._gram_ema)
+        own = batch.own
+        if not own:
+            return full
+        assert representation is not None
+        here = self._setting.exchange.sets(tuple(batch.present.rows[position] for position, _ in own))
+        gram = self._gram([loss for _, loss in own], representation)
+        if here.everyone:
+            return gram
+        wide = torch.zeros_like(full[here.index]).index_copy(1, here.index, gram)
+        return full.index_copy(0, here.index, wide)
+
+    def _gram(self, losses: Sequence[Tensor], representation: Tensor | Representation) -> Tensor:
+        """Gram matrix [A, A] of the gradients of A losses on the representation."""
+        dtype, backend = self._setting.layout.dtype, self._setting.backend
+        if not isinstance(representation, Tensor):
+            return representation.gradient_gram(losses, backend=backend).to(dtype)
+        gradients = []
+        for loss in losses:
+            (grad,) = torch.autograd.grad(loss, representation, retain_graph=True, allow_unused=True)
+            gradients.append(torch.zeros_like(representation) if grad is None else grad)
+        return _gradients.gram(gradients, dtype, backend)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The running Gram matrix [T, T]."""
+        return {"gram_ema": self._gram_ema}
