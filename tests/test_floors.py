@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"errors", "heap", "files"},
     {"reference", "kernels"},
-    {"ops"},
+    {"ops", "tasks"},
     {"model", "pyg"},
     {"data", "sgl"},
     {"data.files"},

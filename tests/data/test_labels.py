@@ -3,9 +3,9 @@ import re
 import numpy as np
 import pytest
 
-from umda_fast.data.labels import class_counts, fit_tasks, label_columns
+from umda_fast.data.labels import fit_tasks, label_columns
 from umda_fast.errors import DataError
-from umda_fast.model.specs import TaskSpec
+from umda_fast.tasks import TaskSpec, kind_of
 
 NAN = float("nan")
 
@@ -147,7 +147,7 @@ def test_fitting_to_a_training_split():
         "m": np.array([[0, 1], [0, 1], [1, 1], [0, 0], [NAN, NAN]]),
         "r": np.array([1.0, 3.0, NAN, NAN, NAN]),
     }
-    assert class_counts(tasks[2], labels["m"]) == [1, 3]
+    assert kind_of(tasks[2]).counts(tasks[2], labels["m"]) == [1, 3]
     plain = fit_tasks(tasks, labels)
     assert plain[:3] == tasks[:3]
     assert (plain[3].mean, plain[3].std) == (2.0, 1.0)

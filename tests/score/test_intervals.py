@@ -10,7 +10,8 @@ import torch
 
 from umda_fast.model import TaskSpec, decode
 from umda_fast.score.intervals import bootstrap_interval, primary_score
-from umda_fast.score.metrics import PRIMARY, TaskMetrics
+from umda_fast.score.metrics import TaskMetrics
+from umda_fast.tasks import kind_of
 
 TASKS = [
     TaskSpec("binary", "binary"),
@@ -37,7 +38,7 @@ def test_the_score_is_the_one_the_trainer_reports(task: TaskSpec) -> None:
         logits[:, 3], target[:, 3] = -5.0, 0.0  # a label that is neither predicted nor there
     metrics = TaskMetrics([task])
     metrics.update({task.name: logits}, {task.name: target}, {task.name: torch.ones(60).bool()})
-    expected = metrics.compute()[task.name][PRIMARY[task.kind]]
+    expected = metrics.compute()[task.name][kind_of(task).primary]
     score = primary_score(task, decode(task, logits).numpy(), target.numpy())
     assert score == pytest.approx(expected, abs=1e-5)
 

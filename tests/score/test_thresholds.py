@@ -10,8 +10,9 @@ from umda_fast.data import BagDataset
 from umda_fast.model import TaskSpec
 from umda_fast.score.collect import Predictions
 from umda_fast.score.intervals import primary_score
-from umda_fast.score.metrics import TaskMetrics, predicted_labels
+from umda_fast.score.metrics import TaskMetrics
 from umda_fast.score.thresholds import best_f1_thresholds, tune_thresholds
+from umda_fast.tasks import predicted_labels
 from umda_fast.train import load_run, predict, train
 
 

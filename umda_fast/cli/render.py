@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from umda_fast.tasks.metric_names import metric_name
+
 __all__ = [
     "collect_info",
     "comparison_table",
@@ -28,23 +30,6 @@ def make_console() -> Console:
     """For results, on standard output. Where that is no terminal nothing is cut or wrapped at 80 columns: the
     output goes to a file or to another program."""
     return Console() if sys.stdout.isatty() else Console(width=160, highlight=False)
-
-
-_NAMES = {
-    "auroc": "AUROC",
-    "accuracy": "accuracy",
-    "f1_macro": "macro F1",
-    "f1_micro": "micro F1",
-    "map": "mAP",
-    "mae": "MAE",
-    "r2": "R2",
-}
-_LOWER_IS_BETTER = {"mae"}
-
-
-def metric_name(metric: str) -> str:
-    """The usual spelling of a metric."""
-    return _NAMES.get(metric, metric)
 
 
 def _cell(value: float | None) -> str:
@@ -67,13 +52,13 @@ def metrics_table(
             cells = [_cell(value) for value in values]
             finite = [value for value in values if value is not None and math.isfinite(value)]
             if mark_best and finite:
-                best = min(finite) if metric in _LOWER_IS_BETTER else max(finite)
+                best = min(finite) if metric_name(metric).lower_is_better else max(finite)
                 cells = [
                     f"[bold]{cell}[/bold]" if value == best else cell
                     for cell, value in zip(cells, values, strict=True)
                 ]
             last = index == len(metrics) - 1
-            table.add_row(task if index == 0 else "", metric_name(metric), *cells, end_section=last)
+            table.add_row(task if index == 0 else "", metric_name(metric).title, *cells, end_section=last)
     return table
 
 
@@ -109,7 +94,7 @@ def crossval_table(result: Mapping[str, Any]) -> Table:
         for index, (metric, figures) in enumerate(metrics.items()):
             values = [_cell(figures[key]) for key in ("mean", "std", "min", "max")]
             last = index == len(metrics) - 1
-            table.add_row(task if index == 0 else "", metric_name(metric), *values, end_section=last)
+            table.add_row(task if index == 0 else "", metric_name(metric).title, *values, end_section=last)
     figures = result["mean_score"]
     table.add_row("mean_score", "", *(_cell(figures[key]) for key in ("mean", "std", "min", "max")))
     return table
@@ -210,7 +195,7 @@ def print_inspection(console: Console, report: Any) -> None:
         table.add_column(f"missing, {split}", justify="right")
     for task in report.tasks:
         classes = ", ".join(task.classes)
-        if task.kind == "regression" and splits[0] in task.values:
+        if splits[0] in task.values:
             lowest, highest, mean, std = (
                 task.values[splits[0]][key] for key in ("min", "max", "mean", "std")
             )

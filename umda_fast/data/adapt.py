@@ -9,9 +9,11 @@ import torch
 
 from umda_fast.data.bag import Bag, bag_labels
 from umda_fast.data.dataset import BagDataset
+from umda_fast.data.labels import missing_labels
 from umda_fast.data.metadata import Metadata
 from umda_fast.errors import DataError
 from umda_fast.model import MetadataSpec, TaskSpec, ViewSpec
+from umda_fast.tasks import kind_of
 
 __all__ = ["adapt_dataset"]
 
@@ -64,7 +66,7 @@ def _class_map(where: str, ours: TaskSpec, theirs: TaskSpec) -> list[int] | None
         raise DataError(
             f"{where}: task {ours.name!r}: expected kind {ours.kind} as the model has, got {theirs.kind}"
         )
-    if ours.kind == "regression":
+    if not kind_of(ours).class_count(ours):
         return None
     if ours.labels is not None and theirs.labels is not None:
         unknown = [label for label in theirs.labels if label not in ours.labels]
@@ -75,7 +77,7 @@ def _class_map(where: str, ours: TaskSpec, theirs: TaskSpec) -> list[int] | None
             )
         positions = [ours.labels.index(label) for label in theirs.labels]
         return None if positions == list(range(len(ours.labels))) else positions
-    if theirs.classes > ours.classes or (ours.kind == "multilabel" and theirs.classes != ours.classes):
+    if theirs.classes > ours.classes or (kind_of(ours).several and theirs.classes != ours.classes):
         raise DataError(
             f"{where}: task {ours.name!r}: expected {ours.classes} classes as the model has, "
             f"got {theirs.classes}"
@@ -107,21 +109,10 @@ class _AdaptedStore:
         self.labels = {task.name: self._column(task, columns.get(task.name)) for task in self._tasks}
 
     def _column(self, task: TaskSpec, column: np.ndarray | None) -> np.ndarray:
-        bags = len(self.names)
         if column is None:
-            return np.full((bags, task.classes) if task.kind == "multilabel" else (bags,), np.nan)
+            return missing_labels(task, len(self.names))
         positions = self._classes[task.name]
-        if positions is None:
-            return column
-        if task.kind == "multilabel":
-            moved = np.zeros((bags, task.classes))
-            moved[:, positions] = column
-            moved[np.isnan(column).any(axis=1)] = np.nan
-            return moved
-        renamed = np.full(bags, np.nan)
-        known = ~np.isnan(column)
-        renamed[known] = np.asarray(positions, dtype=np.float64)[column[known].astype(np.int64)]
-        return renamed
+        return column if positions is None else kind_of(task).rename(task, column, positions)
 
     def load(self, index: int) -> Bag:
         bag = self._dataset[index]

@@ -13,6 +13,7 @@ from torch import Tensor
 from umda_fast.data.arrays import FloatArray, dtype_and_shape
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec
+from umda_fast.tasks import kind_of
 
 
 @dataclass
@@ -106,29 +107,12 @@ class Bag:
 def _check_label(where: str, task: TaskSpec, label: Tensor) -> None:
     if not isinstance(label, Tensor):
         raise DataError(f"{where}: expected a tensor, got {type(label).__name__}")
-    if task.kind == "multilabel":
-        if label.shape != (task.classes,):
-            raise DataError(
-                f"{where}: expected {task.classes} values of 0 or 1, got shape {list(label.shape)}"
-            )
-        if bool(((label != 0) & (label != 1)).any()):
-            raise DataError(f"{where}: expected values of 0 or 1, got {label.tolist()}")
-        return
-    if label.dim() != 0:
-        raise DataError(f"{where}: expected one value, got shape {list(label.shape)}")
-    value = float(label)
-    if task.kind == "binary" and value not in (0.0, 1.0):
-        raise DataError(f"{where}: expected 0 or 1, got {value:g}")
-    if task.kind == "multiclass" and not (value.is_integer() and 0 <= value < task.classes):
-        raise DataError(f"{where}: expected a class in 0..{task.classes - 1}, got {value:g}")
-    if task.kind == "regression" and not np.isfinite(value):
-        raise DataError(f"{where}: expected a finite number, got {value}")
+    kind_of(task).check_label(where, task, label)
 
 
 def label_tensor(task: TaskSpec, value: npt.ArrayLike) -> Tensor:
     """One label, or a column of labels, in the dtype of its kind: int64 for multiclass, else float32."""
-    dtype = torch.int64 if task.kind == "multiclass" else torch.float32
-    return torch.as_tensor(np.asarray(value), dtype=dtype)
+    return torch.as_tensor(np.asarray(value), dtype=kind_of(task).label_dtype)
 
 
 def bag_labels(tasks: Sequence[TaskSpec], columns: Mapping[str, FloatArray], index: int) -> dict[str, Tensor]:

@@ -145,8 +145,7 @@ def _collate_labels(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     labels, label_mask = {}, {}
     for task in tasks:
-        shape = (len(bags), task.classes) if task.kind == "multilabel" else (len(bags),)
-        column = label_tensor(task, np.zeros(shape))
+        column = label_tensor(task, np.zeros((len(bags), *task.label_shape)))
         present = torch.zeros(len(bags), dtype=torch.bool)
         for row, bag in enumerate(bags):
             if task.name in bag.labels:

@@ -21,9 +21,9 @@ from umda_fast.data.draws import Stream, generator, permutation
 from umda_fast.data.labels import ClassWeights, fit_tasks
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec
+from umda_fast.tasks import kind_of
 
 SPLITS = ("train", "val", "test")
-_REGRESSION_BINS = 4
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,7 @@ def indicators_of(
     """
     columns: list[npt.NDArray[np.bool_]] = []
     for task in tasks:
-        column = labels[task.name]
-        if task.kind == "multilabel":
-            columns.extend(column.T == 1.0)
-        elif task.kind == "regression":
-            present = column[~np.isnan(column)]
-            if len(present):
-                inner = np.quantile(present, np.linspace(0.0, 1.0, _REGRESSION_BINS + 1)[1:-1])
-                bins = np.searchsorted(inner, column, side="right")
-                columns.extend((bins == index) & ~np.isnan(column) for index in range(_REGRESSION_BINS))
-        else:
-            classes = 2 if task.kind == "binary" else task.classes
-            columns.extend(column == index for index in range(classes))
+        columns.extend(kind_of(task).strata(task, labels[task.name]))
     return np.stack(columns, axis=1) if columns else np.zeros((bags, 0), dtype=np.bool_)
 
 

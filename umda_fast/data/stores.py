@@ -14,6 +14,7 @@ from torch import Tensor
 
 from umda_fast.data.arrays import FloatArray, IntArray
 from umda_fast.data.bag import Bag, bag_labels
+from umda_fast.data.labels import missing_labels
 from umda_fast.model.specs import TaskSpec
 
 
@@ -47,7 +48,7 @@ class ListStore:
         self.names: Sequence[str] = [bag.name for bag in bags]
         self.sizes: IntArray = np.array([len(bag) for bag in bags], dtype=np.int64)
         self.labels: Mapping[str, FloatArray] = {
-            task.name: np.stack([self._label(bag, task) for bag in bags]) if bags else self._none(task)
+            task.name: np.stack([self._label(bag, task) for bag in bags]) if bags else missing_labels(task, 0)
             for task in tasks
         }
 
@@ -55,11 +56,7 @@ class ListStore:
     def _label(bag: Bag, task: TaskSpec) -> FloatArray:
         if task.name in bag.labels:
             return bag.labels[task.name].numpy().astype(np.float64)
-        return np.full((task.classes,) if task.kind == "multilabel" else (), np.nan)
-
-    @staticmethod
-    def _none(task: TaskSpec) -> FloatArray:
-        return np.empty((0, task.classes) if task.kind == "multilabel" else (0,))
+        return missing_labels(task)
 
     def load(self, index: int) -> Bag:
         return self._bags[index]

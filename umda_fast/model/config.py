@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
-from umda_fast.model.specs import MetadataSpec, TaskSpec, ViewSpec, _as_float, _as_tuple, _check_int, check_distinct
+from umda_fast.model.specs import MetadataSpec, TaskSpec, ViewSpec, check_distinct
 from umda_fast.ops.cross_view import MAX_HEAD_DIM, MAX_VIEWS, MIN_HEAD_DIM
+from umda_fast.tasks.checks import as_float, as_tuple, check_int
 
 Message: TypeAlias = Literal["attention", "mean", "none"]
 MessageNorm: TypeAlias = Literal["post", "pre"]
@@ -164,9 +165,9 @@ class UMDAConfig:
         if self.has_hcva and len(self.views) > MAX_VIEWS:
             raise ValueError(f"UMDAConfig.views: expected at most {MAX_VIEWS}, got {len(self.views)}")
         if self.layer_scale is not None:
-            object.__setattr__(self, "layer_scale", _as_float("UMDAConfig.layer_scale", self.layer_scale))
+            object.__setattr__(self, "layer_scale", as_float("UMDAConfig.layer_scale", self.layer_scale))
         for name in ("dropout", "input_dropout", "graph_tau", "kappa", "kappa_g", "delta", "gamma"):
-            object.__setattr__(self, name, _as_float(f"UMDAConfig.{name}", getattr(self, name)))
+            object.__setattr__(self, name, as_float(f"UMDAConfig.{name}", getattr(self, name)))
         for name in ("dropout", "input_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"UMDAConfig.{name}: expected at least 0 and below 1, got {getattr(self, name)}")
@@ -192,15 +193,15 @@ class UMDAConfig:
             self._check_hierarchy()
 
     def _check_at_least(self, name: str, least: int) -> None:
-        value = _check_int(f"UMDAConfig.{name}", getattr(self, name))
+        value = check_int(f"UMDAConfig.{name}", getattr(self, name))
         if value < least:
             raise ValueError(f"UMDAConfig.{name}: expected at least {least}, got {value}")
 
     def _check_hierarchy(self) -> None:
         where, count = "UMDAConfig.hierarchy", len(self.tasks)
         rows = tuple(
-            tuple(_as_float(where, value) for value in _as_tuple(where, row))
-            for row in _as_tuple(where, self.hierarchy)
+            tuple(as_float(where, value) for value in as_tuple(where, row))
+            for row in as_tuple(where, self.hierarchy)
         )
         if len(rows) != count or any(len(row) != count for row in rows):
             shape = f"{len(rows)} rows of lengths {sorted({len(row) for row in rows})}"
@@ -234,7 +235,7 @@ class UMDAConfig:
             TypeError, ValueError: an unknown, missing or wrong field, by name, or a version still to come.
         """
         values = dict(values)
-        version = _check_int("UMDAConfig.version", values.pop("version", 1))
+        version = check_int("UMDAConfig.version", values.pop("version", 1))
         if not 1 <= version <= VERSION:
             raise ValueError(f"UMDAConfig.version: expected 1..{VERSION}, got {version}: from a newer umda-fast")
         if version < 2:
@@ -260,7 +261,7 @@ class UMDAConfig:
 
 def _specs(name: str, kind: type[Any], value: object) -> tuple[Any, ...]:
     specs = []
-    for item in _as_tuple(f"UMDAConfig.{name}", value):
+    for item in as_tuple(f"UMDAConfig.{name}", value):
         spec = kind(**item) if isinstance(item, Mapping) else item
         if not isinstance(spec, kind):
             raise TypeError(f"UMDAConfig.{name}: expected {kind.__name__}, got {type(spec).__name__}")

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umda_fast.model.losses import decode
-from umda_fast.model.specs import TaskSpec
+from umda_fast.model._numerics import wide
+from umda_fast.tasks import TaskSpec, kind_of
 
 __all__ = ["Ensemble", "EnsembleOutput"]
 
@@ -90,15 +89,7 @@ class Ensemble(nn.Module):
 
 def _mean_logits(specs: Sequence[TaskSpec], logits: Sequence[Tensor]) -> Tensor:
     """The logits whose `decode` by the first spec is the mean of all `decode`s."""
-    first, share = specs[0], math.log(len(specs))
-    if first.kind == "regression":
-        values = torch.stack([decode(spec, value) for spec, value in zip(specs, logits, strict=True)])
-        return (values.mean(0) - first.mean) / first.std
-    stacked = torch.stack([value.float() if value.dtype.itemsize < 4 else value for value in logits])
-    if first.kind == "multiclass":
-        return F.log_softmax(stacked, -1).logsumexp(0) - share
-    # log p - log(1 - p), the sharing out cancelling
-    return F.logsigmoid(stacked).logsumexp(0) - F.logsigmoid(-stacked).logsumexp(0)
+    return kind_of(specs[0]).mean_logits(specs, [wide(value) for value in logits])
 
 
 def _kinds(tasks: Sequence[TaskSpec]) -> tuple[tuple[Any, ...], ...]:

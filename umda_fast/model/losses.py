@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from umda_fast.model._numerics import wide
-from umda_fast.model.specs import TaskSpec
+from umda_fast.tasks import TaskSpec, kind_of
 
 __all__ = ["decode", "penalty_loss", "task_losses", "view_losses"]
 
@@ -52,8 +51,7 @@ def task_losses(
         target = labels[task.name]
         keep = masks.get(task.name)
         if (len(target) > 0) if keep is None else next(some):
-            loss, weight = _bag_losses(task, wide(logits[task.name]), target, keep)
-            losses[task.name] = (loss * weight).sum() / weight.sum()
+            losses[task.name] = kind_of(task).loss(task, wide(logits[task.name]), target, keep)
     return losses
 
 
@@ -90,7 +88,7 @@ def view_losses(
         logits = wide(view_logits[task.name]).flatten(0, 1)
         target = target.repeat_interleave(views, 0, output_size=bags * views)
         keep = None if keep is None else keep.repeat_interleave(views, output_size=bags * views)
-        each, weight = _bag_losses(task, logits, target, keep)
+        each, weight = kind_of(task).bag_losses(task, logits, target, keep)
         loss = each.view(bags, views).masked_fill(~present, 0.0).sum(1) / count
         weight = weight.view(bags, views)[:, 0]
         losses[task.name] = (loss * weight).sum() / weight.sum()
@@ -109,48 +107,18 @@ def _check(
     if logits[task.name].shape != (bags, *between, task.outputs):
         expected = ", ".join(map(str, ("B", *between, task.outputs)))
         raise ValueError(f"{where}: logits: expected shape [{expected}], got {list(logits[task.name].shape)}")
-    shape = (bags, task.classes) if task.kind == "multilabel" else (bags,)
+    shape = (bags, *task.label_shape)
     if target.shape != shape:
         raise ValueError(f"{where}: labels: expected shape {list(shape)}, got {list(target.shape)}")
     if keep is not None and (keep.shape != (bags,) or keep.dtype != torch.bool):
         raise ValueError(f"{where}: label_mask: expected bool [{bags}], got {keep.dtype} {list(keep.shape)}")
 
 
-def _bag_losses(task: TaskSpec, logits: Tensor, target: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Loss and weight of every bag [B]; both 0 where there is no label."""
-    if keep is not None:
-        target = target.masked_fill(~keep if target.dim() == 1 else ~keep[:, None], 0)
-    given = None if task.class_weights is None else logits.new_tensor(task.class_weights)
-    weight = logits.new_ones(len(target))
-    if task.kind == "multiclass":
-        target = target.long()
-        losses = F.cross_entropy(logits, target, reduction="none")
-    elif task.kind == "multilabel":
-        losses = F.binary_cross_entropy_with_logits(
-            logits, target.to(logits.dtype), pos_weight=given, reduction="none"
-        ).mean(1)
-    elif task.kind == "binary":
-        losses = F.binary_cross_entropy_with_logits(logits[:, 0], target.to(logits.dtype), reduction="none")
-    else:
-        losses = (logits[:, 0] - (target.to(logits.dtype) - task.mean) / task.std).square()
-    if given is not None and task.kind != "multilabel":
-        weight = given[target.long()]
-    if keep is not None:
-        weight = weight.masked_fill(~keep, 0.0)
-        losses = losses.masked_fill(~keep, 0.0)
-    return losses, weight
-
-
 def decode(task: TaskSpec, logits: Tensor) -> Tensor:
     """Predictions from a task's logits [B, outputs]: probabilities (of label 1, of the classes, of every label)
     or values in original units; same shape, float32 (float64 for float64).
     """
-    values = wide(logits)
-    if task.kind == "multiclass":
-        return values.softmax(-1)
-    if task.kind == "regression":
-        return values * task.std + task.mean
-    return values.sigmoid()
+    return kind_of(task).decode(task, wide(logits))
 
 
 def penalty_loss(penalties: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

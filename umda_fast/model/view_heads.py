@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from umda_fast.model.gmip import BagPooling
 from umda_fast.model.specs import TaskSpec
 from umda_fast.ops import bag_attention_pool
+from umda_fast.tasks import kind_of
 
 __all__ = ["ViewHeads", "ViewLogits", "ViewPool", "join_pools"]
 
@@ -80,7 +81,7 @@ class ViewHeads(nn.Module):
             logits = (logits + self.get_parameter(f"bias_{t}")).masked_fill(~present[..., None], 0.0)
             views[task.name] = logits
             added = logits.sum(1)
-            total[task.name] = added / count.to(added.dtype) if task.kind == "regression" else added
+            total[task.name] = added if kind_of(task).adds_up else added / count.to(added.dtype)
         return ViewLogits(total, views, present, features)
 
 

@@ -16,6 +16,7 @@ from umda_fast.data import BagBatch
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec
 from umda_fast.sgl.distributed import Processes
+from umda_fast.tasks import kind_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -106,11 +107,8 @@ def label_counts(batch: BagBatch, tasks: tuple[TaskSpec, ...]) -> dict[str, floa
         keep = batch.label_mask[task.name]
         if not bool(keep.any()):
             continue
-        if task.class_weights is None or task.kind == "multilabel":
-            counts[task.name] = float(keep.sum())
-        else:
-            weights = torch.tensor(task.class_weights, dtype=torch.float64)
-            counts[task.name] = float(weights[batch.labels[task.name][keep].long()].sum())
+        weights = kind_of(task).weights(task, batch.labels[task.name][keep], torch.empty(0, dtype=torch.float64))
+        counts[task.name] = float(keep.sum() if weights is None else weights.sum())
     return counts
 
 

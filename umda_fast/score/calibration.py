@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+from torchmetrics.functional.classification import binary_calibration_error
 
 from umda_fast.errors import DataError
 from umda_fast.files import write_json
 from umda_fast.model import TaskSpec, decode, task_losses
+from umda_fast.tasks import kind_of
 
 __all__ = ["Calibration", "calibration_error", "confidence", "fit_calibration", "risk_coverage"]
 
@@ -100,11 +101,12 @@ def fit_calibration(
         raw, target = logits[task.name][keep].double(), labels[task.name][keep]
         if not len(target):
             continue
-        if task.kind == "regression":
+        certainty = kind_of(task).calibration
+        if certainty == "interval":
             half = _conformal_quantile((decode(task, raw)[:, 0] - target).abs(), level)
             if half is not None:
                 half_widths[task.name], bags[task.name] = half, len(target)
-        elif bool((target != target[0]).any()):
+        elif certainty == "temperature" and bool((target != target[0]).any()):
             temperatures[task.name], bags[task.name] = _temperature(task, raw, target), len(target)
     return Calibration(temperatures, half_widths, level, bags)
 
@@ -133,12 +135,7 @@ def confidence(task: TaskSpec, logits: Tensor) -> Tensor:
     Args:
         logits: [B, outputs], calibrated (`Calibration.apply`).
     """
-    if task.kind == "regression":
-        return logits.new_ones(len(logits))
-    probabilities = decode(task, logits)
-    if task.kind == "multiclass":
-        return probabilities.amax(1)
-    return torch.maximum(probabilities, 1 - probabilities).amin(1)
+    return kind_of(task).confidence(task, decode(task, logits))
 
 
 def calibration_error(task: TaskSpec, logits: Tensor, target: Tensor) -> float:
@@ -150,12 +147,8 @@ def calibration_error(task: TaskSpec, logits: Tensor, target: Tensor) -> float:
     Raises:
         ValueError: a regression, which has no probabilities.
     """
-    if task.kind == "regression":
-        raise ValueError(f"task {task.name!r}: expected classes, got a regression")
-    probabilities = decode(task, logits.float())
-    if task.kind == "multiclass":
-        return float(multiclass_calibration_error(probabilities, target.long(), task.classes, n_bins=15))
-    return float(binary_calibration_error(probabilities.reshape(-1), target.reshape(-1).long(), n_bins=15))
+    probabilities, came_true = kind_of(task).reliability(task, decode(task, logits.float()), target)
+    return float(binary_calibration_error(probabilities, came_true.long(), n_bins=15))
 
 
 def risk_coverage(confidences: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from umda_fast.model import TaskSpec, decode
-from umda_fast.score.metrics import THRESHOLD
+from umda_fast.tasks import kind_of
 
 __all__ = ["bootstrap_interval", "primary_score"]
 
@@ -25,19 +24,7 @@ def primary_score(task: TaskSpec, prediction: Array, target: Array) -> float:
     """
     if not len(target):
         return float("nan")
-    if task.kind == "binary":
-        return float(roc_auc_score(target, prediction[:, 0])) if 0 < target.sum() < len(target) else float("nan")
-    if task.kind == "multiclass":
-        return float((prediction.argmax(axis=1) == target).mean())
-    if task.kind == "multilabel":
-        chosen = prediction >= np.asarray(THRESHOLD if task.thresholds is None else task.thresholds)
-        true = target == 1
-        hits = (chosen & true).sum(axis=0)
-        total = chosen.sum(axis=0) + true.sum(axis=0)
-        # As torchmetrics has it: a label that is neither predicted nor there scores 0.
-        return float(np.divide(2 * hits, total, out=np.zeros(len(hits)), where=total > 0).mean())
-    spread = ((target - target.mean()) ** 2).sum()
-    return float(1 - ((target - prediction[:, 0]) ** 2).sum() / spread) if spread > 0 else float("nan")
+    return kind_of(task).primary_score(task, prediction, target)
 
 
 def bootstrap_interval(

@@ -5,58 +5,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanAbsoluteError, Metric, R2Score
-from torchmetrics.classification import (
-    BinaryAccuracy,
-    BinaryAUROC,
-    MulticlassAccuracy,
-    MulticlassAUROC,
-    MultilabelAveragePrecision,
-    MultilabelF1Score,
-)
+from torchmetrics import Metric
 
 from umda_fast.model import TaskSpec, decode
+from umda_fast.tasks import kind_of
 
-__all__ = ["PRIMARY", "THRESHOLD", "TaskMetrics", "mean_score", "predicted_labels"]
-
-# The metric of each kind of task that enters `mean_score`.
-PRIMARY = {"binary": "auroc", "multiclass": "accuracy", "multilabel": "f1_macro", "regression": "r2"}
-
-# Probability from which a label of a multilabel task, or class 1 of a binary one, is predicted.
-THRESHOLD = 0.5
-
-
-def predicted_labels(task: TaskSpec, probabilities: Tensor) -> Tensor:
-    """Which labels are predicted, bool: of a binary task from `THRESHOLD` on, of a multilabel one [..., C] from its
-    thresholds on if it has any."""
-    if task.thresholds is None:
-        return probabilities >= THRESHOLD
-    return probabilities >= torch.tensor(task.thresholds, dtype=probabilities.dtype, device=probabilities.device)
+__all__ = ["TaskMetrics", "mean_score"]
 
 
 def _metrics(task: TaskSpec) -> dict[str, Metric]:
-    # Processes share the work before, by bags (evaluation.py); left to itself every process would ask the others.
-    alone: dict[str, Any] = {"sync_on_compute": False}
-    if task.kind == "binary":
-        return {"auroc": BinaryAUROC(**alone), "accuracy": BinaryAccuracy(threshold=THRESHOLD, **alone)}
-    if task.kind == "multiclass":
-        # Per class, because a class without a single positive (or negative) has no AUROC; torchmetrics would
-        # count it as 0.
-        return {
-            "auroc": MulticlassAUROC(task.classes, average=None, **alone),
-            "accuracy": MulticlassAccuracy(task.classes, average="micro", **alone),
-        }
-    if task.kind == "multilabel":
-        return {
-            "f1_macro": MultilabelF1Score(task.classes, average="macro", threshold=THRESHOLD, **alone),
-            "f1_micro": MultilabelF1Score(task.classes, average="micro", threshold=THRESHOLD, **alone),
-            "map": MultilabelAveragePrecision(task.classes, average=None, **alone),
-        }
-    return {"mae": MeanAbsoluteError(**alone), "r2": R2Score(**alone)}
+    metrics = kind_of(task).metrics(task)
+    for metric in metrics.values():
+        # Processes share the work before, by bags (evaluation.py); left to itself every process would ask the others.
+        metric.sync_on_compute = False
+    return metrics
 
 
 class TaskMetrics(nn.Module):
@@ -87,14 +53,9 @@ class TaskMetrics(nn.Module):
                 continue
             prediction = decode(task, logits[task.name].float())[keep]
             target = labels[task.name][keep]
-            if task.kind in ("binary", "regression"):
-                prediction, target = prediction.reshape(-1), target.reshape(-1)
-            if task.kind in ("binary", "multilabel", "multiclass"):
-                target = target.long()
             self.seen[index].append(target)
             for name, metric in self._of(index).items():
-                tuned = task.thresholds is not None and name.startswith("f1")
-                metric.update(predicted_labels(task, prediction).long() if tuned else prediction, target)
+                metric.update(*kind_of(task).for_metric(task, name, prediction, target))
 
     def _of(self, index: int) -> dict[str, Metric]:
         metrics = cast(nn.ModuleDict, self.metrics[f"task_{index}"])
@@ -112,23 +73,13 @@ class TaskMetrics(nn.Module):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # the cases it warns about are set to NaN here
                 for name, metric in metrics.items():
-                    if (
-                        task.kind == "regression"
-                        and name == "r2"
-                        and (len(target) < 2 or bool(target.var() == 0))
-                    ):
+                    defined = kind_of(task).defined(task, name, target)
+                    if defined is not None and not bool(defined.any()):
                         values[name] = math.nan
                         continue
                     value = metric.compute()
-                    defined = _defined(task, name, target)
-                    value = (
-                        value
-                        if defined is None
-                        else value[defined]
-                        if value.ndim
-                        else value.where(defined, math.nan)
-                    )
-                    values[name] = float(value.float().mean()) if value.numel() else math.nan
+                    value = value[defined] if defined is not None and value.ndim else value
+                    values[name] = float(value.float().mean())
             result[task.name] = values
         return result
 
@@ -139,21 +90,9 @@ class TaskMetrics(nn.Module):
                 metric.reset()
 
 
-def _defined(task: TaskSpec, metric: str, target: Tensor) -> Tensor | None:
-    """Bool mask over classes (or a scalar) of where a ranking metric is defined; None where it always is."""
-    if task.kind == "binary" and metric == "auroc":
-        return (target == 0).any() & (target == 1).any()
-    if task.kind == "multiclass" and metric == "auroc":
-        counts = torch.bincount(target, minlength=task.classes)
-        return (counts > 0) & (counts < len(target))
-    if task.kind == "multilabel" and metric == "map":
-        return (target == 1).any(dim=0)
-    return None
-
-
 def mean_score(tasks: Sequence[TaskSpec], values: Mapping[str, Mapping[str, float]]) -> float:
-    """Mean over tasks of AUROC (binary), accuracy (multiclass), macro F1 (multilabel) and R2 (regression);
-    tasks whose metric is undefined are left out, NaN when that leaves none."""
-    scores = [values[t.name][PRIMARY[t.kind]] for t in tasks if t.name in values]
+    """Mean over tasks of their primary metric: AUROC (binary), accuracy (multiclass), macro F1 (multilabel), R2
+    (regression); tasks whose metric is undefined are left out, NaN when that leaves none."""
+    scores = [values[t.name][kind_of(t).primary] for t in tasks if t.name in values]
     scores = [s for s in scores if math.isfinite(s)]
     return sum(scores) / len(scores) if scores else math.nan

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from umda_fast.data.draws import Stream, generator, integers
 from umda_fast.model import TaskSpec, decode
 from umda_fast.score.collect import Predictions
+from umda_fast.tasks import kind_of
 
 __all__ = ["best_f1_thresholds", "tune_thresholds"]
 
@@ -53,7 +54,7 @@ def tune_thresholds(tasks: Sequence[TaskSpec], found: Predictions, seed: int = 0
     tuned = []
     for task in tasks:
         logits, labels = found.of(task)
-        if task.kind != "multilabel" or len(labels) == 0:
+        if not kind_of(task).thresholded or len(labels) == 0:
             tuned.append(task)
             continue
         probability, target = decode(task, logits.double()).numpy(), labels.double().numpy()

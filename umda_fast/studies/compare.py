@@ -11,8 +11,8 @@ from typing import Any
 from umda_fast.data import BagDataset, load_folds
 from umda_fast.files import json_ready, write_json, write_text
 from umda_fast.runtime.config import ARCHITECTURES, ConfigError, RunConfig, as_dict, make_config
-from umda_fast.score.metrics import PRIMARY
 from umda_fast.studies.crossval import check_settings, figures, finished_run
+from umda_fast.tasks import kind_of
 from umda_fast.train.run import build_model, data_seed, load_data
 
 __all__ = ["compare_models", "comparison_markdown"]
@@ -81,7 +81,7 @@ def compare_models(
     primary: dict[str, str] = {}
     report: dict[str, Any] = {}
     for number, parts in enumerate(_parts(config, seeds, folds) if datasets is None else datasets):
-        primary = primary or {task.name: PRIMARY[task.kind] for task in parts["train"].tasks}
+        primary = primary or {task.name: kind_of(task).primary for task in parts["train"].tasks}
         for name in models:
             values = {**as_dict(model_config(config, name)), "seed": config.seed + number}
             run_config = make_config(values)

@@ -24,41 +24,22 @@ from umda_fast.model import TaskSpec, decode
 from umda_fast.runtime.rundir import RunDirectory
 from umda_fast.score.calibration import Calibration, confidence
 from umda_fast.score.evaluation import outputs_in_order
-from umda_fast.score.metrics import predicted_labels
+from umda_fast.tasks import kind_of
 from umda_fast.train.run import Run, model_data
 
 __all__ = ["predict", "predict_batches"]
 
 
-def class_names(task: TaskSpec) -> list[str]:
-    """Names of a task's classes, their numbers where they have none; [] for a regression."""
-    if task.kind == "regression":
-        return []
-    if task.labels is not None:
-        return list(task.labels)
-    return [str(index) for index in range(2 if task.kind == "binary" else task.classes)]
-
-
 def columns(tasks: Sequence[TaskSpec]) -> list[str]:
     """The header of predictions.csv."""
-    header = ["bag"]
-    for task in tasks:
-        if task.kind == "regression":
-            header.append(task.name)
-            continue
-        if task.kind == "binary":
-            header.append(f"{task.name}_probability")
-        else:
-            header += [f"{task.name}_probability_{name}" for name in class_names(task)]
-        header.append(f"{task.name}_predicted")
-    return header
+    return ["bag", *(column for task in tasks for column in kind_of(task).columns(task))]
 
 
 def confidence_columns(tasks: Sequence[TaskSpec], calibration: Calibration) -> list[str]:
     """What `refer_below` adds to the header."""
     header = []
     for task in tasks:
-        if task.kind != "regression":
+        if kind_of(task).calibration == "temperature":
             header.append(f"{task.name}_confidence")
         elif task.name in calibration.half_widths:
             header += [f"{task.name}_low", f"{task.name}_high"]
@@ -73,16 +54,15 @@ def confidence_rows(
     lines: list[list[str]] = [[] for _ in range(len(next(iter(calibrated.values()))))]
     refer: list[list[str]] = [[] for _ in lines]
     for task in tasks:
-        if task.kind == "regression":
-            half = calibration.half_widths.get(task.name)
-            if half is not None:
-                for line, value in zip(lines, decode(task, calibrated[task.name])[:, 0].tolist(), strict=True):
-                    line += [f"{value - half:.6g}", f"{value + half:.6g}"]
-            continue
-        sure = confidence(task, calibrated[task.name]).tolist()
-        for line, referred, value in zip(lines, refer, sure, strict=True):
-            line.append(f"{value:.6g}")
-            referred += [task.name] * (value < refer_below)
+        if kind_of(task).calibration == "temperature":
+            sure = confidence(task, calibrated[task.name]).tolist()
+            for line, referred, value in zip(lines, refer, sure, strict=True):
+                line.append(f"{value:.6g}")
+                referred += [task.name] * (value < refer_below)
+        elif task.name in calibration.half_widths:
+            half = calibration.half_widths[task.name]
+            for line, value in zip(lines, decode(task, calibrated[task.name])[:, 0].tolist(), strict=True):
+                line += [f"{value - half:.6g}", f"{value + half:.6g}"]
     return [[*line, ";".join(referred)] for line, referred in zip(lines, refer, strict=True)]
 
 
@@ -90,18 +70,9 @@ def rows(names: Sequence[str], tasks: Sequence[TaskSpec], logits: Mapping[str, T
     """Lines of predictions.csv for the bags of a batch, under the header of `columns`."""
     lines = [[name] for name in names]
     for task in tasks:
-        decoded = decode(task, logits[task.name].float()).cpu()
-        decoded = decoded.reshape(len(lines), -1)
-        labels = class_names(task)
-        chosen = predicted_labels(task, decoded).tolist()
-        for line, values, own in zip(lines, decoded.tolist(), chosen, strict=True):
-            line.extend(f"{value:.6g}" for value in values)
-            if task.kind == "binary":
-                line.append(labels[int(own[0])])
-            elif task.kind == "multiclass":
-                line.append(labels[max(range(len(values)), key=values.__getitem__)])
-            elif task.kind == "multilabel":
-                line.append(";".join(label for label, there in zip(labels, own, strict=True) if there))
+        prediction = decode(task, logits[task.name].float()).cpu()
+        for line, cells in zip(lines, kind_of(task).cells(task, prediction), strict=True):
+            line += cells
     return lines
 
 

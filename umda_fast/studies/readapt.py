@@ -30,6 +30,7 @@ from umda_fast.runtime.rundir import RunDirectory, save_model
 from umda_fast.score.calibration import Calibration
 from umda_fast.score.collect import calibrate, collect
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset
+from umda_fast.tasks import kind_of
 from umda_fast.train.run import Run, data_seed, make_fabric
 
 __all__ = ["fit_head", "readapt"]
@@ -52,13 +53,7 @@ def fit_head(task: TaskSpec, features: Tensor, target: Tensor) -> tuple[Tensor, 
     x = features.double().numpy()
     mean, std = x.mean(axis=0), x.std(axis=0)
     std[std == 0] = 1.0
-    if task.kind == "regression":
-        y = (target.double().numpy()[:, None] - task.mean) / task.std
-    elif task.kind == "multiclass":
-        y = 2.0 * np.eye(task.classes)[target.long().numpy()] - 1.0
-    else:
-        y = 2.0 * target.double().numpy().reshape(len(x), -1) - 1.0
-    ridge = RidgeCV(_PENALTIES).fit((x - mean) / std, y)
+    ridge = RidgeCV(_PENALTIES).fit((x - mean) / std, kind_of(task).linear_targets(task, target.double().numpy()))
     weight = np.atleast_2d(ridge.coef_) / std
     bias = np.atleast_1d(ridge.intercept_) - weight @ mean
     return torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), float(ridge.alpha_)

@@ -26,10 +26,11 @@ from umda_fast.runtime.rundir import RunDirectory
 from umda_fast.score.calibration import calibration_error, confidence, fit_calibration, risk_coverage
 from umda_fast.score.collect import Predictions, collect
 from umda_fast.score.intervals import bootstrap_interval, primary_score
-from umda_fast.score.metrics import PRIMARY, TaskMetrics, predicted_labels
+from umda_fast.score.metrics import TaskMetrics
 from umda_fast.studies.maps import BagMap, attention_maps, plot_maps, relative
-from umda_fast.studies.predict import class_names
-from umda_fast.train.plots import METRIC_NAMES
+from umda_fast.tasks import kind_of
+from umda_fast.tasks.metric_names import metric_name
+from umda_fast.tasks.shown import Rows, Scatter, Shown
 from umda_fast.train.run import Run, model_data
 
 __all__ = ["write_report"]
@@ -204,13 +205,11 @@ def _scores(tasks: Sequence[TaskSpec], found: Predictions, samples: int) -> str:
         score = primary_score(task, decode(task, logits.double()).numpy(), target.double().numpy())
         scores.append(score)
         interval = "n/a" if low != low else f"{low:.3f} to {high:.3f}"
+        primary = kind_of(task).primary
         others = ", ".join(
-            f"{METRIC_NAMES.get(name, name)} {_number(value)}"
-            for name, value in values[task.name].items()
-            if name != PRIMARY[task.kind]
+            f"{metric_name(name)} {_number(value)}" for name, value in values[task.name].items() if name != primary
         )
-        name = METRIC_NAMES.get(PRIMARY[task.kind], PRIMARY[task.kind])
-        rows.append([task.name, str(len(target)), name, _number(score), interval, others])
+        rows.append([task.name, str(len(target)), str(metric_name(primary)), _number(score), interval, others])
     defined = [score for score in scores if score == score]
     mean = _number(sum(defined) / len(defined) if defined else None, 4)
     return (
@@ -227,38 +226,28 @@ def _errors(tasks: Sequence[TaskSpec], found: Predictions) -> str:
         logits, target = found.of(task)
         if not len(target):
             continue
-        prediction = decode(task, logits)
-        parts.append(f"<h3>{escape(task.name)}</h3>")
-        names = class_names(task)
-        if task.kind == "regression":
-            parts.append(_picture(_scatter(task, prediction[:, 0], target), f"{task.name}: prediction against label"))
-        elif task.kind == "multilabel":
-            chosen, true = predicted_labels(task, prediction), target == 1
-            rows = [
-                [names[c], *(str(int(count)) for count in counts)]
-                for c in range(task.classes)
-                for counts in [[
-                    (chosen[:, c] & true[:, c]).sum(), (chosen[:, c] & ~true[:, c]).sum(),
-                    (~chosen[:, c] & true[:, c]).sum(), (~chosen[:, c] & ~true[:, c]).sum(),
-                ]]
-            ]  # fmt: skip
-            parts.append(_table(["label", "hit", "false alarm", "missed", "rightly not predicted"], rows))
-        elif len(names) > _MOST_CLASSES:
-            parts.append(_note(f"{len(names)} classes: too many for a confusion matrix."))
-        else:
-            binary = task.kind == "binary"
-            predicted = predicted_labels(task, prediction[:, 0]).long() if binary else prediction.argmax(1)
-            counts = confusion_matrix(target.long().numpy(), predicted.numpy(), labels=range(len(names)))
-            parts.append(_picture(_confusion(counts, names), f"{task.name}: confusion matrix"))
+        shown = kind_of(task).shown_errors(task, decode(task, logits), target)
+        parts += [f"<h3>{escape(task.name)}</h3>", _shown(task.name, shown)]
     return "\n".join(parts)
 
 
-def _scatter(task: TaskSpec, prediction: Tensor, target: Tensor) -> Figure:
+def _shown(name: str, shown: Shown) -> str:
+    if isinstance(shown, Rows):
+        return _table(shown.header, shown.rows)
+    if isinstance(shown, Scatter):
+        return _picture(_scatter(name, shown.predicted, shown.target), f"{name}: prediction against label")
+    if len(shown.names) > _MOST_CLASSES:
+        return _note(f"{len(shown.names)} classes: too many for a confusion matrix.")
+    counts = confusion_matrix(shown.target.numpy(), shown.predicted.numpy(), labels=range(len(shown.names)))
+    return _picture(_confusion(counts, shown.names), f"{name}: confusion matrix")
+
+
+def _scatter(name: str, prediction: Tensor, target: Tensor) -> Figure:
     figure, (axis,) = _figure(1, side=4.2)
     axis.plot(target, prediction, ".", alpha=0.5, color="#0072B2")
     ends = [float(min(target.min(), prediction.min())), float(max(target.max(), prediction.max()))]
     axis.plot(ends, ends, color="0.5", linewidth=1)
-    axis.set(xlabel="label", ylabel="prediction", title=task.name)
+    axis.set(xlabel="label", ylabel="prediction", title=name)
     return figure
 
 
@@ -280,7 +269,7 @@ def _confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
 
 
 def _calibration(tasks: Sequence[TaskSpec], found: Predictions, held_out: Predictions | None) -> str:
-    classified = [task for task in tasks if task.kind != "regression" and len(found.of(task)[1])]
+    classified = [task for task in tasks if kind_of(task).calibration == "temperature" and len(found.of(task)[1])]
     if not classified:
         return ""
     parts = ["<h2>Calibration</h2>"]
@@ -299,7 +288,8 @@ def _calibration(tasks: Sequence[TaskSpec], found: Predictions, held_out: Predic
         rows.append(row)
         colour = f"C{index % 10}"
         axes[0].plot(*_reliability(task, calibrated, target), marker="o", markersize=3, color=colour, label=task.name)
-        coverage, risk = risk_coverage(confidence(task, calibrated), _correct(task, calibrated, target))
+        correct = kind_of(task).correct(task, decode(task, calibrated), target)
+        coverage, risk = risk_coverage(confidence(task, calibrated), correct)
         axes[1].plot(coverage, risk, color=colour)
     axes[0].plot([0, 1], [0, 1], color="0.5", linewidth=1)
     axes[0].set(xlabel="predicted probability", ylabel="observed share", title="Reliability")
@@ -316,24 +306,11 @@ def _calibration(tasks: Sequence[TaskSpec], found: Predictions, held_out: Predic
 
 def _reliability(task: TaskSpec, logits: Tensor, target: Tensor, bins: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """Mean probability and observed share in bins of equal counts."""
-    probability = decode(task, logits).double()
-    if task.kind == "multiclass":
-        hit = (probability.argmax(1) == target).double().numpy()
-        given = probability.amax(1).numpy()
-    else:
-        given, hit = probability.reshape(-1).numpy(), target.reshape(-1).double().numpy()
+    probabilities, came_true = kind_of(task).reliability(task, decode(task, logits).double(), target)
+    given, hit = probabilities.numpy(), came_true.double().numpy()
     order = given.argsort(kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     return np.array([given[part].mean() for part in parts]), np.array([hit[part].mean() for part in parts])
-
-
-def _correct(task: TaskSpec, logits: Tensor, target: Tensor) -> Tensor:
-    """bool [B], whether the prediction is right (multilabel: in every label)."""
-    prediction = decode(task, logits)
-    if task.kind == "multiclass":
-        return prediction.argmax(1) == target
-    right = predicted_labels(task, prediction) == (target.reshape(prediction.shape) == 1)
-    return right.all(1)
 
 
 def _plots(files: RunDirectory) -> str:

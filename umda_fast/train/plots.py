@@ -19,28 +19,14 @@ from umda_fast.files import atomic_file
 from umda_fast.model import TaskSpec, ViewSpec
 from umda_fast.runtime.rundir import RunDirectory, read_metrics
 from umda_fast.score.evaluation import SplitResult
-from umda_fast.score.metrics import PRIMARY
+from umda_fast.tasks import kind_of
+from umda_fast.tasks.metric_names import metric_name
 
 __all__ = ["plot_run"]
 
 # Okabe and Ito's colours, told apart with any colour vision; lines beyond eight change their dashes.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 _DASHES = ["-", "--", ":", "-."]
-METRIC_NAMES = {
-    "auroc": "AUROC",
-    "accuracy": "accuracy",
-    "f1_macro": "macro F1",
-    "f1_micro": "micro F1",
-    "map": "mAP",
-    "mae": "MAE (label units)",
-    "r2": "R2",
-}
-_LOSSES = {
-    "binary": "binary cross-entropy (nats)",
-    "multiclass": "cross-entropy (nats)",
-    "multilabel": "binary cross-entropy (nats)",
-    "regression": "squared error (in std²)",
-}
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -104,7 +90,7 @@ def plot_losses(epochs: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec]) 
         positive = all((y[np.isfinite(y)] > 0).all() for y in curves.values())
         if positive and any(drawn):
             axis.set_yscale("log")
-        axis.set(title=task.name, xlabel="epoch", ylabel=_LOSSES[task.kind])
+        axis.set(title=task.name, xlabel="epoch", ylabel=kind_of(task).loss_name)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(axis, sum(drawn))
     figure.suptitle("Loss of each task by epoch")
@@ -117,12 +103,12 @@ def plot_metrics(epochs: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec])
     x = [record["epoch"] + 1 for record in epochs]
     for axis, task in zip(axes, tasks, strict=False):
         names = list(epochs[-1].get("val", {}).get("tasks", {}).get(task.name, {}))
-        names.sort(key=lambda metric: metric != PRIMARY[task.kind])
+        names.sort(key=lambda metric: metric != kind_of(task).primary)
         lines = 0
         for index, metric in enumerate(names):
             y = _series(epochs, lambda r, n=task.name, m=metric: r["val"]["tasks"][n][m])  # type: ignore[misc]
-            label = METRIC_NAMES.get(metric, metric)
-            if metric == "mae":  # its unit is not that of the others
+            label = str(metric_name(metric))
+            if metric_name(metric).in_label_units:
                 other = axis.twinx()
                 other.spines["top"].set_visible(False)
                 _line(other, x, y, **_style(index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from umda_fast.data.files.labels_table import LabelTable
 from umda_fast.data.labels import MAX_CLASSES, KindOverride, KindOverrides, label_columns
 from umda_fast.data.metadata import Metadata
 from umda_fast.errors import DataError
-from umda_fast.model.specs import TaskSpec
+from umda_fast.tasks import TASK_KINDS, TaskSpec
 
 
 def read_metadata(table: LabelTable, rows: Sequence[int | None]) -> Metadata | None:
@@ -58,15 +59,15 @@ def read_tasks(
     for name, texts in columns.items():
         kind = given.get(name)
         wanted = kind.get("kind") if isinstance(kind, Mapping) else kind.kind if isinstance(kind, TaskSpec) else kind
-        if wanted == "multilabel":
-            named = kind.get("labels") if isinstance(kind, Mapping) else getattr(kind, "labels", None)
-            arrays[name], labels = _multilabel(f"{table.path}: column {name!r}", texts, named)
-            if not isinstance(kind, TaskSpec):
-                given[name] = {"kind": "multilabel", "classes": len(labels), "labels": labels}
-        else:
+        if not isinstance(wanted, str) or wanted not in TASK_KINDS:
             if wanted is None:
                 _check_task(table.path, name, texts)
             arrays[name] = np.array(texts, dtype=object)
+            continue
+        known = kind if isinstance(kind, Mapping) else asdict(kind) if isinstance(kind, TaskSpec) else {}
+        arrays[name], found = TASK_KINDS[wanted].read_cells(f"{table.path}: column {name!r}", texts, known)
+        if found and not isinstance(kind, TaskSpec):
+            given[name] = {"kind": wanted, **found}
     fixed = kinds if isinstance(kinds, Sequence) else given
     return label_columns(arrays, len(rows), fixed, where=str(table.path))
 
@@ -90,17 +91,3 @@ def _check_task(path: Path, name: str, texts: Sequence[str]) -> None:
                 f"{path}: column {name!r}: expected classes, got {len(distinct)} different texts in {len(present)} "
                 f"rows, such as {present[0]!r}; {advice}"
             ) from None
-
-
-def _multilabel(where: str, texts: Sequence[str], named: Sequence[str] | None) -> tuple[FloatArray, list[str]]:
-    cells = [[part.strip() for part in text.split(";") if part.strip()] for text in texts]
-    labels = list(named) if named else sorted({label for cell in cells for label in cell})
-    matrix = np.zeros((len(texts), len(labels)))
-    for row, cell in enumerate(cells):
-        unknown = [label for label in cell if label not in labels]
-        if unknown:
-            raise DataError(f"{where}: expected labels among {', '.join(labels)}, got {unknown[0]!r}")
-        matrix[row, [labels.index(label) for label in cell]] = 1.0
-        if not texts[row]:
-            matrix[row] = np.nan
-    return matrix, labels

@@ -38,11 +38,11 @@ from umda_fast.data.sources.text import sentences as sentences_of
 from umda_fast.data.sources.text_encoder import SentenceEncoder
 from umda_fast.data.splits import SPLITS, Splits, held_out, k_fold, split_bags
 from umda_fast.errors import DataError
-from umda_fast.model.specs import TaskKind, TaskSpec, ViewSpec
+from umda_fast.model.specs import TaskSpec, ViewSpec
 
 TABLE = "movies.csv"
 POSTERS = "poster_features.npy"
-TASKS: dict[str, TaskKind] = {
+TASKS: dict[str, str] = {
     "genres": "multilabel",
     "runtime": "regression",
     "revenue": "regression",

@@ -13,10 +13,9 @@ import torch
 
 from umda_fast.data.bag import Bag
 from umda_fast.data.dataset import BagDataset
-from umda_fast.data.labels import class_counts
 from umda_fast.data.sources.source import find_format, load_source
 from umda_fast.data.splits import SPLITS, Splits
-from umda_fast.model.specs import TaskSpec
+from umda_fast.tasks import TaskSpec, kind_of
 
 QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 
@@ -215,26 +214,15 @@ def _task_report(task: TaskSpec, splits: Splits) -> TaskReport:
         split: int(np.isnan(column.reshape(len(column), -1)).any(axis=1).sum()) if len(column) else 0
         for split, column in columns.items()
     }
-    values = {}
-    if task.kind == "regression":
-        for split, column in columns.items():
-            present = column[~np.isnan(column)]
-            if len(present):
-                values[split] = {
-                    "mean": float(present.mean()),
-                    "std": float(present.std()),
-                    "min": float(present.min()),
-                    "max": float(present.max()),
-                }
-    count = {"regression": 0, "binary": 2}.get(task.kind, task.classes)
+    figures = {split: kind_of(task).summary(column) for split, column in columns.items()}
     return TaskReport(
         name=task.name,
         kind=task.kind,
-        classes=list(task.labels or (str(index) for index in range(count))),
-        counts={split: class_counts(task, column) for split, column in columns.items()},
+        classes=list(task.class_names),
+        counts={split: kind_of(task).counts(task, column) for split, column in columns.items()},
         labelled={split: len(column) - gone[split] for split, column in columns.items()},
         missing=gone,
-        values=values,
+        values={split: found for split, found in figures.items() if found},
     )
 
 
@@ -251,8 +239,8 @@ def _problems(
     for split in SPLITS:
         if not len(splits[split]):
             yield f"{split}: no bag at all"
-    for task in tasks:
-        yield from _task_problems(task, splits)
+    for task, report in zip(splits.tasks, tasks, strict=True):
+        yield from _task_problems(task, report, splits)
     for group in found.duplicates:
         where = {entry.partition(": ")[0] for entry in group}
         across = ", in more than one split" if len(where) > 1 else ""
@@ -265,29 +253,16 @@ def _problems(
         yield f"{bag}: a bag without instances"
 
 
-def _task_problems(task: TaskReport, splits: Splits) -> Iterator[str]:
-    for split in SPLITS:
-        if not len(splits[split]):
+def _task_problems(task: TaskSpec, report: TaskReport, splits: Splits) -> Iterator[str]:
+    columns = {split: splits[split].labels[task.name] for split in SPLITS}
+    everywhere = np.concatenate(list(columns.values()))
+    for split, column in columns.items():
+        if not len(column):
             continue
         where = f"{split}: task {task.name!r}"
-        if not task.labelled[split]:
+        if not report.labelled[split]:
             yield f"{where}: no label at all"
             continue
-        labelled, counts = task.labelled[split], task.counts[split]
-        if task.kind == "regression":
-            if task.values[split]["std"] == 0.0:
-                yield f"{where}: all {labelled} labels are {task.values[split]['mean']:g}"
-        elif task.kind == "multilabel":
-            same = [name for name, n in zip(task.classes, counts, strict=True) if n in (0, labelled)]
-            if same:
-                yield f"{where}: the same for all {labelled} bags: {', '.join(same)}"
-        else:
-            # A class that no split has may be impossible, like a largest digit 0 among two digits or more.
-            anywhere = np.sum(list(task.counts.values()), axis=0)
-            absent = [
-                name
-                for name, n, total in zip(task.classes, counts, anywhere, strict=True)
-                if n == 0 and (total > 0 or task.kind == "binary")
-            ]
-            if absent:
-                yield f"{where}: no bag of class {', '.join(absent)}"
+        problem = kind_of(task).problem(task, column, everywhere)
+        if problem:
+            yield f"{where}: {problem}"

@@ -1,0 +1,59 @@
+"""Yes or no: cross entropy of the sigmoid."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from umda_fast.tasks.classes import THRESHOLD, OneClass, predicted_labels
+from umda_fast.tasks.columns import as_numbers
+from umda_fast.tasks.kind import Array, FloatArray, TaskSpec
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+__all__ = ["Binary"]
+
+
+class Binary(OneClass):
+    name = "binary"
+    primary = "auroc"
+    loss_name = "binary cross-entropy (nats)"
+
+    def class_count(self, task: TaskSpec) -> int:
+        return 2
+
+    def losses(self, task: TaskSpec, logits: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits[:, 0], target.to(logits.dtype), reduction="none")
+
+    def predicted(self, task: TaskSpec, prediction: Tensor) -> Tensor:
+        return predicted_labels(task, prediction[:, 0]).long()
+
+    def read(self, where: str, name: str, array: Array) -> tuple[TaskSpec, FloatArray]:
+        """0 and 1 are what they say, even where one of them is not there."""
+        numbers = as_numbers(where, array)
+        if numbers is not None and np.isin(numbers[~np.isnan(numbers)], (0, 1)).all():
+            return TaskSpec(name, self.name, labels=("0", "1")), numbers
+        return super().read(where, name, array)
+
+    def metrics(self, task: TaskSpec) -> dict[str, Metric]:
+        from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
+
+        return {"auroc": BinaryAUROC(), "accuracy": BinaryAccuracy(threshold=THRESHOLD)}
+
+    def for_metric(self, task: TaskSpec, metric: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return prediction.reshape(-1), target.reshape(-1).long()
+
+    def defined(self, task: TaskSpec, metric: str, target: Tensor) -> Tensor | None:
+        return (target == 0).any() & (target == 1).any() if metric == "auroc" else None
+
+    def primary_score(self, task: TaskSpec, prediction: Array, target: Array) -> float:
+        from sklearn.metrics import roc_auc_score
+
+        return float(roc_auc_score(target, prediction[:, 0])) if 0 < target.sum() < len(target) else float("nan")
+
+    def columns(self, task: TaskSpec) -> list[str]:
+        return [f"{task.name}_probability", f"{task.name}_predicted"]

@@ -1,0 +1,76 @@
+"""One of several classes: cross entropy of the softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from umda_fast.tasks.classes import OneClass
+from umda_fast.tasks.kind import Array, FloatArray, TaskSpec
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+__all__ = ["Multiclass"]
+
+
+class Multiclass(OneClass):
+    name = "multiclass"
+    primary = "accuracy"
+    loss_name = "cross-entropy (nats)"
+    least_classes = 2
+    any_classes = True
+    label_dtype = torch.int64
+
+    def outputs(self, task: TaskSpec) -> int:
+        return task.classes
+
+    def losses(self, task: TaskSpec, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target.long(), reduction="none")
+
+    def decode(self, task: TaskSpec, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+    def mean_logits(self, tasks: Sequence[TaskSpec], logits: Sequence[Tensor]) -> Tensor:
+        return F.log_softmax(torch.stack(list(logits)), -1).logsumexp(0) - math.log(len(logits))
+
+    def linear_targets(self, task: TaskSpec, target: Array) -> FloatArray:
+        """1 for the class, -1 for the others."""
+        return 2.0 * np.eye(task.classes)[target.astype(np.int64)] - 1.0
+
+    def predicted(self, task: TaskSpec, prediction: Tensor) -> Tensor:
+        return prediction.argmax(1)
+
+    def metrics(self, task: TaskSpec) -> dict[str, Metric]:
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+
+        # Per class, because a class without a single positive (or negative) has no AUROC; torchmetrics would
+        # count it as 0.
+        return {
+            "auroc": MulticlassAUROC(task.classes, average=None),
+            "accuracy": MulticlassAccuracy(task.classes, average="micro"),
+        }
+
+    def for_metric(self, task: TaskSpec, metric: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return prediction, target.long()
+
+    def defined(self, task: TaskSpec, metric: str, target: Tensor) -> Tensor | None:
+        if metric != "auroc":
+            return None
+        counts = torch.bincount(target, minlength=task.classes)
+        return (counts > 0) & (counts < len(target))
+
+    def primary_score(self, task: TaskSpec, prediction: Array, target: Array) -> float:
+        return float((prediction.argmax(axis=1) == target).mean())
+
+    def confidence(self, task: TaskSpec, probabilities: Tensor) -> Tensor:
+        return probabilities.amax(1)
+
+    def reliability(self, task: TaskSpec, probabilities: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return probabilities.amax(1), self.correct(task, probabilities, target)
