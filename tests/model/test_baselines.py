@@ -88,6 +88,12 @@ def test_saved_and_read_back(name: str, tmp_path: Path) -> None:
         other.from_pretrained(tmp_path)
 
 
+def test_comes_back_in_the_dtype_it_had(tmp_path: Path) -> None:
+    make("gated_attention").double().save_pretrained(tmp_path)
+    again = BASELINES["gated_attention"].from_pretrained(tmp_path)
+    assert {value.dtype for value in again.state_dict().values()} == {torch.float64}
+
+
 @pytest.mark.parametrize("scope", ["shared_parameters", "last_shared_layer", "representation"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_balancer_can_guide_it(name: str, scope: Any) -> None:
