@@ -32,6 +32,8 @@ the records of every process as they come, should the suite itself be killed. Th
     passed      the device's native backends are there, parity and capture hold, nothing crashed or broke
 
     CONTENDER = {name, status: timed | out of memory | failed | skipped | missing, detail, peak_bytes,
+                 sensors: {sm_mhz, memory_mhz, watts, celsius} while it ran, or null; late: repetitions in which the
+                 device waited for the host (a step is timed with the host's part),
                  seconds: {median, min, q10, q25, q75, q90, repetitions} or null,
                  rate, rate_unit (GB/s | TFLOP/s), share (of the floor, 1 is the limit), ratio (to ours)}
 """

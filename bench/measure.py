@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sensors import Reading, Sensors, typical
+
 #: Repetitions of a contender: at least, at most.
 ROUNDS = (5, 30)
 QUICK_ROUNDS = (2, 3)
+#: Seconds for which a stream is held before what is timed: at first, at most.
+HOLD = (5e-4, 2e-2)
 #: Seconds that the least number of repetitions may take even when the clock has run out, by compiling for example.
 PATIENCE = 2.0
 
@@ -24,6 +28,9 @@ class Timer:
         self.device = device
         #: Writing it drives everything else out of the caches.
         self.scratch = torch.zeros(scratch, dtype=torch.uint8, device=device)
+        #: What the sensors said during the calls since somebody looked, and calls that the host was too slow for.
+        self.readings: list[Reading] = []
+        self.late = 0
 
     def __call__(self, run: Callable[[Any], object], state: Any) -> float:
         """Seconds of ``run(state)``, its data not in any cache."""
@@ -52,23 +59,52 @@ class Timer:
 
 
 class CudaTimer(Timer):
-    """The same by CUDA events on the current stream, where work is asynchronous and memory is counted."""
+    """The same by CUDA events on the current stream, where work is asynchronous and memory is counted.
 
-    def __init__(self, device: torch.device) -> None:
-        # Four times the second-level cache: writing it takes longer than to launch what is timed, so that the
-        # first kernel does not wait for Python.
+    Python needs tens of microseconds to launch what is timed, during which the device would stand idle behind the first
+    event. So the stream is held before that event, long enough for everything behind it to be waiting there already;
+    how long is learnt, from calls during which the hold ran out.
+
+    Args:
+        device: a CUDA device.
+        held: False times as a user has it, the host's part included where the device waits for it.
+    """
+
+    def __init__(self, device: torch.device, held: bool = True) -> None:
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
         super().__init__(device, 4 * max(cache, 32 << 20))
+        self.sensors = Sensors(device)
+        self.hold = HOLD[0] if held else 0.0
+        self.cycles_per_second = self._cycles_per_second() if held else 0.0
 
     def __call__(self, run: Callable[[Any], object], state: Any) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.synchronize()
         self.scratch.zero_()
+        if self.hold:
+            torch.cuda._sleep(int(self.hold * self.cycles_per_second))
         begin.record()
         run(state)
+        late = bool(self.hold) and begin.query()  # passed already: the device ran while Python still launched
         end.record()
+        self.readings.append(self.sensors.read())
         self.synchronize()
+        if late:
+            self.late += 1
+            self.hold = min(2 * self.hold, HOLD[1])
         return float(begin.elapsed_time(end)) / 1e3
+
+    def _cycles_per_second(self) -> float:
+        """By the clock at which a held stream counts."""
+        seconds, cycles = 0.0, 1 << 20
+        for _ in range(3):  # the first also loads the kernel
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            torch.cuda._sleep(cycles)
+            end.record()
+            self.synchronize()
+            seconds = float(begin.elapsed_time(end)) / 1e3
+        return cycles / seconds
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -87,9 +123,9 @@ class CudaTimer(Timer):
         torch.cuda.empty_cache()
 
 
-def make_timer(device: torch.device) -> Timer:
-    """The timer of ``device``."""
-    return CudaTimer(device) if device.type == "cuda" else Timer(device)
+def make_timer(device: torch.device, held: bool = True) -> Timer:
+    """The timer of ``device``; ``held``: of what a GPU does, without the host's part."""
+    return CudaTimer(device, held) if device.type == "cuda" else Timer(device)
 
 
 @dataclass(frozen=True)
@@ -165,7 +201,9 @@ def compare(
 
     Returns:
         One record per contender: ``name``, ``status`` (``timed``, ``out of memory``, ``failed`` or ``skipped``),
-        ``detail``, ``seconds`` (`summary`, or None) and ``peak_bytes``, by which the device's memory grew (or None).
+        ``detail``, ``seconds`` (`summary`, or None), ``peak_bytes``, by which the device's memory grew (or None), and
+        of one that was timed ``sensors`` (medians of `Sensors.read`, or None) and ``late``, repetitions in which the
+        device waited for the host.
     """
     expected = expected or {}
     records: dict[str, dict[str, Any]] = {}
@@ -192,6 +230,8 @@ def compare(
             timer.free()
     running = [contender for contender in contenders if contender.name in costs]
     times: dict[str, list[float]] = {contender.name: [] for contender in running}
+    readings: dict[str, list[Reading]] = {contender.name: [] for contender in running}
+    late = dict.fromkeys(times, 0)
     count = rounds[0]
     if costs:
         count = min(rounds[1], max(rounds[0], int(clock.left / max(sum(costs.values()), 1e-6))))
@@ -200,15 +240,19 @@ def compare(
         if turn and clock.left < 0 and (turn >= rounds[0] or time.monotonic() - begin > PATIENCE):
             break
         for contender in list(running):
+            timer.readings, timer.late = [], 0
             try:
                 times[contender.name].append(timer(contender.run, contender.prepare()))
+                readings[contender.name] += timer.readings
+                late[contender.name] += timer.late
             except Exception as error:
                 records[contender.name] = line(contender.name, *explain(error))
                 running.remove(contender)
                 del error
                 timer.free()
     for contender in running:
-        records[contender.name]["seconds"] = summary(times[contender.name])
+        name = contender.name
+        records[name] |= {"seconds": summary(times[name]), "sensors": typical(readings[name]), "late": late[name]}
     return [records[contender.name] for contender in contenders]
 
 

@@ -91,7 +91,7 @@ class _Steps:
 
     def __init__(self, task: Task, emit: Emit) -> None:
         self.device, self.quick, self.emit = torch.device(task.device), task.profile == "quick", emit
-        self.timer = make_timer(self.device)
+        self.timer = make_timer(self.device, held=False)
         self.width = 8 if self.quick else 512
         self.model = training_step.make_model(self.device, self.width, self.quick)
         self.makers = training_step.trainees(self.model, "eager" if self.quick else None)
@@ -190,10 +190,12 @@ def compiled(function: Callable[..., Any], profile: str) -> Callable[..., Any]:
 
 
 def time_operation(op: str, task: Task, timer: Timer, clock: Clock, emit: Emit, *, compiling: bool = False) -> None:
-    """All sizes of one operation, each pass with its part of ``clock``; ``compiling``: ours and the compiled contender
-    at the largest size."""
+    """All sizes of one operation, each pass with its part of ``clock``; ``compiling``: ours and the contenders that are
+    compiled, at one size."""
     workload = WORKLOADS[op]
-    sizes = getattr(workload, task.profile)[-1 if compiling else 0 :]
+    sizes = getattr(workload, task.profile)
+    if compiling:
+        sizes = (sizes[workload.compiled_size],)
     place = Place(timer.device, torch.bfloat16 if timer.device.type == "cuda" else torch.float32)
     last: dict[tuple[str, str], tuple[float, float]] = {}
     for index, size in enumerate(sizes):
@@ -212,10 +214,11 @@ def time_operation(op: str, task: Task, timer: Timer, clock: Clock, emit: Emit, 
         functions = dict(problem.contenders)
         absent = dict(problem.absent)
         if compiling:
-            if problem.compiled is None:
+            own, absent, functions = functions, {}, {OURS: functions[OURS], **problem.late}
+            if problem.compiled is not None:
+                functions[COMPILED] = compiled(own[problem.compiled], task.profile)
+            if len(functions) == 1:
                 return
-            absent = {}
-            functions = {OURS: functions[OURS], COMPILED: compiled(functions[problem.compiled], task.profile)}
         passes = list(directions(problem, functions))
         for turn, (direction, floor, contenders) in enumerate(passes):
             least = floor.seconds(task.rates)
