@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umda_fast.data import load_source
-from umda_fast.data.files.pack import pack_slides
+from umda_fast.data import load_source, pack_slides
 
 from .harness import arguments, medians, report
 

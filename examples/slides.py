@@ -15,8 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from umda_fast.data import inspect_source, load_source
-from umda_fast.data.files.pack import pack_slides
+from umda_fast.data import inspect_source, load_source, pack_slides
 from umda_fast.train import load_run, make_config, predict, train
 
 

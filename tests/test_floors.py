@@ -29,7 +29,7 @@ FLOORS = (
 OUTSIDE = ("bench", "kernels")  # top folders that are installed inside the package
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # A package's face hands on what its rooms have; and `umda_fast.train` hands on names that moved up to `studies`.
-DOORS = {("data/__init__.py", "data.sources"), ("train/__init__.py", "studies")}
+DOORS = {("data/__init__.py", "data.files"), ("data/__init__.py", "data.sources"), ("train/__init__.py", "studies")}
 
 
 def room_of(module: str) -> str:

@@ -29,7 +29,7 @@ def pack(
     `--set data.options.mpp=0.25`.
     """
     from umda_fast.cli.render import make_console
-    from umda_fast.data.files.pack import pack_slides
+    from umda_fast.data import pack_slides
     from umda_fast.runtime.progress import ProgressReport
     from umda_fast.train.run import tell_skipped
 

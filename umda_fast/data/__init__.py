@@ -3,6 +3,7 @@
 from umda_fast.data.bag import Bag
 from umda_fast.data.batch import BagBatch, collate
 from umda_fast.data.dataset import BagDataset, concat
+from umda_fast.data.files.pack import PackResult, pack_slides
 from umda_fast.data.metadata import Metadata
 from umda_fast.data.sampler import BagLoader, InstanceBudgetSampler, make_loader
 from umda_fast.data.sources.inspection import SourceReport, inspect_source, inspect_splits
@@ -21,6 +22,7 @@ __all__ = [
     "Fold",
     "InstanceBudgetSampler",
     "Metadata",
+    "PackResult",
     "SourceFormat",
     "SourceReport",
     "Splits",
@@ -33,5 +35,6 @@ __all__ = [
     "load_folds",
     "load_source",
     "make_loader",
+    "pack_slides",
     "split_bags",
 ]

@@ -160,6 +160,12 @@ def held_out(
     return {split: rows[part] for split, part in parts.items()}
 
 
+def parts_of(said: Sequence[str]) -> dict[str, IntArray]:
+    """Split -> indices in ascending order of the bags that say so; [B] names of splits, blank or other: in none."""
+    names = np.asarray(said)
+    return {split: np.flatnonzero(names == split) for split in SPLITS}
+
+
 def check_folds(where: str, folds: int, repeats: int, units: int) -> None:
     """Raise DataError unless `units` things can be cut into `folds`."""
     if not 2 <= folds <= units:

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from tests.slide_files import grid, write_clam, write_labels, write_stamp
-from umda_fast.data import inspect_source, load_source
+from umda_fast.data import inspect_source, load_source, pack_slides
 from umda_fast.data.files import isolated as module
 from umda_fast.data.files.isolated import FORKS, IsolatedCalls
-from umda_fast.data.files.pack import pack_slides
 from umda_fast.errors import DataError
 
 FILE = Path("slides/a.h5")

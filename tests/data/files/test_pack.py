@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.slide_files import grid, write_labels, write_trident
-from umda_fast.data import find_format, load_source, make_loader
-from umda_fast.data.files.pack import pack_slides
+from umda_fast.data import find_format, load_source, make_loader, pack_slides
 from umda_fast.data.sampler import InstanceBudgetSampler
 from umda_fast.errors import DataError
 
@@ -54,6 +53,12 @@ def same(ours, theirs):
             if left.mask.any():
                 assert left.views[view].dtype == right.views[view].dtype
             assert torch.equal(left.views[view], right.views[view])
+
+
+def test_under_its_first_name() -> None:
+    from umda_fast.data.pack import pack_slides as first
+
+    assert first is pack_slides
 
 
 def test_the_same_bags(slides, tmp_path):

@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from umda_fast.data import load_source
+from umda_fast.data import load_folds, load_source
 from umda_fast.data.draws import Stream, generator
 from umda_fast.data.sources.digits import (
     draw_bags,
-    fold_digits_source,
     image_views,
-    load_digits_source,
     load_images,
     split_images,
 )
@@ -131,8 +129,8 @@ class TestSource:
             assert present.min() <= bag.labels["mean"] <= present.max()
 
     def test_labels_are_those_of_the_images(self, images):
-        splits = load_digits_source(
-            train_bags=40, val_bags=0, test_bags=0, missing_labels=0.0, missing_views=0.0
+        splits = load_source(
+            "digits", train_bags=40, val_bags=0, test_bags=0, missing_labels=0.0, missing_views=0.0
         )
         digit_of = {
             row.tobytes(): digit
@@ -155,8 +153,8 @@ class TestSource:
             )
 
     def test_no_holes(self):
-        splits = load_digits_source(
-            train_bags=30, val_bags=5, test_bags=5, missing_labels=0.0, missing_views=0.0
+        splits = load_source(
+            "digits", train_bags=30, val_bags=5, test_bags=5, missing_labels=0.0, missing_views=0.0
         )
         assert all(bag.mask is None and len(bag.labels) == 4 for bag in splits.whole)
 
@@ -167,7 +165,7 @@ class TestSource:
 
     def test_seeds(self, splits):
         few = {"train_bags": 20, "val_bags": 5, "test_bags": 5}
-        first, again, other = (load_digits_source(seed=seed, **few) for seed in (0, 0, 1))
+        first, again, other = (load_source(seed=seed, **few) for seed in (0, 0, 1))
         assert torch.equal(first.train[3].views["pixels"], again.train[3].views["pixels"])
         assert first.train.sizes.tolist() != other.train.sizes.tolist()
         assert not pixel_rows(first.train) <= pixel_rows(other.train)
@@ -185,13 +183,13 @@ class TestSource:
     )
     def test_bad_options(self, option):
         with pytest.raises(DataError, match=f"digits: {next(iter(option))}: expected"):
-            load_digits_source(**option)
+            load_source(**option)
 
 
 class TestFolds:
     def test_test_images_of_folds_do_not_meet(self):
         few = {"train_bags": 60, "val_bags": 20, "test_bags": 60, "missing_views": 0.0}
-        folds = list(fold_digits_source(folds=3, repeats=1, seed=2, **few))
+        folds = list(load_folds(folds=3, repeats=1, seed=2, **few))
         tested = []
         for fold in folds:
             rows = {
@@ -207,4 +205,4 @@ class TestFolds:
 
     def test_bad_folds(self):
         with pytest.raises(DataError, match="digits: folds: expected 2 to 174, got 1"):
-            next(fold_digits_source(folds=1))
+            next(load_folds(folds=1))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from umda_fast.data import (
+    FORMATS,
     Bag,
     BagDataset,
     Splits,
@@ -64,6 +65,81 @@ class TestRecognition:
         with pytest.raises(DataError, match="nowhere: expected a readable"):
             load_source("nowhere", format="npz")
         assert load_source(generated[1]["bags"], format="npz").name == "bags"
+
+
+SLIDES = (
+    *("kinds", "labels", "tasks", "ignore", "metadata", "splits", "fold", "val_share", "test_share", "class_weights"),
+    *("views", "mpp", "match", "tolerance", "skip_bad", "read_timeout"),
+)
+FILMS = (
+    *("views", "tasks", "fields", "sentences", "text_width", "text", "encoder", "encoder_id", "kinds"),
+    *("val_share", "test_share", "class_weights"),
+)
+OPTIONS = {
+    "digits": ("train_bags", "val_bags", "test_bags", "missing_labels", "missing_views", "class_weights"),
+    "npz": ("kinds", "val_share", "test_share", "class_weights", "ignore"),
+    "pack": SLIDES,
+    "films": FILMS,
+    "mmimdb": ("views", "kinds", "val_share", "test_share", "class_weights"),
+    "slides": SLIDES,
+}
+LOCAL = {"slides": ("labels", "tasks", "ignore", "splits", "fold", "mpp"), "films": ("text",)}
+LOCAL["pack"] = LOCAL["slides"]
+
+
+class TestOptions:
+    """Names of options are in the configurations of runs: they and what is special about them stay."""
+
+    @pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.name)
+    def test_names(self, known):
+        assert known.options() == OPTIONS[known.name]
+        assert known.options(folds=True) == tuple(
+            name for name in OPTIONS[known.name] if name not in ("test_share", "fold")
+        )
+        assert known.local == LOCAL.get(known.name, ())
+
+    def test_a_new_source_is_a_class_and_a_line(self, tmp_path, monkeypatch):
+        """As docs/development.md says."""
+        from umda_fast.data.options import option
+        from umda_fast.data.sources import source
+        from umda_fast.data.sources.base import BagSource, GivenSplit, OpenedSource
+
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Texts(BagSource):
+            scale: float = 1.0
+            beside: str | None = option(None, local=True)
+            val_share: float = 0.25
+            test_share: float = option(0.25, folds=False)
+            class_weights: str | None = None
+
+            def open(self, path, folds):
+                rows = np.loadtxt(path, ndmin=2) * self.scale
+                data = BagDataset.from_arrays({"x": rows[:, 1:]}, labels={"y": rows[:, 0]}, name=path)
+                first = {"train": np.arange(6), "val": np.arange(0), "test": np.arange(6, len(data))}
+                given = [GivenSplit(first, "the first six train")] if folds is None and self.beside else []
+                return OpenedSource(data, "texts", f"{len(data)} rows", given=given)
+
+        line = source.SourceFormat("texts", "a table of numbers", lambda path: path.endswith(".txt"), Texts)
+        monkeypatch.setattr(source, "FORMATS", (*FORMATS, line))
+        path = tmp_path / "rows.txt"
+        np.savetxt(path, np.arange(24.0).reshape(12, 2))
+        assert line.options() == ("scale", "beside", "val_share", "test_share", "class_weights")
+        assert line.options(folds=True) == ("scale", "beside", "val_share", "class_weights")
+        assert line.local == ("beside",)
+        splits = load_source(path, scale=0.5)
+        assert sum(len(part) for part in splits.values()) == 12
+        assert splits.description == "12 rows; split at random"
+        assert splits.whole[11].views["x"].item() == 11.5
+        given = load_source(path, beside="it")
+        assert given.description == "12 rows; the first six train"
+        assert given.test.names == splits.whole.names[6:]
+        assert {*given.train.names, *given.val.names} == {*splits.whole.names[:6]}
+        assert len(given.val) > 0
+        folds = list(load_folds(path, folds=3, beside="it"))
+        assert sorted(name for part in folds for name in part.test.names) == sorted(splits.whole.names)
+        assert folds[2].description == "12 rows; fold 2 of 3, repeat 0"
+        with pytest.raises(DataError, match="option 'test_share': expected one of scale, beside, val_share, class"):
+            load_folds(path, test_share=0.1)
 
 
 class TestInspection:
@@ -183,6 +259,7 @@ class TestInspection:
             inspect_source(tmp_path / "x.npz")
 
 
-def test_sklearn_is_imported_for_the_digits_only():
-    code = "import sys, umda_fast.data; sys.exit('sklearn' in sys.modules)"
+@pytest.mark.parametrize("package", ["sklearn", "h5py"])
+def test_what_one_source_needs_is_imported_for_it_only(package):
+    code = f"import sys, umda_fast.data; sys.exit({package!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

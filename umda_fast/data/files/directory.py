@@ -8,12 +8,14 @@ from pathlib import Path
 
 from umda_fast.data.arrays import IntArray
 from umda_fast.data.files.header_fields import check_pixel_size
-from umda_fast.data.files.index import READ_TIMEOUT, FileIndex, Matching, SlideIndex
+from umda_fast.data.files.index import FileIndex, FileOptions, SlideIndex
 from umda_fast.data.files.labels_table import LabelTable, match_names, read_labels
 from umda_fast.data.files.names import plain_name
 from umda_fast.data.files.packed import PackIndex, is_pack
 from umda_fast.data.files.skipped import Skipped
 from umda_fast.data.files.split_files import read_split, split_files
+from umda_fast.data.labels import KindOverrides
+from umda_fast.data.options import as_names, option
 from umda_fast.errors import DataError
 
 
@@ -36,10 +38,9 @@ class OpenedSlides:
     split_files: list[Path]
     skipped: Skipped
 
-    def read_splits(self, fold: int | None = None) -> list[dict[str, IntArray]]:
-        """The parts of every split file, or of one."""
-        chosen = self.split_files if fold is None else self.split_files[fold : fold + 1]
-        return [read_split(file, self.index, self.skipped) for file in chosen]
+    def read_split(self, file: Path) -> dict[str, IntArray]:
+        """The parts that one of the split files names."""
+        return read_split(file, self.index, self.skipped)
 
 
 def find_labels(path: Path) -> list[Path]:
@@ -60,49 +61,49 @@ def find_splits(path: Path) -> Path | None:
     return None
 
 
-def open_slides(
-    path: str,
-    *,
-    labels: str | None = None,
-    tasks: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
-    metadata: Sequence[str] = (),
-    splits: str | None = None,
-    views: Sequence[str] | None = None,
-    mpp: float | None = None,
-    match: Matching = "coords",
-    tolerance: float = 1.0,
-    skip_bad: bool = False,
-    read_timeout: float = READ_TIMEOUT,
-) -> OpenedSlides:
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions:
+    """What is read of a table of labels.
+
+    Attributes:
+        kinds: as in `BagDataset.from_arrays`.
+        labels: the table, .csv or .tsv; None looks for labels.csv or labels.tsv in the directory, then beside it.
+        tasks, ignore: columns of the table that are tasks, or that are not.
+        metadata: columns of numbers that are known of a bag (an age, a magnification) and condition the model.
+    """
+
+    kinds: KindOverrides | None = None
+    labels: str | None = option(None, local=True)
+    tasks: Sequence[str] | None = option(None, local=True)
+    ignore: Sequence[str] = option((), local=True)
+    metadata: Sequence[str] = ()
+
+
+def open_slides(path: str, labels: LabelOptions, splits: str | None, files: FileOptions) -> OpenedSlides:
     """Index a directory, packed or not, and find its table of labels and its splits.
 
-    Arguments and errors as of `umda_fast.data.sources.slides.load_slides_source`.
+    Args:
+        path: the directory, or one that `umda-fast pack` made.
+        labels: which table, and what of it.
+        splits: a directory with CLAM's splits_0.csv, ..., or one such file; None looks for `splits_0.csv` in the
+            directory, in its `splits`, then in `splits` beside it.
+        files: how the bags' files are read.
+
+    Raises:
+        DataError: naming the file, what was expected and what came.
     """
     where = Path(path).resolve()
     if not where.is_dir():
         raise DataError(f"{path}: expected a directory of bags, got {'a file' if where.exists() else 'nothing there'}")
-    skipped = Skipped(skip_bad)
-    table, beside = _table(
-        where, labels, _list("tasks", tasks), _list("ignore", ignore) or [], _list("metadata", metadata) or []
-    )
-    chosen = _list("views", views)
+    skipped = Skipped(files.skip_bad)
+    table, beside = _table(where, labels)
     index: FileIndex | PackIndex
     if is_pack(where):
-        if mpp is not None:
+        if files.mpp is not None:
             raise DataError(f"{path}: mpp: expected when packing; positions of a packed directory are settled")
-        index = PackIndex(where, views=chosen, report=skipped, verify=skip_bad)
+        index = PackIndex(where, views=files.chosen_views, report=skipped, verify=files.skip_bad)
     else:
-        sizes = _pixel_sizes(table, mpp)
-        index = FileIndex(
-            where,
-            views=chosen,
-            pixel_sizes=sizes,
-            match=match,
-            tolerance=tolerance,
-            read_timeout=read_timeout,
-            skipped=skipped,
-        )
+        index = FileIndex(where, files, _pixel_sizes(table, files.mpp), skipped)
     rows: list[int | None] = [None] * len(index.names)
     if table is not None:
         # A table beside the directory may be another directory's.
@@ -113,26 +114,20 @@ def open_slides(
     return OpenedSlides(path, index, table, rows, _split_files(where, splits, index), skipped)
 
 
-def _list(argument: str, value: Sequence[str] | None) -> list[str] | None:
-    """A sequence of names; one name is a sequence of one."""
-    if value is None:
-        return None
-    return [value] if isinstance(value, str) else [str(item) for item in value]
-
-
-def _table(
-    path: Path, labels: str | None, tasks: Sequence[str] | None, ignore: Sequence[str], metadata: Sequence[str]
-) -> tuple[LabelTable | None, bool]:
+def _table(path: Path, options: LabelOptions) -> tuple[LabelTable | None, bool]:
     """The table of labels, and whether it was found beside the directory and not in it."""
-    if labels is not None:
-        return read_labels(Path(labels), tasks=tasks, ignore=ignore, metadata=metadata), False
-    found = find_labels(path)
-    if len(found) > 1:
-        raise DataError(f"{found[0]}: expected one table of labels, got {found[1].name} too")
-    if not found:
-        return None, False
-    beside = found[0].parent != path
-    return read_labels(found[0], tasks=tasks, ignore=ignore, metadata=metadata), beside
+    if options.labels is not None:
+        file, beside = Path(options.labels), False
+    else:
+        found = find_labels(path)
+        if len(found) > 1:
+            raise DataError(f"{found[0]}: expected one table of labels, got {found[1].name} too")
+        if not found:
+            return None, False
+        file, beside = found[0], found[0].parent != path
+    tasks = None if options.tasks is None else as_names(options.tasks)
+    ignore, metadata = as_names(options.ignore), as_names(options.metadata)
+    return read_labels(file, tasks=tasks, ignore=ignore, metadata=metadata), beside
 
 
 def _pixel_sizes(table: LabelTable | None, mpp: float | None) -> dict[str, float] | float | None:

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from umda_fast.data.files.directory import OpenedSlides, open_slides
-from umda_fast.data.files.index import READ_TIMEOUT, FileIndex, Matching
+from umda_fast.data.files.directory import LabelOptions, OpenedSlides, open_slides
+from umda_fast.data.files.index import FileIndex, FileOptions, Matching
 from umda_fast.data.files.layouts import is_slides
 from umda_fast.data.files.packed import COORDS, DTYPES, MANIFEST, MASK, VERSION, checksum, view_file
 from umda_fast.data.files.tables import read_rows
@@ -52,10 +52,10 @@ def pack_slides(
     splits: str | None = None,
     views: Sequence[str] | None = None,
     mpp: float | None = None,
-    match: Matching = "coords",
-    tolerance: float = 1.0,
-    skip_bad: bool = False,
-    read_timeout: float = READ_TIMEOUT,
+    match: Matching = FileOptions.match,
+    tolerance: float = FileOptions.tolerance,
+    skip_bad: bool = FileOptions.skip_bad,
+    read_timeout: float = FileOptions.read_timeout,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> PackResult:
     """Write the bags of `source` into the new directory `out`, float16 and float32 as they are.
@@ -63,8 +63,9 @@ def pack_slides(
     Args:
         source: a directory of bags, see `umda_fast.data.files.layouts`.
         out: must not exist. `<out>.partial` is continued if it comes from the same files and options.
-        labels, splits, views, mpp, match, tolerance, skip_bad, read_timeout: as of
-            `umda_fast.data.sources.slides.load_slides_source`.
+        labels: the table of labels, as of `LabelOptions`.
+        splits: as of `open_slides`.
+        views, mpp, match, tolerance, skip_bad, read_timeout: as of `FileOptions`.
         progress: called after every bag with bags done, bags in all, and the bag's instances.
 
     Raises:
@@ -75,17 +76,10 @@ def pack_slides(
         raise DataError(f"{path}: expected a directory of bags, one file each; other kinds of data need no packing")
     if target.exists():
         raise DataError(f"{target}: expected a directory to make, got one that is there; choose another")
-    opened = open_slides(
-        str(path),
-        labels=labels,
-        splits=splits,
-        views=views,
-        mpp=mpp,
-        match=match,
-        tolerance=tolerance,
-        skip_bad=skip_bad,
-        read_timeout=read_timeout,
+    files = FileOptions(
+        views=views, mpp=mpp, match=match, tolerance=tolerance, skip_bad=skip_bad, read_timeout=read_timeout
     )
+    opened = open_slides(str(path), LabelOptions(labels=labels), splits, files)
     index = opened.index
     if not isinstance(index, FileIndex):
         raise DataError(f"{path}: is packed already")
@@ -272,7 +266,8 @@ def _write_tables(partial: Path, opened: OpenedSlides) -> None:
     if opened.split_files:
         (partial / "splits").mkdir(exist_ok=True)
     names = opened.index.names
-    for number, parts in enumerate(opened.read_splits()):
+    for number, file in enumerate(opened.split_files):
+        parts = opened.read_split(file)
         columns = [[names[row] for row in parts[split]] for split in SPLITS]
         length = max(len(column) for column in columns)
         padded = [column + [""] * (length - len(column)) for column in columns]

@@ -19,6 +19,7 @@ from umda_fast.data.arrays import FloatArray, IntArray
 from umda_fast.data.dataset import BagDataset, concat
 from umda_fast.data.draws import Stream, generator, integers, permutation
 from umda_fast.data.labels import ClassWeights
+from umda_fast.data.sources.base import Source
 from umda_fast.data.splits import SPLITS, Splits, check_folds
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec
@@ -33,6 +34,11 @@ _TASKS = (
 _SHARES = {"train": 0.65, "val": 0.1, "test": 0.25}
 _ORIENTATIONS = 8
 _CELL = 2
+
+
+def is_digits(source: str) -> bool:
+    """Whether `source` is the name of this source."""
+    return source == "digits"
 
 
 @dataclass(frozen=True)
@@ -174,44 +180,29 @@ def _dataset(
     )
 
 
-def _splits(parts: dict[str, IntArray], seed: Sequence[int], options: _Options) -> Splits:
-    images, digits = load_images()
-    views = image_views(images)
-    bags = {"train": options.train_bags, "val": options.val_bags, "test": options.test_bags}
-    datasets = {}
-    for stream, split in enumerate(SPLITS):
-        draw = draw_bags(digits, parts[split], bags[split], generator(Stream.DIGIT_BAGS, *seed, stream))
-        datasets[split] = _dataset(
-            split,
-            views,
-            digits,
-            draw,
-            options.missing_labels if split == "train" else 0.0,
-            options.missing_views,
-            generator(Stream.DIGIT_HOLES, *seed, stream),
-        )
-    return Splits(
-        name="digits",
-        description=(
-            "bags of 3 to 30 handwritten digits in three views; "
-            f"{options.missing_views:.0%} of the views and {options.missing_labels:.0%} of the training "
-            "labels are missing"
-        ),
-        train=datasets["train"],
-        val=datasets["val"],
-        test=datasets["test"],
-        whole=concat(list(datasets.values()), "digits"),
-    ).fitted(options.class_weights)
+@dataclass(frozen=True, kw_only=True)
+class DigitsSource(Source):
+    """Bags of digits; tasks has_nine (binary), largest (10 classes), present (10 labels), mean (regression).
 
+    The seed is that of everything drawn; the same bags on every machine. In cross-validation a fold's test bags are
+    drawn from images that no other fold tests on.
 
-@dataclass(frozen=True)
-class _Options:
-    train_bags: int
-    val_bags: int
-    test_bags: int
-    missing_labels: float
-    missing_views: float
-    class_weights: ClassWeights
+    Attributes:
+        train_bags, val_bags, test_bags: how many to draw.
+        missing_labels: share of the training bags' labels, of each task, left out.
+        missing_views: share of the views of all instances left out; every instance keeps at least one.
+        class_weights: "balanced" or None.
+
+    Raises:
+        DataError: an option out of range.
+    """
+
+    train_bags: int = 1500
+    val_bags: int = 300
+    test_bags: int = 500
+    missing_labels: float = 0.1
+    missing_views: float = 0.1
+    class_weights: ClassWeights = None
 
     def __post_init__(self) -> None:
         for name in ("train_bags", "val_bags", "test_bags"):
@@ -223,66 +214,55 @@ class _Options:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
                 raise DataError(f"digits: {name}: expected a share in 0..1, below 1, got {value!r}")
 
+    def load_splits(self, path: str, seed: int) -> Splits:
+        """`path` says nothing. Raises DataError: no scikit-learn."""
+        _, digits = load_images()
+        everything = np.arange(len(digits), dtype=np.int64)
+        parts = split_images(digits, everything, _SHARES, generator(Stream.DIGIT_IMAGES, seed))
+        return self._draw(parts, [seed])
 
-def load_digits_source(
-    *,
-    seed: int = 0,
-    train_bags: int = 1500,
-    val_bags: int = 300,
-    test_bags: int = 500,
-    missing_labels: float = 0.1,
-    missing_views: float = 0.1,
-    class_weights: ClassWeights = None,
-) -> Splits:
-    """Bags of digits; tasks has_nine (binary), largest (10 classes), present (10 labels), mean (regression).
+    def load_folds(self, path: str, folds: int, repeats: int, seed: int) -> Iterator[Splits]:
+        """`path` says nothing. Raises DataError: no scikit-learn, folds or repeats out of range."""
+        _, digits = load_images()
+        check_folds("digits", folds, repeats, int(np.bincount(digits).min()))
+        everything = np.arange(len(digits), dtype=np.int64)
+        rest = _SHARES["train"] + _SHARES["val"]
+        shares = {split: _SHARES[split] / rest for split in ("train", "val")}
+        for repeat in range(repeats):
+            rng = generator(Stream.DIGIT_IMAGES, seed, repeat, folds)
+            parts = split_images(digits, everything, {str(fold): 1.0 / folds for fold in range(folds)}, rng)
+            for fold in range(folds):
+                test = parts[str(fold)]
+                others = np.setdiff1d(everything, test)
+                split = {**split_images(digits, others, shares, rng), "test": test}
+                yield self._draw(split, [seed, repeat, folds, fold])
 
-    Args:
-        seed: of everything drawn; the same bags on every machine.
-        train_bags, val_bags, test_bags: how many to draw.
-        missing_labels: share of the training bags' labels, of each task, left out.
-        missing_views: share of the views of all instances left out; every instance keeps at least one.
-        class_weights: "balanced" or None.
-
-    Raises:
-        DataError: an option out of range, or no scikit-learn.
-    """
-    options = _Options(train_bags, val_bags, test_bags, missing_labels, missing_views, class_weights)
-    _, digits = load_images()
-    everything = np.arange(len(digits), dtype=np.int64)
-    parts = split_images(digits, everything, _SHARES, generator(Stream.DIGIT_IMAGES, seed))
-    return _splits(parts, [seed], options)
-
-
-def fold_digits_source(
-    *,
-    folds: int,
-    repeats: int = 1,
-    seed: int = 0,
-    train_bags: int = 1500,
-    val_bags: int = 300,
-    test_bags: int = 500,
-    missing_labels: float = 0.1,
-    missing_views: float = 0.1,
-    class_weights: ClassWeights = None,
-) -> Iterator[Splits]:
-    """Cross-validation by images: a fold's test bags are drawn from images that no other fold tests on.
-
-    Options are those of `load_digits_source`.
-    """
-    options = _Options(train_bags, val_bags, test_bags, missing_labels, missing_views, class_weights)
-    _, digits = load_images()
-    check_folds("digits", folds, repeats, int(np.bincount(digits).min()))
-    everything = np.arange(len(digits), dtype=np.int64)
-    rest = _SHARES["train"] + _SHARES["val"]
-    shares = {split: _SHARES[split] / rest for split in ("train", "val")}
-    for repeat in range(repeats):
-        rng = generator(Stream.DIGIT_IMAGES, seed, repeat, folds)
-        parts = split_images(digits, everything, {str(fold): 1.0 / folds for fold in range(folds)}, rng)
-        for fold in range(folds):
-            test = parts[str(fold)]
-            others = np.setdiff1d(everything, test)
-            yield _splits(
-                {**split_images(digits, others, shares, rng), "test": test},
-                [seed, repeat, folds, fold],
-                options,
+    def _draw(self, parts: dict[str, IntArray], seed: Sequence[int]) -> Splits:
+        """Bags of the images of each split."""
+        images, digits = load_images()
+        views = image_views(images)
+        bags = {"train": self.train_bags, "val": self.val_bags, "test": self.test_bags}
+        datasets = {}
+        for stream, split in enumerate(SPLITS):
+            draw = draw_bags(digits, parts[split], bags[split], generator(Stream.DIGIT_BAGS, *seed, stream))
+            datasets[split] = _dataset(
+                split,
+                views,
+                digits,
+                draw,
+                self.missing_labels if split == "train" else 0.0,
+                self.missing_views,
+                generator(Stream.DIGIT_HOLES, *seed, stream),
             )
+        return Splits(
+            name="digits",
+            description=(
+                "bags of 3 to 30 handwritten digits in three views; "
+                f"{self.missing_views:.0%} of the views and {self.missing_labels:.0%} of the training "
+                "labels are missing"
+            ),
+            train=datasets["train"],
+            val=datasets["val"],
+            test=datasets["test"],
+            whole=concat(list(datasets.values()), "digits"),
+        ).fitted(self.class_weights)

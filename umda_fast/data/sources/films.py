@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ from umda_fast.data.bag import Bag, bag_labels
 from umda_fast.data.dataset import BagDataset
 from umda_fast.data.files.tables import read_rows
 from umda_fast.data.labels import ClassWeights
+from umda_fast.data.options import as_names, option, some_of
+from umda_fast.data.sources.base import BagSource, Folds, GivenSplit, OpenedSource
 from umda_fast.data.sources.text import WIDTH, text_features
 from umda_fast.data.sources.text import sentences as sentences_of
 from umda_fast.data.sources.text_encoder import SentenceEncoder
-from umda_fast.data.splits import SPLITS, Splits, held_out, k_fold, split_bags
+from umda_fast.data.splits import SPLITS, parts_of
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec
 
@@ -238,159 +240,15 @@ def _task(table: _Table, name: str, rows: IntArray, given: TaskSpec | None) -> t
     return given or TaskSpec(name, kind, len(labels), labels=labels), column
 
 
-@dataclass(frozen=True)
-class _Films:
-    path: Path
-    table: _Table
-    texts: dict[str, Any]
-    ptr: IntArray
-    posters: _FloatMatrix | None
-    fixed: dict[str, Any]
-    split: list[str] | None
-    tasks: tuple[str, ...]
-    given: dict[str, TaskSpec]
-
-    @property
-    def specs(self) -> list[ViewSpec]:
-        """The views, in the order of the masks' columns."""
-        arrays = self.texts if self.posters is None else {**self.texts, "poster": self.posters}
-        return [ViewSpec(name, array.shape[1]) for name, array in arrays.items()]
-
-    def dataset(self, rows: IntArray) -> BagDataset:
-        """All films, with the classes of those at `rows`."""
-        found = [_task(self.table, name, rows, self.given.get(name)) for name in self.tasks]
-        labels = {task.name: column for task, column in found}
-        specs = [task for task, _ in found]
-        store = FilmStore(self.table.column("id"), self.texts, self.ptr, self.posters, specs, labels)
-        return BagDataset(store, self.specs, specs, str(self.path))
-
-    def splits(
-        self, dataset: BagDataset, parts: Mapping[str, IntArray], class_weights: ClassWeights, how: str
-    ) -> Splits:
-        datasets = {split: dataset.subset(rows, f"{self.path} ({split})") for split, rows in parts.items()}
-        films, rows = len(dataset), int(dataset.sizes.sum())
-        description = f"{films} films, {rows} instances, {len(dataset.tasks)} task(s); {how}"
-        splits = Splits(self.path.resolve().name, description, **datasets, whole=dataset, fixed=self.fixed)
-        return splits.fitted(class_weights, keep=list(self.given))
-
-
-def _chosen(path: Path, argument: str, names: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
-    chosen = tuple(known) if names is None else (names,) if isinstance(names, str) else tuple(names)
-    strange = [name for name in chosen if name not in known]
-    if strange or not chosen:
-        got = repr(strange[0]) if strange else "none"
-        raise DataError(f"{path}: {argument}: expected some of {', '.join(known)}, got {got}")
-    return tuple(name for name in known if name in chosen)
-
-
-def _texts(
-    path: Path,
-    table: _Table,
-    views: Sequence[str],
-    fields: Sequence[str],
-    cut: bool,
-    width: int,
-    own: str | None,
-    encoder: str | None,
-    encoder_id: str | None,
-) -> tuple[dict[str, Any], IntArray, dict[str, Any]]:
-    """View -> features of all texts, the films' offsets in them, and what identifies the encoder."""
-    films = len(table.column("id"))
-    if "text" in views and own is not None:
-        if "embedding" in views:
-            raise DataError(f"{path}: expected `text` or `encoder`, got both: features of one's own have no words")
-        text, ptr = _own_text(Path(own), films)
-        return {"text": text}, ptr, {}
-    if not set(views) & {"text", "embedding"}:
-        return {}, np.arange(films + 1, dtype=np.int64), {}
-    plots = _plots(table, (fields,) if isinstance(fields, str) else fields, cut)
-    words = [text for plot in plots for text in plot]
-    texts: dict[str, Any] = {}
-    fixed: dict[str, Any] = {}
-    if "text" in views:
-        texts["text"] = text_features(words, width)
-    if "embedding" in views:
-        assert encoder is not None
-        model = SentenceEncoder(encoder)
-        if encoder_id not in (None, model.id):
-            raise DataError(
-                f"encoder {encoder!r}: expected the model with the id {encoder_id} (its width, then a hash of weights, "
-                f"tokeniser and pooling), which this run was trained with, got {model.id}"
-            )
-        texts["embedding"] = model.encode(words)
-        fixed["encoder_id"] = model.id
-    return texts, np.array([0, *(len(plot) for plot in plots)], dtype=np.int64).cumsum(), fixed
-
-
-def _open(
-    path: str,
-    views: Sequence[str] | None,
-    tasks: Sequence[str] | None,
-    fields: Sequence[str],
-    sentences: bool,
-    text_width: int,
-    text_features_file: str | None,
-    encoder: str | None,
-    encoder_id: str | None,
-    kinds: Sequence[TaskSpec] | None,
-) -> _Films:
-    place = Path(path)
-    table = _read_table(place / TABLE)
-    films = len(table.column("id"))
-    known = _VIEWS if encoder is not None else tuple(view for view in _VIEWS if view != "embedding")
-    if encoder is None and views is not None and "embedding" in views:
-        raise DataError(f"{path}: views: 'embedding' needs `encoder`, a sentence-transformers model, got none")
-    shown = _chosen(place, "views", views, known)
-    texts, ptr, fixed = _texts(
-        place, table, shown, fields, sentences, text_width, text_features_file, encoder, encoder_id
-    )
-    split = None
-    if "split" in table.columns:
-        split = table.column("split")
-        for film, value in zip(table.column("id"), split, strict=True):
-            if value not in SPLITS:
-                expected = ", ".join(SPLITS)
-                raise DataError(f"{table.path}: split of film {film!r}: expected one of {expected}, got {value!r}")
-    given = {task.name: task for task in kinds or () if task.name in TASKS}
-    return _Films(
-        path=place,
-        table=table,
-        texts=texts,
-        ptr=ptr,
-        posters=_posters(place / POSTERS, films) if "poster" in shown else None,
-        fixed=fixed,
-        split=split,
-        tasks=_chosen(place, "tasks", tasks, tuple(TASKS)),
-        given=given,
-    )
-
-
-def load_films_source(
-    path: str,
-    *,
-    seed: int = 0,
-    views: Sequence[str] | None = None,
-    tasks: Sequence[str] | None = None,
-    fields: Sequence[str] = ("overview", "tagline"),
-    sentences: bool = True,
-    text_width: int = WIDTH,
-    text: str | None = None,
-    encoder: str | None = None,
-    encoder_id: str | None = None,
-    kinds: Sequence[TaskSpec] | None = None,
-    val_share: float = 0.1,
-    test_share: float = 0.1,
-    class_weights: ClassWeights = None,
-) -> Splits:
+@dataclass(frozen=True, kw_only=True)
+class FilmsSource(BagSource):
     """Films from a directory, split as its table says.
 
     A table that has train and val only leaves nothing to choose weights and thresholds on but what is reported:
     its val is then the test split, and val is taken out of train, stratified. Without a column `split` the films
-    are split at random.
+    are split at random. Cross-validation does not use the column.
 
-    Args:
-        path: the directory.
-        seed: of the splits.
+    Attributes:
         views, tasks: those to use; None for all.
         fields: columns of the table that make the plot, for example with `title` among them.
         sentences: whether each sentence is an instance beside the whole plot, or the plot is the only one.
@@ -402,54 +260,102 @@ def load_films_source(
         kinds: specs with fixed classes, as another dataset's `tasks`; genres that they lack are left out.
         val_share, test_share: of the films, where the table does not say.
         class_weights: "balanced" or None.
-
-    Raises:
-        DataError: naming the file and the column or row, what was expected and what came.
     """
-    films = _open(path, views, tasks, fields, sentences, text_width, text, encoder, encoder_id, kinds)
-    count = len(films.ptr) - 1
-    if films.split is None:
-        shares = {"train": 1.0 - val_share - test_share, "val": val_share, "test": test_share}
-        dataset = films.dataset(np.arange(count))
-        return films.splits(dataset, split_bags(dataset, shares, seed), class_weights, "split at random")
-    said = np.array(films.split)
-    parts = {split: np.flatnonzero(said == split) for split in SPLITS}
-    dataset = films.dataset(parts["train"])
-    how = "split as the table says"
-    if not len(parts["test"]):
-        parts["test"], parts["val"] = parts["val"], parts["test"]
-        how = "test is the table's val, val is taken out of its train"
-    if not len(parts["val"]):
-        parts |= held_out(dataset, parts["train"], val_share, seed)
-    return films.splits(dataset, parts, class_weights, how)
+
+    views: Sequence[str] | None = None
+    tasks: Sequence[str] | None = None
+    fields: Sequence[str] = ("overview", "tagline")
+    sentences: bool = True
+    text_width: int = WIDTH
+    text: str | None = option(None, local=True)
+    encoder: str | None = None
+    encoder_id: str | None = None
+    kinds: Sequence[TaskSpec] | None = None
+    val_share: float = 0.1
+    test_share: float = option(0.1, folds=False)
+    class_weights: ClassWeights = None
+
+    def open(self, path: str, folds: Folds | None) -> OpenedSource:
+        """Raises DataError naming the file and the column or row, what was expected and what came."""
+        place = Path(path)
+        table = _read_table(place / TABLE)
+        films = table.column("id")
+        views = self._views(place)
+        texts, ptr, fixed = self._texts(place, table, views)
+        split = _split_column(table)
+        posters = _posters(place / POSTERS, len(films)) if "poster" in views else None
+        arrays = texts if posters is None else {**texts, "poster": posters}
+        tasks = some_of(place, "tasks", self.tasks, tuple(TASKS))
+        given = [] if split is None or folds is not None else [_given_split(split)]
+        # Classes are those of the films that the table trains on, also where val is then taken out of them.
+        rows = given[0].parts["train"] if given else np.arange(len(films))
+        kinds = {task.name: task for task in self.kinds or () if task.name in TASKS}
+        found = [_task(table, name, rows, kinds.get(name)) for name in tasks]
+        specs = [task for task, _ in found]
+        store = FilmStore(films, texts, ptr, posters, specs, {task.name: column for task, column in found})
+        widths = [ViewSpec(name, array.shape[1]) for name, array in arrays.items()]
+        dataset = BagDataset(store, widths, specs, str(place))
+        return OpenedSource(
+            dataset,
+            name=place.resolve().name,
+            summary=f"{len(dataset)} films, {int(dataset.sizes.sum())} instances, {len(specs)} task(s)",
+            given=given,
+            keep=list(kinds),
+            fixed=fixed,
+        )
+
+    def _views(self, place: Path) -> tuple[str, ...]:
+        known = _VIEWS if self.encoder is not None else tuple(view for view in _VIEWS if view != "embedding")
+        if self.encoder is None and self.views is not None and "embedding" in self.views:
+            raise DataError(f"{place}: views: 'embedding' needs `encoder`, a sentence-transformers model, got none")
+        return some_of(place, "views", self.views, known)
+
+    def _texts(
+        self, place: Path, table: _Table, views: Sequence[str]
+    ) -> tuple[dict[str, Any], IntArray, dict[str, Any]]:
+        """View -> features of all texts, the films' offsets in them, and what identifies the encoder."""
+        films = len(table.column("id"))
+        if "text" in views and self.text is not None:
+            if "embedding" in views:
+                raise DataError(f"{place}: expected `text` or `encoder`, got both: features of one's own have no words")
+            text, ptr = _own_text(Path(self.text), films)
+            return {"text": text}, ptr, {}
+        if not set(views) & {"text", "embedding"}:
+            return {}, np.arange(films + 1, dtype=np.int64), {}
+        plots = _plots(table, as_names(self.fields), self.sentences)
+        words = [text for plot in plots for text in plot]
+        texts: dict[str, Any] = {}
+        fixed: dict[str, Any] = {}
+        if "text" in views:
+            texts["text"] = text_features(words, self.text_width)
+        if "embedding" in views:
+            assert self.encoder is not None
+            model = SentenceEncoder(self.encoder)
+            if self.encoder_id not in (None, model.id):
+                raise DataError(
+                    f"encoder {self.encoder!r}: expected the model with the id {self.encoder_id} (its width, then a "
+                    f"hash of weights, tokeniser and pooling), which this run was trained with, got {model.id}"
+                )
+            texts["embedding"] = model.encode(words)
+            fixed["encoder_id"] = model.id
+        return texts, np.array([0, *(len(plot) for plot in plots)], dtype=np.int64).cumsum(), fixed
 
 
-def fold_films_source(
-    path: str,
-    *,
-    folds: int,
-    repeats: int = 1,
-    seed: int = 0,
-    views: Sequence[str] | None = None,
-    tasks: Sequence[str] | None = None,
-    fields: Sequence[str] = ("overview", "tagline"),
-    sentences: bool = True,
-    text_width: int = WIDTH,
-    text: str | None = None,
-    encoder: str | None = None,
-    encoder_id: str | None = None,
-    kinds: Sequence[TaskSpec] | None = None,
-    val_share: float = 0.1,
-    class_weights: ClassWeights = None,
-) -> Iterator[Splits]:
-    """Stratified cross-validation over all films; `val_share` of every fold's other films validate.
+def _split_column(table: _Table) -> list[str] | None:
+    """The table's column `split`, if it has one."""
+    if "split" not in table.columns:
+        return None
+    split = table.column("split")
+    for film, value in zip(table.column("id"), split, strict=True):
+        if value not in SPLITS:
+            expected = ", ".join(SPLITS)
+            raise DataError(f"{table.path}: split of film {film!r}: expected one of {expected}, got {value!r}")
+    return split
 
-    The table's `split` is not used. Raises as `load_films_source`.
-    """
-    films = _open(path, views, tasks, fields, sentences, text_width, text, encoder, encoder_id, kinds)
-    dataset = films.dataset(np.arange(len(films.ptr) - 1))
-    for fold in k_fold(dataset, folds, repeats, seed):
-        # Its own stream for every fold, or all folds would break ties alike.
-        inner = held_out(dataset, fold.train, val_share, seed + folds * fold.repeat + fold.fold)
-        how = f"fold {fold.fold + 1} of {folds}, repeat {fold.repeat + 1}"
-        yield films.splits(dataset, {**inner, "test": fold.test}, class_weights, how)
+
+def _given_split(split: Sequence[str]) -> GivenSplit:
+    parts = parts_of(split)
+    if len(parts["test"]):
+        return GivenSplit(parts, "split as the table says")
+    parts["test"], parts["val"] = parts["val"], parts["test"]
+    return GivenSplit(parts, "test is the table's val, val is taken out of its train")

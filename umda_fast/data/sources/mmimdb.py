@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from umda_fast.data.arrays import FloatArray, IntArray
 from umda_fast.data.bag import Bag, bag_labels
 from umda_fast.data.dataset import BagDataset
 from umda_fast.data.labels import ClassWeights
-from umda_fast.data.splits import Splits, held_out, k_fold, split_bags
+from umda_fast.data.options import option, some_of
+from umda_fast.data.sources.base import BagSource, Folds, GivenSplit, OpenedSource
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec
 
@@ -91,18 +93,13 @@ class FilmRows:
         return Bag(self.names[index], views, mask, bag_labels(self._tasks, self.labels, index))
 
 
-def _open_source(
+def _open_file(
     path: str, views: Sequence[str] | None, kinds: Sequence[TaskSpec] | None
 ) -> tuple[BagDataset, dict[str, IntArray] | None]:
     """All films, and the rows of the splits that the file names."""
     import h5py
 
-    chosen = tuple(VIEWS) if views is None else (views,) if isinstance(views, str) else tuple(views)
-    strange = [name for name in chosen if name not in VIEWS]
-    if strange or not chosen:
-        got = repr(strange[0]) if strange else "none"
-        raise DataError(f"{path}: views: expected some of {', '.join(VIEWS)}, got {got}")
-    chosen = tuple(name for name in VIEWS if name in chosen)
+    chosen = some_of(path, "views", views, tuple(VIEWS))
     try:
         with h5py.File(path, "r") as file:
             genres = _dataset(path, file, TASK)
@@ -181,69 +178,32 @@ def _parts(path: str, split: Any, rows: int) -> dict[str, IntArray] | None:
     return {name: np.arange(*bounds.get(name, (0, 0)), dtype=np.int64) for name in ("train", "val", "test")}
 
 
-def _make_splits(
-    dataset: BagDataset, parts: Mapping[str, IntArray], weights: ClassWeights, fixed: bool, how: str
-) -> Splits:
-    path = dataset.name
-    datasets = {split: dataset.subset(rows, f"{path} ({split})") for split, rows in parts.items()}
-    description = f"{len(dataset)} films of MM-IMDb, {dataset.tasks[0].classes} genres; {how}"
-    train, val, test = (datasets[split] for split in ("train", "val", "test"))
-    splits = Splits(Path(path).stem, description, train, val, test, whole=dataset)
-    return splits.fitted(weights, keep=[TASK] if fixed else [])
-
-
-def load_mmimdb_source(
-    path: str,
-    *,
-    seed: int = 0,
-    views: Sequence[str] | None = None,
-    kinds: Sequence[TaskSpec] | None = None,
-    val_share: float = 0.1,
-    test_share: float = 0.3,
-    class_weights: ClassWeights = None,
-) -> Splits:
+@dataclass(frozen=True, kw_only=True)
+class MmimdbSource(BagSource):
     """MM-IMDb's films in the file's own split (rows 0:15552 train, :18160 val, :25959 test of the whole data set).
 
-    Args:
-        path: the file.
-        seed: of a split that the file does not have.
+    Cross-validation does not use that split.
+
+    Attributes:
         views: `text`, `poster`; None for both.
         kinds: specs with fixed classes, as a model's tasks; the genres must be the file's.
         val_share, test_share: of a file that names no split and is not the whole data set.
         class_weights: "balanced" or None.
-
-    Raises:
-        DataError: naming the file and the dataset in it, what was expected and what came.
     """
-    dataset, parts = _open_source(path, views, kinds)
-    how = "split as published"
-    if parts is None:
-        how = "split at random"
-        shares = {"train": 1.0 - val_share - test_share, "val": val_share, "test": test_share}
-        parts = split_bags(dataset, shares, seed)
-    elif not len(parts["val"]):
-        parts |= held_out(dataset, parts["train"], val_share, seed)
-    return _make_splits(dataset, parts, class_weights, kinds is not None, how)
 
+    views: Sequence[str] | None = None
+    kinds: Sequence[TaskSpec] | None = None
+    val_share: float = 0.1
+    test_share: float = option(0.3, folds=False)
+    class_weights: ClassWeights = None
 
-def fold_mmimdb_source(
-    path: str,
-    *,
-    folds: int,
-    repeats: int = 1,
-    seed: int = 0,
-    views: Sequence[str] | None = None,
-    kinds: Sequence[TaskSpec] | None = None,
-    val_share: float = 0.1,
-    class_weights: ClassWeights = None,
-) -> Iterator[Splits]:
-    """Stratified cross-validation over all films; `val_share` of every fold's other films validate.
-
-    The file's split is not used. Raises as `load_mmimdb_source`.
-    """
-    dataset, _ = _open_source(path, views, kinds)
-    for fold in k_fold(dataset, folds, repeats, seed):
-        # Its own stream for every fold, or all folds would break ties alike.
-        inner = held_out(dataset, fold.train, val_share, seed + folds * fold.repeat + fold.fold)
-        how = f"fold {fold.fold + 1} of {folds}, repeat {fold.repeat + 1}"
-        yield _make_splits(dataset, {**inner, "test": fold.test}, class_weights, kinds is not None, how)
+    def open(self, path: str, folds: Folds | None) -> OpenedSource:
+        """Raises DataError naming the file and the dataset in it, what was expected and what came."""
+        dataset, parts = _open_file(path, self.views, self.kinds)
+        return OpenedSource(
+            dataset,
+            name=Path(path).stem,
+            summary=f"{len(dataset)} films of MM-IMDb, {dataset.tasks[0].classes} genres",
+            given=[] if parts is None or folds is not None else [GivenSplit(parts, "split as published")],
+            keep=[] if self.kinds is None else [TASK],
+        )

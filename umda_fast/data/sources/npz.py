@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ import numpy.typing as npt
 
 from umda_fast.data.dataset import BagDataset
 from umda_fast.data.labels import ClassWeights, KindOverrides, fixed_tasks
-from umda_fast.data.splits import SPLITS, Splits, held_out, k_fold, split_bags
+from umda_fast.data.options import option
+from umda_fast.data.sources.base import BagSource, Folds, GivenSplit, OpenedSource
+from umda_fast.data.splits import SPLITS, parts_of
 from umda_fast.errors import DataError
 
 _RESERVED = (
@@ -196,78 +198,42 @@ def open_npz(path: str, kinds: KindOverrides | None = None, ignore: Sequence[str
     return _File(dataset, strings("groups"), split)
 
 
-def _make_splits(
-    path: str,
-    dataset: BagDataset,
-    parts: Mapping[str, npt.NDArray[np.int64]],
-    kinds: KindOverrides | None,
-    class_weights: ClassWeights,
-) -> Splits:
-    datasets = {split: dataset.subset(rows, f"{path} ({split})") for split, rows in parts.items()}
-    bags, rows = len(dataset), int(dataset.sizes.sum())
-    description = f"{bags} bags, {rows} instances, {len(dataset.views)} view(s), {len(dataset.tasks)} task(s)"
-    name = Path(path).stem
-    splits = Splits(name, description, datasets["train"], datasets["val"], datasets["test"], whole=dataset)
-    return splits.fitted(class_weights, keep=fixed_tasks(kinds))
+@dataclass(frozen=True, kw_only=True)
+class NpzSource(BagSource):
+    """Bags from an `.npz` file, split as its `split` array says or else at random.
 
+    With a `split` array that has no val, bags are taken from train for it; one without test leaves test empty.
+    Cross-validation does not use it.
 
-def load_npz_source(
-    path: str,
-    *,
-    seed: int = 0,
-    kinds: KindOverrides | None = None,
-    val_share: float = 0.15,
-    test_share: float = 0.2,
-    class_weights: ClassWeights = None,
-    ignore: Sequence[str] = (),
-) -> Splits:
-    """Bags from an `.npz` file, split as its `split` array says or else at random, stratified.
-
-    With a `split` array that has no val, bags are taken from train for it; one without test leaves test
-    empty.
-
-    Args:
-        path: the file.
-        seed: of the split.
+    Attributes:
         kinds: as in `BagDataset.from_arrays`; {"Y": "multilabel"} makes the columns of Y one task.
         val_share, test_share: of the bags.
         class_weights: "balanced" or None.
         ignore: arrays of the file to leave out.
-
-    Raises:
-        DataError: naming the file and the array, what was expected and what came.
     """
-    file = open_npz(path, kinds, ignore)
-    dataset = file.dataset
-    if file.split is None:
-        shares = {"train": 1.0 - val_share - test_share, "val": val_share, "test": test_share}
-        parts = split_bags(dataset, shares, seed, file.groups)
-    else:
-        said = np.array(file.split)
-        parts = {split: np.flatnonzero(said == split) for split in SPLITS}
-        if not len(parts["val"]):
-            parts |= held_out(dataset, parts["train"], val_share, seed, file.groups)
-    return _make_splits(path, dataset, parts, kinds, class_weights)
 
+    kinds: KindOverrides | None = None
+    val_share: float = 0.15
+    test_share: float = option(0.2, folds=False)
+    class_weights: ClassWeights = None
+    ignore: Sequence[str] = ()
 
-def fold_npz_source(
-    path: str,
-    *,
-    folds: int,
-    repeats: int = 1,
-    seed: int = 0,
-    kinds: KindOverrides | None = None,
-    val_share: float = 0.15,
-    class_weights: ClassWeights = None,
-    ignore: Sequence[str] = (),
-) -> Iterator[Splits]:
-    """Stratified cross-validation over all bags of the file; `val_share` of every fold's other bags validate.
+    def describe(self, opened: OpenedSource, how: str) -> str:
+        """What the file holds."""
+        return opened.summary
 
-    The file's `split` array is not used. Raises as `load_npz_source`.
-    """
-    file = open_npz(path, kinds, ignore)
-    dataset = file.dataset
-    for fold in k_fold(dataset, folds, repeats, seed, file.groups):
-        # Its own stream for every fold, or all folds would break ties alike.
-        inner = held_out(dataset, fold.train, val_share, seed + folds * fold.repeat + fold.fold, file.groups)
-        yield _make_splits(path, dataset, {**inner, "test": fold.test}, kinds, class_weights)
+    def open(self, path: str, folds: Folds | None) -> OpenedSource:
+        """Raises DataError naming the file and the array, what was expected and what came."""
+        file = open_npz(path, self.kinds, self.ignore)
+        dataset, given = file.dataset, []
+        if file.split is not None and folds is None:
+            given = [GivenSplit(parts_of(file.split), "split as the file says")]
+        size = f"{len(dataset)} bags, {int(dataset.sizes.sum())} instances"
+        return OpenedSource(
+            dataset,
+            name=Path(path).stem,
+            summary=f"{size}, {len(dataset.views)} view(s), {len(dataset.tasks)} task(s)",
+            groups=file.groups,
+            given=given,
+            keep=fixed_tasks(self.kinds),
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -11,11 +10,13 @@ from typing import Any
 
 from umda_fast.data.files.layouts import is_slides
 from umda_fast.data.files.packed import is_pack
-from umda_fast.data.sources.digits import fold_digits_source, load_digits_source
-from umda_fast.data.sources.films import fold_films_source, is_films, load_films_source
-from umda_fast.data.sources.mmimdb import fold_mmimdb_source, is_mmimdb, load_mmimdb_source
-from umda_fast.data.sources.npz import fold_npz_source, is_npz, load_npz_source
-from umda_fast.data.sources.slides import fold_slides_source, load_slides_source
+from umda_fast.data.options import local_options, option_names
+from umda_fast.data.sources.base import Source
+from umda_fast.data.sources.digits import DigitsSource, is_digits
+from umda_fast.data.sources.films import FilmsSource, is_films
+from umda_fast.data.sources.mmimdb import MmimdbSource, is_mmimdb
+from umda_fast.data.sources.npz import NpzSource, is_npz
+from umda_fast.data.sources.slides import SlidesSource
 from umda_fast.data.splits import Splits
 from umda_fast.errors import DataError
 
@@ -28,78 +29,35 @@ class SourceFormat:
         name: what `format=` calls it.
         summary: what it is, for messages.
         recognises: whether a source is of this kind, from its content.
-        load: the source (if it is a path), seed and options to splits.
-        fold: the source (if it is a path), folds, repeats, seed and options to one `Splits` for every fold.
-        is_path: whether `load` and `fold` take the source.
-        local: options that say something about one source only, such as files beside it; they are not for another.
+        source: the `Source` made with options: a dataclass of them.
     """
 
     name: str
     summary: str
     recognises: Callable[[str], bool]
-    load: Callable[..., Splits]
-    fold: Callable[..., Iterator[Splits]]
-    is_path: bool = True
-    local: tuple[str, ...] = ()
+    source: Callable[..., Source]
 
     def options(self, folds: bool = False) -> tuple[str, ...]:
-        """Names of the options that `load`, or for cross-validation `fold`, takes."""
-        parameters = inspect.signature(self.fold if folds else self.load).parameters.values()
-        names = (parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
-        return tuple(name for name in names if name not in ("seed", "folds", "repeats"))
+        """Names of the options of a source, or of its cross-validation."""
+        return option_names(self.source, folds)
+
+    @property
+    def local(self) -> tuple[str, ...]:
+        """Options that say something about one source only, such as files beside it; they are not for another."""
+        return local_options(self.source)
 
 
-_SLIDES_LOCAL = ("labels", "tasks", "ignore", "splits", "fold", "mpp")
+_SLIDES = "a directory of bags (.h5 as CLAM, TRIDENT or STAMP write it, .pt, .npz) beside a labels.csv"
 
 FORMATS: tuple[SourceFormat, ...] = (
-    SourceFormat(
-        "digits",
-        "`digits`, scikit-learn's handwritten digits",
-        lambda source: source == "digits",
-        load_digits_source,
-        fold_digits_source,
-        is_path=False,
-    ),
-    SourceFormat(
-        "npz",
-        "an .npz file with X or X_<view>, ptr, y or Y",
-        is_npz,
-        load_npz_source,
-        fold_npz_source,
-    ),
-    SourceFormat(
-        "pack",
-        "a directory that `umda-fast pack` made",
-        is_pack,
-        load_slides_source,
-        fold_slides_source,
-        local=_SLIDES_LOCAL,
-    ),
-    SourceFormat(
-        "films",
-        "a directory with movies.csv and poster_features.npy",
-        is_films,
-        load_films_source,
-        fold_films_source,
-        local=("text",),
-    ),
-    SourceFormat(
-        "mmimdb",
-        "MM-IMDb's multimodal_imdb.hdf5",
-        is_mmimdb,
-        load_mmimdb_source,
-        fold_mmimdb_source,
-    ),
-    # The least particular kind of directory, so the last.
-    SourceFormat(
-        "slides",
-        "a directory of bags (.h5 as CLAM, TRIDENT or STAMP write it, .pt, .npz) beside a labels.csv",
-        is_slides,
-        load_slides_source,
-        fold_slides_source,
-        local=_SLIDES_LOCAL,
-    ),
+    SourceFormat("digits", "`digits`, scikit-learn's handwritten digits", is_digits, DigitsSource),
+    SourceFormat("npz", "an .npz file with X or X_<view>, ptr, y or Y", is_npz, NpzSource),
+    SourceFormat("pack", "a directory that `umda-fast pack` made", is_pack, SlidesSource),
+    SourceFormat("films", "a directory with movies.csv and poster_features.npy", is_films, FilmsSource),
+    SourceFormat("mmimdb", "MM-IMDb's multimodal_imdb.hdf5", is_mmimdb, MmimdbSource),
+    SourceFormat("slides", _SLIDES, is_slides, SlidesSource),  # the least particular kind of directory, so the last
 )
+"""Every kind of source, in the order in which they are tried."""
 
 
 def find_format(source: str, format: str | None = None) -> SourceFormat:
@@ -122,19 +80,14 @@ def find_format(source: str, format: str | None = None) -> SourceFormat:
     raise DataError(f"{source}: {what}; expected {understood}")
 
 
-def _checked(
-    source: str | PathLike[str], format: str | None, options: dict[str, Any], folds: bool
-) -> tuple[SourceFormat, list[str]]:
-    """The source's kind and its positional arguments, after a look at the options."""
-    text = fspath(source)
+def _checked(text: str, format: str | None, options: dict[str, Any], folds: bool) -> Source:
+    """The source's kind with its options, after a look at their names."""
     known = find_format(text, format)
     understood = known.options(folds)
     for name in options:
         if name not in understood:
-            raise DataError(
-                f"{text}: option {name!r}: expected one of {', '.join(understood)} for {known.name}"
-            )
-    return known, [text] if known.is_path else []
+            raise DataError(f"{text}: option {name!r}: expected one of {', '.join(understood)} for {known.name}")
+    return known.source(**options)
 
 
 def load_source(
@@ -147,13 +100,13 @@ def load_source(
             content.
         format: name of the kind, instead.
         seed: of splits and draws; the same data on every machine.
-        options: of the kind, see `load_digits_source`, `load_npz_source`, `load_slides_source`.
+        options: of the kind, see `DigitsSource`, `NpzSource`, `SlidesSource`, `FilmsSource`, `MmimdbSource`.
 
     Raises:
         DataError: naming the source and what in it was wrong, or what is understood.
     """
-    known, where = _checked(source, format, options, folds=False)
-    return known.load(*where, seed=seed, **options)
+    path = fspath(source)
+    return _checked(path, format, options, folds=False).load_splits(path, seed)
 
 
 def load_folds(
@@ -173,5 +126,5 @@ def load_folds(
     Raises:
         DataError: as `load_source`; folds or repeats out of range.
     """
-    known, where = _checked(source, format, options, folds=True)
-    return known.fold(*where, folds=folds, repeats=repeats, seed=seed, **options)
+    path = fspath(source)
+    return _checked(path, format, options, folds=True).load_folds(path, folds, repeats, seed)
