@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umda_fast.data.arrays import IntArray
+from umda_fast.data.files.file_options import FileOptions
 from umda_fast.data.files.header_fields import check_pixel_size
-from umda_fast.data.files.index import FileIndex, FileOptions, SlideIndex
+from umda_fast.data.files.index import FileIndex, SlideIndex
 from umda_fast.data.files.labels_table import LabelTable, match_names, read_labels
 from umda_fast.data.files.names import plain_name
 from umda_fast.data.files.packed import PackIndex, is_pack

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 
 from umda_fast.data.files.directory import LabelOptions, OpenedSlides, open_slides
-from umda_fast.data.files.index import FileIndex, FileOptions, Matching
+from umda_fast.data.files.file_options import FileOptions, Matching
+from umda_fast.data.files.index import FileIndex
 from umda_fast.data.files.layouts import is_slides
 from umda_fast.data.files.packed import COORDS, DTYPES, MANIFEST, MASK, VERSION, checksum, view_file
 from umda_fast.data.files.tables import read_rows

@@ -13,7 +13,8 @@ from umda_fast.data.arrays import FloatArray, IntArray
 from umda_fast.data.bag import Bag, bag_labels
 from umda_fast.data.dataset import BagDataset
 from umda_fast.data.files.directory import LabelOptions, OpenedSlides, open_slides
-from umda_fast.data.files.index import FileOptions, SlideIndex
+from umda_fast.data.files.file_options import FileOptions
+from umda_fast.data.files.index import SlideIndex
 from umda_fast.data.files.table_columns import read_metadata, read_tasks
 from umda_fast.data.labels import ClassWeights, fixed_tasks, label_columns
 from umda_fast.data.options import option
