@@ -19,16 +19,7 @@ from torch import Tensor
 from umda_fast.ops import NeighborGraph, edge_cosine, knn_graph, neighbor_attention, neighbor_sum, smoothness_energy
 from umda_fast.reference import neighbors as reference
 
-from .harness import (
-    medians,
-    parser,
-    peak_growth,
-    print_peak_growth,
-    report,
-    require_parity,
-    start,
-    traffic_note,
-)
+from .harness import medians, parser, peak_growth, print_peak_growth, report, require_parity, start, traffic_note
 
 try:
     from torch_geometric.nn import GATConv

@@ -122,6 +122,11 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def optional(package: str, name: str, function: Function) -> tuple[dict[str, Function], dict[str, str]]:
+    """A contender that imports a package when it is called: as `Problem.contenders`, or else as `Problem.absent`."""
+    return ({name: function}, {}) if installed(package) else ({}, {name: f"{package} is not installed"})
+
+
 @contextmanager
 def untiled() -> Iterator[None]:
     """The reference of message passing in one piece, as a user would write it: its tiles save memory, cost time, and
@@ -485,15 +490,12 @@ def neighbor_attention(n: int, place: Place) -> Problem:
     log_weight = _weights(n, place).detach().log().requires_grad_()
     row = HEADS * HEAD_DIM * q.element_size()
     count = edges.table.numel()
+    geometric, absent = optional("torch_geometric", PYG, _geometric_attention(edges))
     contenders: dict[str, Function] = {
         OURS: lambda q, k, v, w: ops.neighbor_attention(q, k, v, edges.graph, w),
         EAGER: lambda q, k, v, w: reference_attention(q, k, v, w, edges.table, None, True)[0],
+        **geometric,
     }
-    absent = {}
-    if installed("torch_geometric"):
-        contenders[PYG] = _geometric_attention(edges)
-    else:
-        absent[PYG] = "torch_geometric is not installed"
     return Problem(
         "neighbor_attention",
         f"N = {n:,}, k = {DEGREE}, {HEADS} heads x {HEAD_DIM}",
@@ -537,6 +539,7 @@ def neighbor_sum(n: int, place: Place) -> Problem:
             warnings.simplefilter("ignore", UserWarning)  # that CSR is young
             return torch.sparse_csr_tensor(edges.indptr, edges.source, values, (n, n)) @ x
 
+    geometric, absent = optional("torch_geometric", PYG, _geometric_sum(edges))
     contenders: dict[str, Function] = {
         OURS: lambda x, w: ops.neighbor_sum(x, edges.graph, w),
         EAGER: lambda x, w: reference_sum(x, w, edges.table),
@@ -544,12 +547,8 @@ def neighbor_sum(n: int, place: Place) -> Problem:
         "F.embedding_bag": lambda x, w: F.embedding_bag(
             edges.source.view(n, DEGREE), x, mode="sum", per_sample_weights=w.to(x.dtype)
         ),
+        **geometric,
     }
-    absent = {}
-    if installed("torch_geometric"):
-        contenders[PYG] = _geometric_sum(edges)
-    else:
-        absent[PYG] = "torch_geometric is not installed"
     return Problem(
         "neighbor_sum",
         f"N = {n:,}, k = {DEGREE}, D = {WIDTH}",
@@ -613,24 +612,19 @@ def bag_pool(n: int, place: Place) -> Problem:
     ptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(place.device)
     index = torch.arange(bags, device=place.device).repeat_interleave(ptr.diff(), output_size=n)
     z, scores = place.normal(n, WIDTH), place.normal(n, TASKS)
+
+    def pooled(z: Tensor, scores: Tensor) -> Tensor:
+        from torch_geometric.utils import scatter, softmax
+
+        weights = softmax(scores, index, num_nodes=bags)
+        return torch.stack([scatter(w[:, None] * z, index, dim_size=bags, reduce="sum") for w in weights.unbind(1)], 1)
+
+    geometric, absent = optional("torch_geometric", f"{PYG} softmax + scatter", pooled)
     contenders: dict[str, Function] = {
         OURS: lambda z, s: ops.bag_attention_pool(z, s, ptr).pooled,
         EAGER: lambda z, s: reference_bag_pool(z, s, ptr)[0],
+        **geometric,
     }
-    absent = {}
-    if installed("torch_geometric"):
-
-        def geometric(z: Tensor, scores: Tensor) -> Tensor:
-            from torch_geometric.utils import scatter, softmax
-
-            weights = softmax(scores, index, num_nodes=bags)
-            return torch.stack(
-                [scatter(w[:, None] * z, index, dim_size=bags, reduce="sum") for w in weights.unbind(1)], 1
-            )
-
-        contenders[f"{PYG} softmax + scatter"] = geometric
-    else:
-        absent[f"{PYG} softmax + scatter"] = "torch_geometric is not installed"
     return Problem(
         "bag_pool",
         f"{n:,} x {WIDTH} in {bags} ragged bags, T = {TASKS}",
@@ -708,23 +702,20 @@ def task_gradient_statistics(columns: int, place: Place) -> Problem:
         corrected = mean * correction[:, None]
         return corrected @ corrected.T
 
+
+    def jacobian_descent(grads: Tensor) -> Tensor:
+        from torchjd.aggregation import IMTLG
+
+        means[1].mul_(beta).add_(grads, alpha=1 - beta)
+        return IMTLG()(means[1])
+
+    torchjd, absent = optional("torchjd", "torchjd IMTLG, combination included", jacobian_descent)
     contenders: dict[str, Function] = {
         OURS: lambda grads: ops.task_gradient_statistics(grads, means[0], beta=beta, step=3),
         EAGER: lambda grads: reference_statistics([grads], means[1], correction, None, beta),
         "stack + matmul": stacked,
+        **torchjd,
     }
-    absent = {}
-    if installed("torchjd"):
-
-        def jacobian_descent(grads: Tensor) -> Tensor:
-            from torchjd.aggregation import IMTLG
-
-            means[1].mul_(beta).add_(grads, alpha=1 - beta)
-            return IMTLG()(means[1])
-
-        contenders["torchjd IMTLG, combination included"] = jacobian_descent
-    else:
-        absent["torchjd IMTLG, combination included"] = "torchjd is not installed"
     return Problem(
         "task_gradient_statistics",
         f"T = {TASKS}, P = {columns:,}",
