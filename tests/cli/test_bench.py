@@ -7,17 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.command_line import call
 from umda_fast import ops
-from umda_fast.cli import main
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Exit code, standard output, standard error."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    code = stop.value.code
+    code = call(*arguments)
     out, err = capsys.readouterr()
-    return (code if isinstance(code, int) else 0), out, err
+    return code, out, err
 
 
 def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

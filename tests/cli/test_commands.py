@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.command_line import call
 from umda_fast.cli import main
 from umda_fast.cli.app import COMMANDS
 from umda_fast.errors import DataError
@@ -22,13 +23,6 @@ SMALL = {
     "model": {"width": 16, "heads": 2, "layers": 1},
     "train": {"epochs": 2, "log_steps": 2},
 }
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    code = stopped.value.code
-    return code if isinstance(code, int) else 0 if code is None else 1
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from umda_fast.cli import main
+from tests.command_line import call
 
 SMALL = "{train_bags: 20, val_bags: 12, test_bags: 12}"
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    return 0 if stopped.value.code is None else int(str(stopped.value.code))
 
 
 def test_compare_prints_and_leaves_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.cli.test_commands import call
+from tests.command_line import call
 from tests.slide_files import grid, write_clam, write_labels, write_stamp, write_trident
 
 NAMES = [f"slide-{index:02d}" for index in range(16)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cli.test_commands import call
+from tests.command_line import call
 from tests.small import small_config, small_data
 from umda_fast.data import BagDataset
 from umda_fast.errors import DataError
