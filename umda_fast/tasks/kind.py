@@ -222,7 +222,10 @@ class TaskKind(ABC):
 
     @abstractmethod
     def decode(self, task: TaskSpec, logits: Tensor) -> Tensor:
-        """The prediction: probabilities or values in original units, [B, outputs], of float32 or float64 logits."""
+        """The prediction, probabilities or values in original units, [B, n], of float32 or float64 logits.
+
+        n is the kind's own choice; of the kinds here it is `outputs`.
+        """
 
     @abstractmethod
     def mean_logits(self, tasks: Sequence[TaskSpec], logits: Sequence[Tensor]) -> Tensor:
