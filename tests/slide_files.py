@@ -108,3 +108,13 @@ def write_labels(path: Path, columns: dict[str, list[Any]], delimiter: str = ","
     rows = [list(columns), *zip(*columns.values(), strict=True)]
     path.write_text("".join(delimiter.join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+"""Slides of the directories that `clam` and `trident` of tests/data/conftest.py make."""
+NAMES = [f"s{index:02d}" for index in range(12)]
+
+
+def bag(index: int, n: int = 9, width: int = 4) -> tuple[Array, Array]:
+    """Features and coordinates of slide `index`, of n to n + 2 patches."""
+    rng = np.random.default_rng(index)
+    return rng.normal(size=(n + index % 3, width)).astype(np.float32), grid(rng, n + index % 3)

@@ -1,286 +1,19 @@
-"""Directories as the tools leave them, their tables of labels, and what is wrong with them."""
+"""A directory of bags as a source: its table of labels and its splits."""
 
 from __future__ import annotations
 
 import math
-import os
-import pickle
 
-import h5py
 import numpy as np
 import pytest
-import torch
 
-from tests.slide_files import grid, write_clam, write_labels, write_stamp, write_trident
-from umda_fast.data import InstanceBudgetSampler, find_format, inspect_source, load_folds, load_source, make_loader
-from umda_fast.data.dataset import concat
+from tests.slide_files import NAMES, write_labels
+from umda_fast.data import inspect_source, load_folds, load_source
 from umda_fast.errors import DataError
-
-NAMES = [f"s{index:02d}" for index in range(12)]
-
-
-def bag(index: int, n: int = 9, width: int = 4):
-    rng = np.random.default_rng(index)
-    return rng.normal(size=(n + index % 3, width)).astype(np.float32), grid(rng, n + index % 3)
-
-
-@pytest.fixture
-def clam(tmp_path):
-    """Twelve slides of six patients, one view, two tasks with holes."""
-    root = tmp_path / "clam"
-    for index, name in enumerate(NAMES):
-        write_clam(root, name, *bag(index))
-    write_labels(
-        root / "labels.csv",
-        {
-            "case_id": [f"p{index // 2}" for index in range(12)],
-            "slide_id": NAMES,
-            "label": ["tumor_tissue" if index % 4 < 2 else "normal_tissue" for index in range(12)],
-            "age": ["" if index == 7 else 40.5 + index for index in range(12)],
-        },
-    )
-    return root
-
-
-@pytest.fixture
-def trident(tmp_path):
-    """Two encoders of the same slides; rows in another order, one row and one slide missing in the second."""
-    job = tmp_path / "job"
-    for index, name in enumerate(NAMES):
-        features, coords = bag(index)
-        order = np.random.default_rng(100 + index).permutation(len(features))[1:]
-        folder = job / "20x_256px_0px_overlap"
-        write_trident(folder / "features_uni_v1", name, features, coords, "uni_v1")
-        if index != 5:
-            write_trident(folder / "features_conch_v15", name, features[order, :3] + 100, coords[order], "conch_v15")
-    patches = job / "20x_256px_0px_overlap" / "patches"
-    patches.mkdir()
-    with h5py.File(patches / "s00_patches.h5", "w") as file:
-        file["coords"] = bag(0)[1]
-    slide = job / "20x_256px_0px_overlap" / "slide_features_titan"
-    slide.mkdir()
-    with h5py.File(slide / "s00.h5", "w") as file:
-        file["features"] = np.zeros(8, np.float32)
-    (job / "_config_feats.json").write_text("{}")
-    write_labels(job / "labels.tsv", {"slide": [f"{name}.svs" for name in NAMES], "grade": ([*"123"] * 4)}, "\t")
-    return job
 
 
 def load(root, **options):
     return load_source(root, **options).whole
-
-
-class TestLayouts:
-    def test_clam(self, clam):
-        splits = load_source(clam)
-        whole = splits.whole
-        assert find_format(str(clam)).name == "slides"
-        assert whole.names == NAMES
-        assert [view.name for view in whole.views] == ["features"]
-        assert [(task.name, task.kind, task.labels) for task in whole.tasks] == [
-            ("label", "binary", ("normal_tissue", "tumor_tissue")),
-            ("age", "regression", None),
-        ]
-        for index, got in enumerate(whole):
-            features, coords = bag(index)
-            np.testing.assert_array_equal(got.views["features"], features)
-            np.testing.assert_array_equal(got.coords, coords)
-            assert got.mask is None
-        assert whole.positions.unit == "px"
-        assert "CLAM" in splits.description
-        assert "by patient" in splits.description
-
-    def test_clam_with_pt_files_only(self, clam):
-        for path in (clam / "h5_files").iterdir():
-            path.unlink()
-        got = load(clam)
-        assert got[3].coords is None
-        assert got.positions is None
-        np.testing.assert_array_equal(got[3].views["features"], bag(3)[0])
-
-    def test_clam_with_some_h5_files(self, clam):
-        (clam / "h5_files" / "s03.h5").unlink()
-        with pytest.raises(DataError, match=r"pt_files/s03\.pt: expected coordinates as .*h5 has them, got none"):
-            load(clam)
-        assert load(clam, skip_bad=True).names == [name for name in NAMES if name != "s03"]
-        whole = load(clam, match="position")
-        assert whole.names == NAMES
-        assert whole[0].coords is None
-
-    def test_trident(self, trident):
-        for root in (trident, trident / "20x_256px_0px_overlap"):
-            whole = load(root, labels=str(trident / "labels.tsv"))
-            assert [view.name for view in whole.views] == ["conch_v15", "uni_v1"]
-            assert whole.positions.patch_size.tolist() == [512.0] * 12
-            self.check_matched(whole)
-
-    @staticmethod
-    def check_matched(whole):
-        """Features agree at every place, whatever the order in the files was."""
-        for index, got in enumerate(whole):
-            features, coords = bag(index)
-            rows = {tuple(place): row for row, place in enumerate(coords)}
-            at = [rows[tuple(place)] for place in got.coords.long().tolist()]
-            assert sorted(at) == list(range(len(features)))
-            np.testing.assert_array_equal(got.views["uni_v1"], features[at])
-            if index == 5:
-                assert "conch_v15" not in got.views
-                assert got.mask.tolist() == [[False, True]] * len(got)
-                continue
-            present = got.mask[:, 0]
-            assert int((~present).sum()) == 1
-            np.testing.assert_array_equal(got.views["conch_v15"][present], features[at][present, :3] + 100)
-
-    def test_trident_of_two_patch_sizes(self, trident):
-        write_trident(trident / "10x_256px_0px_overlap" / "features_uni_v1", "s00", *bag(0))
-        with pytest.raises(DataError, match=r"patches of one size, got 10x_256px_0px_overlap, 20x_256px_0px_overlap"):
-            load(trident)
-
-    def test_stamp(self, tmp_path):
-        """Extractors in directories with a hash; slides in folders of their own."""
-        for index, name in enumerate(NAMES[:4]):
-            features, coords = bag(index)
-            for extractor, jitter in (("uni-1a2b3c4d", 0.0), ("virchow2-5e6f7a8b", 0.01)):
-                folder = tmp_path / extractor / f"folder{index}"
-                write_stamp(folder, name, features, coords / 2 + jitter, extractor.partition("-")[0])
-                (folder / f"{name}.jpg").write_bytes(b"thumbnail")
-        whole = load(tmp_path)
-        assert [view.name for view in whole.views] == ["uni", "virchow2"]
-        assert whole.names == NAMES[:4]
-        assert (whole.positions.unit, whole.positions.patch_size[0]) == ("um", 256.0)
-        assert whole[0].mask is None
-        assert whole[0].views["uni"].dtype == torch.float16
-        one = load(tmp_path / "uni-1a2b3c4d")
-        assert [view.name for view in one.views] == ["uni"]
-        assert one.names == NAMES[:4]
-
-    def test_folders_of_slides(self, tmp_path):
-        """Sub-directories with different slides of one kind are no views; nor is a run directory."""
-        for index, folder in enumerate(("first", "second")):
-            (tmp_path / folder).mkdir()
-            torch.save(torch.from_numpy(bag(index)[0]), tmp_path / folder / f"s{index}.pt")
-        (tmp_path / "runs" / "one").mkdir(parents=True)
-        torch.save({"epoch": 1}, tmp_path / "runs" / "one" / "checkpoint.pt")
-        (tmp_path / "runs" / "one" / "metrics.jsonl").write_text("")
-        whole = load(tmp_path)
-        assert ([view.name for view in whole.views], whole.names) == (["features"], ["s0", "s1"])
-        torch.save(torch.zeros(3, 7), tmp_path / "second" / "s1.pt")  # another width: another encoder
-        assert [(view.name, view.width) for view in load(tmp_path).views] == [("first", 4), ("second", 7)]
-
-    def test_plain_files(self, tmp_path):
-        features = bag(0)[0]
-        torch.save(torch.from_numpy(features), tmp_path / "a.pt")
-        torch.save(torch.from_numpy(features[1:]).half(), tmp_path / "b.pt")
-        np.savez(tmp_path / "c.npz", features=features[2:])
-        whole = load(tmp_path)
-        assert whole.names == ["a", "b", "c"]
-        assert {whole[row].views["features"].dtype for row in range(3)} == {torch.float32}  # one float32 makes all so
-        assert whole.tasks == ()
-
-    def test_directories_beside_files(self, tmp_path):
-        (tmp_path / "old").mkdir()
-        for folder in (tmp_path, tmp_path / "old"):
-            torch.save(torch.from_numpy(bag(0)[0]), folder / "a.pt")
-        assert "not read, as there are files beside: old" in load_source(tmp_path).description
-
-    def test_views_without_coordinates(self, tmp_path):
-        features, _ = bag(0)
-        for view in ("one", "two"):
-            (tmp_path / view).mkdir()
-            torch.save(torch.from_numpy(features), tmp_path / view / "a.pt")
-        with pytest.raises(DataError, match=r"two/a\.pt: expected coordinates to match .*match=position"):
-            load(tmp_path)
-        assert load(tmp_path, match="position")[0].mask is None
-        torch.save(torch.from_numpy(features[:-1]), tmp_path / "two" / "a.pt")
-        with pytest.raises(DataError, match=r"two/a\.pt: expected 9 rows as in .*one/a\.pt, got 8"):
-            load(tmp_path, match="position")
-
-    def test_empty_slides(self, tmp_path):
-        folder = tmp_path / "features_uni_v1"
-        write_trident(folder, "full", *bag(0))
-        write_trident(folder, "flat", np.empty((0,), np.float32), np.empty((0, 2)))
-        write_trident(folder, "wide", np.empty((0, 4), np.float32), np.empty((0, 2)))
-        other = tmp_path / "features_conch"
-        write_trident(other, "flat", *bag(1), encoder="conch")
-        write_trident(other, "wide", np.empty((0, 4), np.float32), np.empty((0, 2)), "conch")
-        whole = load(tmp_path)
-        assert whole.names == ["flat", "full", "wide"]
-        assert whole.sizes.tolist() == [10, 9, 0]
-        batch = whole.collate(list(whole))
-        assert batch.ptr.tolist() == [0, 10, 19, 19]
-        assert batch.mask.sum(dim=0).tolist() == [10, 9]
-
-    def test_several_views_of_clam(self, tmp_path):
-        features, coords = bag(0)
-        write_clam(tmp_path / "resnet", "a", features, coords)
-        write_clam(tmp_path / "uni", "a", features[::-1], coords[::-1])
-        got = load(tmp_path)[0]
-        assert list(got.views) == ["resnet", "uni"]
-        np.testing.assert_array_equal(got.views["resnet"], got.views["uni"])
-        assert list(load(tmp_path, views=["uni"])[0].views) == ["uni"]
-        assert list(load(tmp_path, views="uni")[0].views) == ["uni"]
-        with pytest.raises(DataError, match="views: expected names among resnet, uni, got 'x'"):
-            load(tmp_path, views=["x"])
-
-
-class TestUnits:
-    def test_pixels_become_micrometres_where_the_pixel_size_is_known(self, clam):
-        coords = bag(2)[1]
-        whole = load(clam, mpp=0.25)
-        assert whole.positions.unit == "um"
-        assert whole.positions.pixel_size.tolist() == [0.25] * 12
-        np.testing.assert_allclose(whole[2].coords, coords * 0.25)
-        for wrong in (250, "x", math.nan, 0):
-            with pytest.raises(DataError, match="mpp: expected micrometres per pixel"):
-                load(clam, mpp=wrong)
-
-    def test_a_column_of_pixel_sizes(self, clam):
-        table = write_labels(clam / "labels.csv", {"slide": NAMES, "mpp": [0.25] * 6 + [0.5] * 6, "y": [0, 1] * 6})
-        whole = load(clam)
-        np.testing.assert_allclose(whole[7].coords, bag(7)[1] * 0.5)
-        assert [task.name for task in whole.tasks] == ["y"]
-        table.write_text(table.read_text().replace("0.5,1", "500,1", 1))
-        with pytest.raises(DataError, match=r"labels\.csv: slide 's07': mpp: expected"):
-            load(clam)
-        table.write_text(table.read_text().replace("500,1", ",1", 1))
-        whole = load(clam)  # not known everywhere, so pixels everywhere
-        assert whole.positions.unit == "px"
-        assert np.isnan(whole.positions.pixel_size[7])
-
-    def test_both_units(self, tmp_path):
-        features, coords = bag(0)
-        write_stamp(tmp_path, "a", features, coords / 4)
-        write_trident(tmp_path, "b", features + 1, coords)
-        with pytest.raises(DataError, match=r"b\.h5: wrong unit: level-0 pixels, where .*a\.h5 has micrometres.*mpp"):
-            load(tmp_path)
-        whole = load(tmp_path, mpp=0.25)
-        assert whole.positions.unit == "um"
-        assert whole.positions.patch_size.tolist() == [256.0, 128.0]
-        np.testing.assert_allclose(whole[0].coords, whole[1].coords)
-        skipping = load(tmp_path, skip_bad=True)
-        assert skipping.names == ["a"]
-        assert "b.h5: wrong unit" in skipping.skipped[0]
-
-    def test_views_that_share_no_place(self, tmp_path):
-        features, coords = bag(0)
-        write_clam(tmp_path / "one", "a", features, coords + 1)
-        write_clam(tmp_path / "two", "a", features, (coords + 1) // 7)
-        with pytest.raises(DataError, match=r"two/.*a\.h5: wrong unit or slide: no patch lies where one of .*spans"):
-            load(tmp_path)
-
-    def test_views_of_different_patches(self, tmp_path):
-        features, coords = bag(0)
-        write_trident(tmp_path / "one", "a", features, coords, "one")
-        write_trident(tmp_path / "two", "a", features, coords * 2, "two", patch_size_level0=1024)
-        with pytest.raises(DataError, match=r"two/a\.h5: expected patches of 512 px as in .*one/a\.h5, got 1024"):
-            load(tmp_path)
-
-    def test_positions_follow_subsets(self, trident):
-        splits = load_source(trident, mpp=0.5)
-        part = splits.train.subset([2, 0])
-        assert part.positions.patch_size.tolist() == [256.0, 256.0]
-        both = concat([splits.train, splits.val], "both")
-        assert len(both.positions.pixel_size) == len(both)
 
 
 class TestLabels:
@@ -463,122 +196,6 @@ class TestSplits:
         assert len(splits.val) in (1, 2)
 
 
-class TestBad:
-    """Every fault alone is an error naming the file; skipped, the rest goes on."""
-
-    @pytest.fixture(
-        params=["truncated", "garbage", "width", "nan", "coords", "stem", "content", "unit", "step", "pickle"]
-    )
-    def fault(self, request, trident):
-        folder = trident / "20x_256px_0px_overlap" / "features_uni_v1"
-        path = folder / "s03.h5"
-        features, coords = bag(3)
-        if request.param == "truncated":
-            os.truncate(path, path.stat().st_size // 2)
-        elif request.param == "garbage":
-            path.write_bytes(b"not HDF5" * 100)
-        elif request.param == "width":
-            write_trident(folder, "s03", features[:, :2], coords)
-        elif request.param == "nan":
-            features[2, 1] = np.nan
-            write_trident(folder, "s03", features, coords)
-        elif request.param == "coords":
-            write_trident(folder, "s03", features, coords[:-1])
-        elif request.param == "stem":
-            path = folder / "s03.pt"
-            torch.save(torch.from_numpy(features), path)
-        elif request.param == "content":
-            path = write_trident(folder, "s03b", features, coords)
-        elif request.param == "unit":
-            path.unlink()
-            path = write_stamp(folder, "s03", features, coords, unit="mm")
-        elif request.param == "step":
-            write_trident(folder, "s03", features, coords // 2)
-        elif request.param == "pickle":
-            path.unlink()
-            path = folder / "s03.pt"
-            path.write_bytes(pickle.dumps({"features": [1]}, protocol=2))
-        return request.param, path
-
-    def test_is_an_error_with_its_name(self, fault, trident):
-        with pytest.raises(DataError, match=str(fault[1])):
-            inspect_source(trident)
-
-    def test_is_skipped(self, fault, trident):
-        kind, path = fault
-        report = inspect_source(trident, skip_bad=True)
-        assert len(report.skipped) == 1
-        assert str(path) in report.skipped[0]
-        assert report.first_problem == f"skipped: {report.skipped[0]}"
-        # The slide stays with its other view where there is one.
-        assert sum(report.bags.values()) == 12
-        whole = load(trident, skip_bad=True)
-        assert (list(whole[3].views) == ["conch_v15"]) == (kind not in ("stem", "content"))
-
-    def test_labels_of_a_slide_that_was_skipped(self, clam):
-        (clam / "h5_files" / "s03.h5").write_bytes(b"")
-        with pytest.raises(DataError, match=r"s03\.h5: corrupt or truncated"):
-            load(clam)
-        whole = load(clam, skip_bad=True)
-        assert whole.names == [name for name in NAMES if name != "s03"]
-        assert len(whole.skipped) == 1
-
-    def test_nothing_left(self, tmp_path):
-        (tmp_path / "a.h5").write_bytes(b"")
-        with pytest.raises(DataError, match=r"view 'features': expected features, got none in 0 files"):
-            load(tmp_path, skip_bad=True)
-
-    def test_a_run_directory(self, tmp_path):
-        torch.save({"model": {}, "epoch": 3}, tmp_path / "checkpoint.pt")
-        with pytest.raises(DataError, match=r"checkpoint\.pt: expected a tensor .*got a mapping with model, epoch"):
-            load(tmp_path)
-
-    def test_options(self, clam):
-        for options, message in (
-            ({"match": "order"}, "match: expected coords or position, got 'order'"),
-            ({"tolerance": 0}, "tolerance: expected a positive number"),
-            ({"labels": str(clam / "none.csv")}, r"none\.csv: expected a readable table"),
-            ({"splits": str(clam)}, "expected splits_0.csv, ... or one such file"),
-        ):
-            with pytest.raises(DataError, match=message):
-                load(clam, **options)
-        with pytest.raises(DataError, match="expected a directory of bags, got a file"):
-            load_source(clam / "labels.csv", format="slides")
-
-
-class TestReading:
-    def test_lazily(self, clam):
-        whole = load(clam)
-        (clam / "h5_files" / "s03.h5").unlink()
-        assert len(whole) == 12
-        whole[2]
-        with pytest.raises(DataError, match=r"s03\.h5"):
-            whole[3]
-
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_workers_and_budget(self, trident, workers):
-        """Bags larger than the budget are batches of their own; no file stays open."""
-        whole = load(trident)
-        sampler = InstanceBudgetSampler(whole.sizes, 10, shuffle=False)
-        before = len(os.listdir("/proc/self/fd")) if workers == 0 else 0
-        batches = list(make_loader(whole, sampler, workers=workers, pin=False))
-        assert [name for batch in batches for name in batch.names] == NAMES
-        assert all(len(batch) == 1 for batch in batches)
-        assert {batch.num_instances for batch in batches} == {9, 10, 11}
-        assert (len(os.listdir("/proc/self/fd")) if workers == 0 else 0) == before
-
-    def test_half_precision_is_kept(self, tmp_path):
-        features, coords = bag(0)
-        write_stamp(tmp_path, "a", features, coords)
-        write_stamp(tmp_path, "b", features + 1, coords)
-        whole = load(tmp_path)
-        assert whole.collate(list(whole)).views["uni"].dtype == torch.float16
-
-    def test_pickled(self, trident):
-        whole = pickle.loads(pickle.dumps(load(trident)))
-        assert whole[4].views["uni_v1"].shape == (10, 4)
-
-
 def test_columns_of_the_table_may_be_metadata(clam):
     splits = load_source(clam, metadata=["age"])
     assert [task.name for task in splits.train.tasks] == ["label"]
@@ -591,3 +208,16 @@ def test_columns_of_the_table_may_be_metadata(clam):
         load_source(clam, metadata="label")
     with pytest.raises(DataError, match=r"labels\.csv: metadata: expected columns among .*, got 'weight'"):
         load_source(clam, metadata=["weight"])
+
+
+def test_bad_options(clam):
+    for options, message in (
+        ({"match": "order"}, "match: expected coords or position, got 'order'"),
+        ({"tolerance": 0}, "tolerance: expected a positive number"),
+        ({"labels": str(clam / "none.csv")}, r"none\.csv: expected a readable table"),
+        ({"splits": str(clam)}, "expected splits_0.csv, ... or one such file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load(clam, **options)
+    with pytest.raises(DataError, match="expected a directory of bags, got a file"):
+        load_source(clam / "labels.csv", format="slides")

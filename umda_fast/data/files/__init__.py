@@ -1,1 +1,1 @@
-"""Files of instances and of labels: formats, tables, reading what may be broken, matching of positions, packing."""
+"""Files of instances and of labels: which there are, reading what may be broken, matching of positions, packing."""

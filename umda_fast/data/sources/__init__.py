@@ -1,1 +1,1 @@
-"""Sources of bags: one module for each kind of data, `source` to find the kind, `inspection` to look at it."""
+"""Sources of bags: a module for each kind of data, `base` to derive from, `source` to find the kind, `inspection`."""

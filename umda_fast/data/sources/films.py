@@ -35,6 +35,7 @@ from umda_fast.data.files.tables import read_rows
 from umda_fast.data.labels import ClassWeights
 from umda_fast.data.options import as_names, option, some_of
 from umda_fast.data.sources.base import BagSource, Folds, GivenSplit, OpenedSource
+from umda_fast.data.sources.npz import read_npz
 from umda_fast.data.sources.text import WIDTH, text_features
 from umda_fast.data.sources.text import sentences as sentences_of
 from umda_fast.data.sources.text_encoder import SentenceEncoder
@@ -124,8 +125,6 @@ def _plots(table: _Table, fields: Sequence[str], cut: bool) -> list[list[str]]:
 
 def _own_text(path: Path, films: int) -> tuple[_FloatMatrix, IntArray]:
     """Embeddings of the user's own: an .npz with X [N, d] and ptr [films+1]."""
-    from umda_fast.data.sources.npz import read_npz
-
     arrays = read_npz(str(path))
     missing = [name for name in ("X", "ptr") if name not in arrays]
     if missing:
