@@ -10,7 +10,9 @@ import sys
 from typing import Any
 
 from tests.small import small_config
-from umda_fast.train import Trainer, train
+from umda_fast.data import BagBatch
+from umda_fast.train import train
+from umda_fast.train.step import StepResult, TrainStep
 
 RESUMED_RUN: dict[str, Any] = {
     "train": {"epochs": 3, "log_steps": 1, "checkpoint_steps": 3, "ema": 0.9},
@@ -20,14 +22,14 @@ RESUMED_RUN: dict[str, Any] = {
 
 
 def main(directory: str, step: int) -> None:
-    original = Trainer._train_step
+    original = TrainStep.__call__
 
-    def train_step(self: Trainer, *args: Any) -> int:
-        if self.state.step == step:
+    def train_step(self: TrainStep, host: BagBatch, progress: float, number: int) -> StepResult:
+        if number == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *args)
+        return original(self, host, progress, number)
 
-    Trainer._train_step = train_step  # type: ignore[method-assign]
+    TrainStep.__call__ = train_step  # type: ignore[method-assign]
     train(small_config(**RESUMED_RUN), directory, progress=False, plots=False)
 
 

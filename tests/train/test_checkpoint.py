@@ -130,6 +130,23 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         check_same_run({"data": {"options": {"x": 1}}}, {"data": {}})
 
 
+def test_keys_of_the_configuration_that_came_later_have_their_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint(make_config()).write(path)
+    edited(lambda content: (content["config"]["model"].pop("layers"), content["config"]["train"].pop("clip")))(path)
+    assert Checkpoint.read(path, make_config()).state.step == 7
+    with pytest.raises(ConfigError, match=r"^train\.clip: .* expected 1\.0, got 2\.0$"):
+        Checkpoint.read(path, make_config({"train": {"clip": 2.0}}))
+
+
+def test_a_key_of_the_configuration_that_is_no_more_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint(make_config()).write(path)
+    edited(lambda content: content["config"]["train"].update(gone=5))(path)
+    with pytest.raises(ConfigError, match=r"^train\.gone: .* expected 5, got None$"):
+        Checkpoint.read(path, make_config())
+
+
 def test_each_process_goes_on_with_its_own_random_numbers(tmp_path: Path) -> None:
     config = make_config()
     states = []

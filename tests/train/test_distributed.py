@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tests.processes import run_together
 from tests.small import DATA, small_config
-from umda_fast.data import Bag, BagBatch, BagDataset
+from tests.train.bags import INEXACT, TASKS, datasets
+from umda_fast.data import BagBatch
 from umda_fast.errors import DataError, ProcessLostError
-from umda_fast.model import TaskSpec, ViewSpec
+from umda_fast.model import UMDA
 from umda_fast.parity.rule import GRADIENT_FACTOR, allowed_error
 from umda_fast.runtime.rundir import read_metrics
 from umda_fast.runtime.together import label_counts, penalty_counts
@@ -27,43 +28,14 @@ from umda_fast.score import evaluation
 from umda_fast.train import (
     NonFiniteError,
     RunConfig,
-    Trainer,
     cross_validate,
     load_run,
     run,
+    step,
     train,
-    trainer,
 )
 from umda_fast.train import evaluate as evaluate_run
-
-VIEWS = (ViewSpec("a", 4), ViewSpec("b", 3))
-TASKS = (
-    TaskSpec("y", "binary", class_weights=(1.0, 3.0)),
-    TaskSpec("k", "multiclass", classes=3),
-    TaskSpec("rare", "regression", mean=1.0, std=2.0),
-)
-# Ratios over the whole batch: see `penalty_counts`.
-INEXACT = {"dispersion": 0.0, "smoothness": 0.0}
-
-
-def datasets() -> dict[str, BagDataset]:
-    """Bags of 1 to 12 instances, one beyond the budget (the other processes have nothing then), and an empty one;
-    views missing here and there; `rare` is known for few bags only."""
-    rng = torch.Generator().manual_seed(0)
-    bags = []
-    for index, size in enumerate([40, 0, *([3, 7, 12, 1, 5, 9, 2] * 4)]):
-        mask = torch.rand(size, 2, generator=rng) > 0.3
-        mask[:, index % 2] = True
-        labels = {"y": torch.tensor(float(index % 3 == 0)), "k": torch.tensor(index % 3)}
-        if index % 9 == 4:
-            labels = {"rare": torch.tensor(float(size))}
-        views = {view.name: torch.randn(size, view.width, generator=rng) + 0.2 * (index % 3) for view in VIEWS}
-        bags.append(Bag(f"bag {index}", views, mask, labels))
-    return {
-        "train": BagDataset(bags, VIEWS, TASKS),
-        "val": BagDataset(bags[:17], VIEWS, TASKS),
-        "test": BagDataset(bags[3:], VIEWS, TASKS),
-    }
+from umda_fast.train.step import StepResult, TrainStep
 
 
 def config(scope: str, **sgl: Any) -> RunConfig:
@@ -95,7 +67,7 @@ def in_float64() -> None:
 
     build = run.build_model
     run.build_model = lambda *args: build(*args).double()  # type: ignore[assignment]
-    trainer.to_device = evaluation.to_device = wide  # type: ignore[assignment]
+    step.to_device = evaluation.to_device = wide  # type: ignore[assignment]
 
 
 def runs(place: str, names: list[str], resume: bool, wide: bool = True) -> list[dict[str, Any]]:
@@ -108,17 +80,17 @@ def runs(place: str, names: list[str], resume: bool, wide: bool = True) -> list[
     return results
 
 
-def killed(place: str, name: str, step: int) -> str:
-    """Process 1 kills itself before `step`; what the others say."""
+def killed(place: str, name: str, last: int) -> str:
+    """Process 1 kills itself before the step `last`; what the others say."""
     in_float64()
-    original = Trainer._train_step
+    original = TrainStep.__call__
 
-    def train_step(self: Trainer, *args: Any) -> int:
-        if self.state.step == step and dist.get_rank() == 1:
+    def train_step(self: TrainStep, host: BagBatch, progress: float, number: int) -> StepResult:
+        if number == last and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *args)
+        return original(self, host, progress, number)
 
-    Trainer._train_step = train_step  # type: ignore[method-assign]
+    TrainStep.__call__ = train_step  # type: ignore[method-assign]
     with pytest.raises(ProcessLostError) as caught:
         train(CASES[name], Path(place) / name, datasets=datasets(), progress=False, plots=False)
     return str(caught.value)
@@ -134,17 +106,17 @@ def dropout(place: str) -> dict[str, Tensor]:
         )
         out = Path(place) / name
         if name == "resumed":
-            original = Trainer._train_step
+            original = TrainStep.__call__
 
-            def stop(self: Trainer, *args: Any, original: Any = original) -> int:
-                if self.state.step == EPOCH + 5:
+            def stop(self: TrainStep, host: BagBatch, progress: float, number: int, original: Any = original) -> Any:
+                if number == EPOCH + 5:
                     raise KeyboardInterrupt
-                return original(self, *args)
+                return original(self, host, progress, number)
 
-            Trainer._train_step = stop  # type: ignore[method-assign]
+            TrainStep.__call__ = stop  # type: ignore[method-assign]
             with pytest.raises(KeyboardInterrupt):
                 train(settings, out, datasets=data, progress=False, plots=False)
-            Trainer._train_step = original  # type: ignore[method-assign]
+            TrainStep.__call__ = original  # type: ignore[method-assign]
         found = train(settings, out, resume=name == "resumed", datasets=data, progress=False, plots=False)
         weights[name] = found.model.state_dict()
     noise = torch.rand(1)
@@ -163,15 +135,15 @@ def errors(place: str) -> list[str]:
     with pytest.raises(DataError) as caught:
         train(settings, out, datasets=datasets(), progress=False)
     messages.append(str(caught.value))
-    original = Trainer._forward
+    original = UMDA.forward
 
-    def forward(self: Trainer, batch: BagBatch) -> Any:
-        found = original(self, batch)
+    def forward(self: UMDA, *args: Any, **options: Any) -> Any:
+        found = original(self, *args, **options)
         if dist.get_rank() == 1:
             found.logits["y"] = found.logits["y"] * math.inf
         return found
 
-    Trainer._forward = forward  # type: ignore[method-assign]
+    UMDA.forward = forward  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError) as stopped:
         train(settings, Path(place) / "infinite", datasets=datasets(), progress=False)
     messages.append(str(stopped.value))

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.small import small_config, small_data
 from umda_fast.data import Bag, BagDataset
@@ -14,7 +13,7 @@ from umda_fast.model import UMDA, TaskSpec, ViewSpec
 from umda_fast.runtime.config import ARCHITECTURES
 from umda_fast.runtime.rundir import RunDirectory, read_metrics
 from umda_fast.train import ConfigError, Trainer, evaluate, load_run, predict, train
-from umda_fast.train.run import build_model, make_fabric
+from umda_fast.train.run import make_fabric
 
 
 def _epochs(directory: Path) -> list[dict[str, object]]:
@@ -154,31 +153,3 @@ def test_odd_bags_and_missing_labels(tmp_path: Path) -> None:
     assert math.isfinite(result.metrics["tasks"]["y"]["auroc"])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["tasks"]["z"] == {"mae": None, "r2": None}
-
-
-def test_one_host_synchronisation_a_step(tmp_path: Path) -> None:
-    """Counted on the operation by which any value of a tensor reaches the host."""
-
-    class Reads(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            shaped_by_values = func._overloadname == "Tensor" and func.__name__.startswith(
-                ("nonzero", "masked_select")
-            )
-            self.count += "_local_scalar_dense" in func.__name__ or shaped_by_values
-            return func(*args, **(kwargs or {}))
-
-    data = small_data()
-    config = small_config(train={"epochs": 1, "log_steps": 1000, "checkpoint_steps": 0})
-    model = build_model(config, data["train"])
-    only = {"train": data["train"]}
-    trainer = Trainer(config, model, only, RunDirectory(tmp_path), make_fabric(config), progress=False)
-    first, second, *_ = trainer.loader
-    trainer._train_step(first, 0.5)
-    # AdamW reads its own step counters, which lie in host memory on every device.
-    trainer.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
-    trainer.state.step = 1
-    with Reads() as reads:
-        trainer._train_step(second, 0.5)
-    assert reads.count <= 1

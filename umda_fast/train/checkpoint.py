@@ -15,7 +15,7 @@ from torch import Tensor
 
 from umda_fast.errors import DataError
 from umda_fast.files import save_torch
-from umda_fast.runtime.config import ConfigError, RunConfig, as_dict
+from umda_fast.runtime.config import ConfigError, RunConfig, as_dict, make_config
 from umda_fast.runtime.random_state import rank_seed, set_random_state
 
 __all__ = ["CHECKPOINT_VERSION", "Checkpoint", "TrainingState", "check_same_run"]
@@ -129,7 +129,7 @@ class Checkpoint:
         missing = [name for name in (*own, *of_state) if name not in found]
         if missing:
             raise DataError(f"{path}: not a checkpoint: {', '.join(missing)} missing")
-        check_same_run(as_dict(config), found["config"])
+        check_same_run(as_dict(config), _completed(found["config"]))
         state = TrainingState(**{name: found[name] for name in of_state})
         return cls(state=state, **{name: found[name] for name in own})
 
@@ -140,6 +140,14 @@ class Checkpoint:
             set_random_state(self.random[rank])
         else:
             Fabric.seed_everything(rank_seed(seed, rank, self.state.step), verbose=False)
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration with the defaults of all keys that came to be since it was written."""
+    try:
+        return as_dict(make_config(config))
+    except ConfigError:  # it has a key that is no more, which the comparison names
+        return config
 
 
 # What may change when a run is resumed; everything else decides what the weights become.

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the schedule of the learning rate."""
+"""AdamW with its parameter groups, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -6,9 +6,28 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["learning_rate_factor", "parameter_groups"]
+from umda_fast.runtime.config import TrainConfig
+
+__all__ = ["learning_rate_factor", "make_optimizer", "parameter_groups", "set_learning_rate"]
+
+
+def make_optimizer(
+    model: nn.Module, options: TrainConfig, averaged: Iterable[nn.Parameter] = (), beta: float = 0.0
+) -> torch.optim.AdamW:
+    """AdamW for all trainable parameters of `model`; `averaged` and `beta` as for `parameter_groups`."""
+    return torch.optim.AdamW(parameter_groups(model, options.weight_decay, averaged, beta), lr=options.lr)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, options: TrainConfig, progress: float) -> float:
+    """Set, and return, the learning rate at `progress` in [0, 1] of the training; a group's `scale` is a factor on
+    its own."""
+    lr = options.lr * learning_rate_factor(progress, options.warmup, options.final_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    return lr
 
 
 def parameter_groups(

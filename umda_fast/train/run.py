@@ -323,7 +323,7 @@ def summary(
 
 def outliers(trainer: Trainer) -> list[str] | None:
     """Tasks whose gradients conflict with those of the others, see `outlier_tasks`; None without task gradients."""
-    guided = trainer.guided
+    guided = trainer.train_step.gradients.guided
     if guided is None or not guided.statistics:
         return None
     return outlier_tasks(guided.cosine_ema, guided.tasks)

@@ -1,0 +1,206 @@
+"""One step of training: forward, losses, gradients, clipping, one host synchronisation, and the update.
+
+The model is called itself, inside `fabric.autocast()`, and not through Fabric's module wrapper: the wrapper casts every
+output, which would cut `representation` out of the graph that self-guided learning differentiates, and wraps gradients
+in DistributedDataParallel, where self-guided learning reduces per-task gradients itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from umda_fast.data import BagBatch
+from umda_fast.model import TaskSpec, penalty_loss, task_losses
+from umda_fast.runtime.config import RunConfig, as_dict
+from umda_fast.runtime.guard import NonFiniteError, explain_non_finite
+from umda_fast.score.evaluation import to_device
+from umda_fast.train.gradients import make_gradients
+from umda_fast.train.optim import make_optimizer, set_learning_rate
+from umda_fast.train.share import Share, processes_for
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["StepResult", "TrainStep"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a step.
+
+    Attributes:
+        lr: the learning rate.
+        share: what this process had of the batch.
+        values: of the whole batch: `gradient_norm` (before clipping), `loss/<task>` of the tasks with labels, and
+            `penalty`, the weighted sum, if there is any; empty if there was nothing to learn from.
+        penalties: of this process's part, unweighted, on the device.
+    """
+
+    lr: float
+    share: Share
+    values: dict[str, float] = field(default_factory=dict)
+    penalties: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def instances(self) -> int:
+        """Of the whole batch."""
+        return self.share.instances
+
+    def record(self) -> dict[str, Any]:
+        """Figures for the log. Waits for the device; every process calls it."""
+        record: dict[str, Any] = {
+            "lr": self.lr,
+            "gradient_norm": self.values["gradient_norm"],
+            "losses": {name[5:]: value for name, value in self.values.items() if name.startswith("loss/")},
+        }
+        penalties = self.share.read_penalties(self.penalties)
+        return {**record, "penalties": penalties} if penalties else record
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What the model made of this process's part of a batch: nothing, if that is empty."""
+
+    out: Any = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    penalty: Tensor | None = None
+
+    @property
+    def logits(self) -> Mapping[str, Tensor]:
+        return {} if self.out is None else self.out.logits
+
+    @property
+    def penalties(self) -> dict[str, Tensor]:
+        return {} if self.out is None else self.out.penalties
+
+
+class TrainStep:
+    """Updates a model's weights batch by batch; a callable.
+
+    Args:
+        config: of the run: `train`, `sgl` and `penalties` count.
+        model: see `Trainer`; goes to the fabric's device, with the weights of process 0 everywhere.
+        tasks: with a loss.
+        fabric: device, precision and processes.
+
+    Attributes:
+        model: on the device.
+        processes: that take the step together.
+        gradients: of the losses.
+        optimizer: AdamW.
+        average: a running mean of the weights, or None.
+
+    Raises:
+        ConfigError: the configuration of self-guided learning does not go with the model.
+    """
+
+    def __init__(self, config: RunConfig, model: nn.Module, tasks: Sequence[TaskSpec], fabric: Fabric) -> None:
+        self.fabric = fabric
+        self.tasks = tuple(tasks)
+        self.options = config.train
+        self.penalty_weights: dict[str, float] = as_dict(config)["penalties"]
+        self.model = cast(Any, fabric.to_device(model))
+        self.processes = processes_for(fabric, self.tasks, self.penalty_weights)
+        # The seed made the weights equal already, unless an encoder of the user's was made otherwise.
+        self.processes.align(self.model)
+        self.gradients = make_gradients(config, self.model, self.tasks, self.processes)
+        self.optimizer = make_optimizer(self.model, config.train, self.gradients.averaged, config.sgl.beta)
+        self.average: AveragedModel | None = None
+        if config.train.ema > 0:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema))
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The weights that are judged and saved: their running mean if there is one."""
+        return self.average.module if self.average is not None else self.model
+
+    def __call__(self, host: BagBatch, progress: float, number: int) -> StepResult:
+        """One update from this process's part of a batch. Every process calls it.
+
+        Args:
+            host: that part, in host memory; it may be empty if there are several processes.
+            progress: share of the training that is done, in [0, 1]: decides on the learning rate.
+            number: of the step, for messages.
+
+        Raises:
+            NonFiniteError: a loss or a gradient became NaN or infinite; the weights are untouched.
+            ProcessLostError: another process ended, or did not answer in time.
+        """
+        lr = set_learning_rate(self.optimizer, self.options, progress)
+        share = self.processes.share(host)
+        batch = to_device(host, self.fabric)
+        forward = self._forward(batch, share)
+        if not share.teaches(forward.losses):
+            return StepResult(lr, share)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients.backward(forward.losses, forward.penalty, forward.out, share)
+        norm = self._clip()
+        # The one synchronisation (but for that of `task_losses`): all that decides whether the weights may be touched.
+        values = share.read(norm, forward.losses, forward.penalty)
+        if not all(map(math.isfinite, values.values())):
+            raise self._non_finite(batch, forward, values, share, number)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return StepResult(lr, share, values, {name: value.detach() for name, value in forward.penalties.items()})
+
+    def _forward(self, batch: BagBatch, share: Share) -> _Forward:
+        if len(batch) == 0:
+            self.gradients.skip_forward()
+            return _Forward()
+        with self.fabric.autocast():
+            out = self.model(**batch.inputs(), **self.gradients.model_inputs())
+            losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
+            weights = share.penalty_weights(self.penalty_weights)
+            penalty = penalty_loss(out.penalties, weights) if out.penalties else None
+        return _Forward(out, losses, penalty)
+
+    def _clip(self) -> Tensor:
+        """Norm of the gradient, which is then cut to the largest that is allowed."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self.options.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.options.clip, norm)
+        return norm
+
+    def _non_finite(
+        self, batch: BagBatch, forward: _Forward, values: Mapping[str, float], share: Share, number: int
+    ) -> NonFiniteError:
+        """The error that names what is not finite, where it is this process's."""
+        blamed = {**forward.losses, **forward.penalties}
+        lost = any(not math.isfinite(value) for name, value in values.items() if name != "gradient_norm")
+        if share.spoiled_elsewhere([*forward.logits.values(), *blamed.values()], lost):
+            return NonFiniteError(
+                f"step {number}: training stopped before the weights were touched; what is not finite came "
+                "from another process, whose message names it"
+            )
+        return explain_non_finite(batch, forward.logits, blamed, self.model.named_parameters(), step=number)
+
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """`model`, `optimizer`, `sgl` and `average`, each as a checkpoint holds it. Every process calls it; those
+        without `keep` need no whole answer."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sgl": self.gradients.state_dict(keep=keep),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave.
+
+        Raises:
+            RuntimeError, ValueError, KeyError, TypeError: it is of another model.
+        """
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.gradients.load_state_dict(state["sgl"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"] or {})
