@@ -21,8 +21,13 @@ def _metrics(task: TaskSpec) -> dict[str, Metric]:
     metrics = kind_of(task).metrics(task)
     for metric in metrics.values():
         # Processes share the work before, by bags (evaluation.py); left to itself every process would ask the others.
-        metric.sync_on_compute = False
+        # (`sync_on_compute` counts when a metric is made, and is not asked any more.)
+        metric.distributed_available_fn = _alone
     return metrics
+
+
+def _alone() -> bool:
+    return False
 
 
 class TaskMetrics(nn.Module):
