@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.model.conftest import Batch, make_batch, make_config
+from tests.model.conftest import TASKS, Batch, make_batch, make_config
 from umda_fast import UMDA
 from umda_fast.model import task_losses
 from umda_fast.sgl import SelfGuided
@@ -18,7 +18,17 @@ def rows(losses: list[Tensor], z: Tensor) -> Tensor:
     return torch.stack([torch.autograd.grad(loss, z, retain_graph=True)[0].flatten() for loss in losses])
 
 
-@pytest.mark.parametrize("options", [{}, {"branching": "mmoe"}, {"private": False}, {"graph": False, "pool_hidden": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"branching": "mmoe"},
+        {"private": False},
+        {"graph": False, "pool_hidden": 3},
+        {"bag_statistics": True},
+        {"bag_statistics": True, "tasks": TASKS[3:], "graph": False},
+    ],
+)
 def test_equals_backward_passes_down_to_the_instances(options: dict[str, object], batch: Batch) -> None:
     torch.manual_seed(0)
     model = UMDA(make_config(**options)).double()

@@ -39,7 +39,8 @@ class ATSB(nn.Module):
     """`branch[b,t] = GELU(LN_t( S pooled[b,t] + sum_s Gamma[t,s] P_s pooled[b,s] ))`, `P_s = U_s R_s^T`.
 
     `Gamma = rowsoftmax(C C^T / sqrt(d_c) + kappa * A_hier + kappa_g * sg(cosines))`, A_hier minus the distances.
-    S has no bias, so that what precedes LN is linear and commutes with pooling.
+    S has no bias, so that what precedes LN is linear and commutes with pooling. A linear map of `statistics`,
+    numbers of a bag that are the same for all tasks, is added there.
 
     Args:
         width: D. tasks: T. rank: r of the private paths. embedding: d_c.
@@ -49,6 +50,7 @@ class ATSB(nn.Module):
         experts: expert gates take the place of the private paths (and of Gamma):
             `branch[b,t] = GELU(LN_t(S pooled[b,t] + experts(pooled)[b,t]))`. Not linear: it does not commute with
             the pooling.
+        statistics: numbers of a bag that all tasks read as well; 0 for none.
 
     The cosines last given in training are kept in the buffer `task_cosines`: later calls without any, in
     evaluation above all, use those.
@@ -68,6 +70,7 @@ class ATSB(nn.Module):
         hierarchy: Sequence[Sequence[float]] | None = None,
         private: bool = True,
         experts: ExpertGates | None = None,
+        statistics: int = 0,
     ) -> None:
         super().__init__()
         private = private and experts is None
@@ -76,6 +79,7 @@ class ATSB(nn.Module):
         self.kappa_g = kappa_g
         self.private = private
         self.shared = nn.Linear(width, width, bias=False)
+        self.shared_statistics = nn.Linear(statistics, width, bias=False) if statistics else None
         self.experts = experts
         if private:
             self.read = nn.Parameter(torch.randn(tasks, width, rank) / math.sqrt(width))
@@ -120,10 +124,16 @@ class ATSB(nn.Module):
         private = torch.einsum("btr,tdr->btd", hidden, self.write)
         return shared + torch.einsum("ts,bsd->btd", influence.to(private.dtype), private)
 
-    def forward(self, pooled: Tensor, task_cosines: Tensor | None = None) -> ATSBOutput:
-        """pooled [B, T, D]; task_cosines [T, T], cosines of the tasks' gradients, or None."""
+    def forward(
+        self, pooled: Tensor, task_cosines: Tensor | None = None, statistics: Tensor | None = None
+    ) -> ATSBOutput:
+        """pooled [B, T, D]; task_cosines [T, T], cosines of the tasks' gradients, or None; statistics [B, numbers], or
+        None where there are none."""
         influence = self.influence(task_cosines)
-        return ATSBOutput(F.gelu(self.norm(self.project(pooled, influence))), influence)
+        projected = self.project(pooled, influence)
+        if self.shared_statistics is not None:
+            projected = projected + self.shared_statistics(statistics)[:, None]
+        return ATSBOutput(F.gelu(self.norm(projected)), influence)
 
     def divergence(self) -> Tensor:
         """`divergence_penalty` of the private paths, 0 without them."""

@@ -32,7 +32,15 @@ _AT_LEAST = {
     "bins": 0,
 }
 _AT_LEAST_OR_NONE = ("encoder_hidden", "pool_hidden", "private_rank")
-_SWITCHES = ("symmetrize", "graph", "private", "scale_wide", "linear_path", "view_heads")
+_SWITCHES = (
+    "symmetrize",
+    "graph",
+    "private",
+    "scale_wide",
+    "linear_path",
+    "bag_statistics",
+    "view_heads",
+)
 VERSION = 2
 """Of what `UMDAConfig.to_dict` writes."""
 _BEFORE_2: dict[str, Any] = {
@@ -41,6 +49,7 @@ _BEFORE_2: dict[str, Any] = {
     "message_norm": "post",
     "message_ffn": 0,
     "view_heads": False,
+    "bag_statistics": False,
 }
 """What is now an option and was fixed before version 2."""
 
@@ -76,6 +85,7 @@ class UMDAConfig:
             `message_norm="pre"`; 0 has none.
         symmetrize: whether an edge also runs back.
         coords_k: neighbours by coordinates, united with the others; 0 uses no coordinates, more needs them.
+        bag_statistics: branches also read the mean and the maximum of every dimension of a bag's instances.
         view_heads: add to the logits of a task what every view alone says, see `ViewHeads`.
         pool_hidden: hidden units of the attention scores; None takes `width // 2`, at least 1.
         private_rank: r, of a task's private path; None takes `width // 8`, at least 1.
@@ -123,6 +133,7 @@ class UMDAConfig:
     message_ffn: int = 0
     symmetrize: bool = False
     coords_k: int = 0
+    bag_statistics: bool = False
     view_heads: bool = False
     pool_hidden: int | None = None
     private_rank: int | None = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from umda_fast.model._numerics import wide
 from umda_fast.model.config import Message
-from umda_fast.model.pooled import PooledInstances
+from umda_fast.model.pooled import BagMaximum, PooledInstances
 from umda_fast.model.residual import add_feed_forward, feed_forward, gained, residual_gain
 from umda_fast.ops import (
     NeighborGraph,
@@ -30,6 +30,7 @@ __all__ = [
     "GMIPOutput",
     "MessagePassing",
     "bag_index",
+    "bag_maximum",
     "diversity_penalty",
 ]
 
@@ -195,6 +196,7 @@ class BagPoolingOutput(NamedTuple):
     attention: Tensor  #: [N, T], sums to 1 over the instances of a bag
     entropy: Tensor  #: [B, T], of the attention, in nats
     instances: PooledInstances  #: for the gradients of tasks on z
+    statistics: Tensor | None  #: [B, 2 D], mean and maximum of z over a bag, 0 for an empty one; None without them
 
 
 class BagPooling(nn.Module):
@@ -203,13 +205,15 @@ class BagPooling(nn.Module):
 
     Args:
         width: D. tasks: T. hidden: shared hidden units.
+        statistics: whether the mean and the maximum of every dimension are returned as well.
     """
 
-    def __init__(self, width: int, tasks: int, hidden: int = 64) -> None:
+    def __init__(self, width: int, tasks: int, hidden: int = 64, statistics: bool = False) -> None:
         super().__init__()
         self.value = nn.Linear(width, hidden)
         self.gate = nn.Linear(width, hidden)
         self.score = nn.Linear(hidden, tasks, bias=False)  # [T, hidden]; a bias would cancel in the softmax
+        self.statistics = statistics
 
     def hidden(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """`tanh(W_a z)` and `sigmoid(W_b z)` [..., hidden] of z [..., D]."""
@@ -218,12 +222,45 @@ class BagPooling(nn.Module):
     def forward(self, z: Tensor, ptr: Tensor) -> BagPoolingOutput:
         """z [N, D]; ptr int64 [B+1]."""
         value, gate = self.hidden(z)
-        scores = self.score(value * gate)
+        scores, score_weight = self.score(value * gate), self.score.weight
+        tasks = scores.shape[1]
+        if self.statistics:  # the mean is the pooling by equal scores, in the same pass over z
+            scores = torch.cat([scores, scores.new_zeros(len(scores), 1)], 1)
+            score_weight = torch.cat([score_weight, score_weight.new_zeros(1, score_weight.shape[1])])
         pool = bag_attention_pool(z, scores, ptr)
         attention = torch.exp(scores.to(pool.lse.dtype) - pool.lse[bag_index(ptr, z.shape[0])])
-        weights = (self.score.weight, self.value.weight, self.gate.weight)
-        instances = PooledInstances(z, ptr, attention, pool.pooled, value, gate, *weights)
-        return BagPoolingOutput(pool.pooled, attention, pool.entropy, instances)
+        top = bag_maximum(z, ptr) if self.statistics else None
+        weights = (score_weight, self.value.weight, self.gate.weight)
+        instances = PooledInstances(z, ptr, attention, pool.pooled, value, gate, *weights, top)
+        return BagPoolingOutput(
+            pool.pooled[:, :tasks],
+            attention[:, :tasks],
+            pool.entropy[:, :tasks],
+            instances,
+            None if top is None else torch.cat([pool.pooled[:, tasks], top.value], 1),
+        )
+
+
+def bag_maximum(z: Tensor, ptr: Tensor) -> BagMaximum:
+    """The maximum over the instances of every bag, dimension by dimension; its gradient goes to the first instance that
+    has it.
+
+    Args:
+        z: [N, D]. ptr: int64 [B+1].
+    """
+    n, width = z.shape
+    if n == 0:
+        empty = ptr.new_zeros(len(ptr) - 1, width)
+        return BagMaximum(z.new_zeros(empty.shape), empty, empty > 0)
+    with torch.no_grad():
+        bag = bag_index(ptr, n)[:, None].expand(n, width)
+        highest = z.new_full((len(ptr) - 1, width), -torch.inf).scatter_reduce(0, bag, z, "amax")
+        own = torch.arange(n, dtype=torch.int32, device=z.device)[:, None]
+        there = torch.where(z == highest.gather(0, bag), own, n)
+        first = there.new_full(highest.shape, n).scatter_reduce(0, bag, there, "amin")
+        found = first < n
+        index = first.clamp_max(n - 1).long()
+    return BagMaximum(z.gather(0, index).masked_fill(~found, 0.0), index, found)
 
 
 def bag_index(ptr: Tensor, count: int) -> Tensor:

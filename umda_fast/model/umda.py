@@ -83,7 +83,7 @@ class UMDA(nn.Module):
             else None
         )
         hidden = max(1, width // 2) if config.pool_hidden is None else config.pool_hidden
-        self.pooling = BagPooling(width, tasks, hidden)
+        self.pooling = BagPooling(width, tasks, hidden, config.bag_statistics)
         self.film = FiLM(config.metadata, width) if config.metadata else None
         own = config.private_experts if config.branching == "ple" else 0
         self.atsb = ATSB(
@@ -96,6 +96,7 @@ class UMDA(nn.Module):
             config.hierarchy,
             config.private,
             None if config.branching == "dual" else ExpertGates(width, tasks, config.experts, own),
+            2 * width if config.bag_statistics else 0,
         )
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleList(nn.Linear(width, task.outputs) for task in config.tasks)
@@ -176,13 +177,13 @@ class UMDA(nn.Module):
             z, graph, weight = self.gmip(z, ptr, coords)
             penalties["smoothness"] = smoothness_energy(z, graph, weight)
         penalties["diversity"] = diversity_penalty(z, ptr, self.config.gamma)
-        pooled, attention, attention_entropy, instances = self.pooling(z, ptr)
+        pooled, attention, attention_entropy, instances, statistics = self.pooling(z, ptr)
         if self.film is not None:
             if metadata is None:
                 raise ValueError(f"metadata: expected [{len(pooled)}, {len(self.config.metadata)}], got None")
             pooled = self.film(pooled, metadata)
 
-        branches, influence = self.atsb(pooled, task_cosines)
+        branches, influence = self.atsb(pooled, task_cosines, statistics)
         penalties["divergence"] = self.atsb.divergence()
         penalties["cohesion"] = cohesion_penalty(branches, influence, ptr.diff() > 0) if self.atsb.private else zero
         penalties["linear"] = zero if self.linear is None else self.linear.penalty()
@@ -222,7 +223,8 @@ class UMDA(nn.Module):
         conditioning on metadata, the shared path S of the branches and the shared experts."""
         blocks = (self.encoders, self.hcva, self.consistency, self.fusion, self.gmip)
         experts = None if self.atsb.experts is None else self.atsb.experts.shared
-        parts = (*blocks, self.pooling.value, self.pooling.gate, self.film, self.atsb.shared, experts)
+        paths = (self.atsb.shared, self.atsb.shared_statistics, experts)
+        parts = (*blocks, self.pooling.value, self.pooling.gate, self.film, *paths)
         return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
     def task_parameters(self) -> list[nn.Parameter]:
@@ -232,8 +234,10 @@ class UMDA(nn.Module):
         return [parameter for parameter in self.parameters() if id(parameter) not in shared]
 
     def last_shared_layer(self) -> list[nn.Parameter]:
-        """The shared path S [D, D]: the last parameters that the losses of all tasks pass through."""
-        return list(self.atsb.shared.parameters())
+        """The shared path S [D, D], and that of the statistics: the last parameters that the losses of all tasks pass
+        through."""
+        parts = (self.atsb.shared, self.atsb.shared_statistics)
+        return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write model.safetensors and config.json into `directory`; needs the package safetensors."""
