@@ -1,9 +1,8 @@
 """Stratified splits for several tasks at once, and k-fold cross-validation.
 
-Method: iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011, "On the stratification of multi-label
-    data"):
-the rarest label first, every one of its bags to the part that still lacks most of that label. It serves any
-mixture of tasks with missing labels; for one binary task it is plain stratification.
+Method: iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011, "On the stratification of multi-label data"): the
+rarest label first, every one of its bags to the part that still lacks most of that label. It serves any mixture of
+tasks with missing labels; for one binary task it is plain stratification.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The source `digits`: bags of scikit-learn's 1797 real handwritten digits (8 x 8, UCI), nothing to download.
 
-Every image is seen through three views: its pixels, the magnitudes of its Fourier transform (blind to
-    position, and
-to a half turn: a 6 is a 9), and the orientations of its gradients. A bag holds 3 to 30 images of 2 to 5
-    digits.
-Images are split first and bags drawn afterwards, so that no image is in two splits.
+Every image is seen through three views: its pixels, the magnitudes of its Fourier transform (blind to position, and to
+a half turn: a 6 is a 9), and the orientations of its gradients. A bag holds 3 to 30 images of 2 to 5 digits. Images
+are split first and bags drawn afterwards, so that no image is in two splits.
 """
 
 from __future__ import annotations

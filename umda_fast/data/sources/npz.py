@@ -1,8 +1,7 @@
 """The `.npz` source: packed arrays in one file.
 
-X [N, d]          features; further views as X_<view> [N, d_view]. Without any X: every matrix that is not
-listed
-                  here is a view under its own name.
+X [N, d]          features; further views as X_<view> [N, d_view]. Without any X: every matrix that is not listed here
+                  is a view under its own name.
 ptr [B+1]         bag b owns rows ptr[b]:ptr[b+1]; without it every row is a bag of one instance
 y [B], y_<task>   labels of one task, [B], or [B, C] for a multilabel one; NaN or blank is missing
 Y [B, T]          with `tasks` [T]: one task per column; without: one multilabel task `Y`
