@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from typer.testing import CliRunner
 import umda_fast.cli
 from tests.command_line import call
 from umda_fast.cli.app import gather
-from umda_fast.data import BagDataset, load_source
+from umda_fast.data import BagDataset, load_folds, load_source
+from umda_fast.data.labels import ClassWeights
+from umda_fast.data.options import option
 from umda_fast.data.sources import source as sources
-from umda_fast.data.splits import Splits, split_bags
+from umda_fast.data.sources.base import BagSource, Folds, OpenedSource
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec, task_losses
 from umda_fast.model.baselines import BASELINES
@@ -238,40 +241,43 @@ def test_a_metric(
     assert "squared error" in capsys.readouterr().out
 
 
-# ---- a source: a function, a line in FORMATS
+# ---- a source: a class, a line in FORMATS
 
 
-def load_ramp(source: str, *, seed: int = 0, bags: int = 30) -> Splits:
+@dataclass(frozen=True, kw_only=True)
+class RampSource(BagSource):
     """Bags of one instance whose label is whether its feature is positive; the file holds the step."""
-    step = float(Path(source).read_text())
-    x = (np.arange(bags)[:, None] - bags / 2 + 0.5) * step
-    whole = BagDataset.from_arrays({"x": x.astype(np.float32)}, None, {"positive": x[:, 0] > 0}, name="ramp")
-    rows = split_bags(whole, {"train": 0.6, "val": 0.2, "test": 0.2}, seed)
-    trained, val, test = (whole.subset(rows[split]) for split in ("train", "val", "test"))
-    return Splits("ramp", "a ramp", trained, val, test, whole)
 
+    bags: int = 30
+    val_share: float = 0.2
+    test_share: float = option(0.2, folds=False)
+    class_weights: ClassWeights = None
 
-def fold_ramp(source: str, *, folds: int, repeats: int, seed: int = 0, bags: int = 30) -> Iterator[Splits]:
-    for fold in range(folds * repeats):
-        yield load_ramp(source, seed=seed + fold, bags=bags)
+    def open(self, path: str, folds: Folds | None) -> OpenedSource:
+        step = float(Path(path).read_text())
+        x = (np.arange(self.bags)[:, None] - self.bags / 2 + 0.5) * step
+        whole = BagDataset.from_arrays({"x": x.astype(np.float32)}, None, {"positive": x[:, 0] > 0}, name="ramp")
+        return OpenedSource(whole, name="ramp", summary="a ramp")
 
 
 def test_a_source(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ramp = sources.SourceFormat(
-        "ramp", "a .ramp file with its step", lambda source: source.endswith(".ramp"), load_ramp, fold_ramp
+        "ramp", "a .ramp file with its step", lambda source: source.endswith(".ramp"), RampSource
     )
     monkeypatch.setattr(sources, "FORMATS", (*sources.FORMATS, ramp))
     path = tmp_path / "a.ramp"
     path.write_text("0.5")
     assert load_source(path, bags=10).whole.views[0].name == "x"
-    with pytest.raises(DataError, match="option 'bag': expected one of bags for ramp"):
+    options = "bags, val_share, test_share, class_weights"
+    with pytest.raises(DataError, match=f"option 'bag': expected one of {options} for ramp"):
         load_source(path, bag=10)
     with pytest.raises(DataError, match=r"a \.ramp file with its step"):
         load_source(tmp_path / "a.slope")
     assert call("inspect", path) == 0
     assert "ramp (ramp): a ramp" in capsys.readouterr().out
+    assert len(list(load_folds(path, folds=3))) == 3
     few = ["--set", "data.options={bags: 24}", "--quiet"]
     own = [*few, "--set", "model.width=16", "--set", "model.heads=2", "--epochs", 1, "--device", "cpu"]
     assert call("train", "--data", path, *own, "--out", tmp_path / "run") == 0

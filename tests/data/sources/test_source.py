@@ -98,8 +98,7 @@ class TestOptions:
         )
         assert known.local == LOCAL.get(known.name, ())
 
-    def test_a_new_source_is_a_class_and_a_line(self, tmp_path, monkeypatch):
-        """As docs/development.md says."""
+    def test_what_is_special_about_an_option_and_a_split_of_its_own(self, tmp_path, monkeypatch):
         from umda_fast.data.options import option
         from umda_fast.data.sources import source
         from umda_fast.data.sources.base import BagSource, GivenSplit, OpenedSource
