@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from tests.model.conftest import make_config
+from tests.model.conftest import VIEWS, make_batch, make_config, total_loss
 from umda_fast import UMDA
 from umda_fast.model import FeatureEncoder, QuantileBins
+from umda_fast.model.adapters import add_adapters
 
 
 class TestInputDropout:
@@ -76,6 +77,80 @@ class TestBins:
         encoder(torch.randn(1, 50)).sum().backward()
         dropped = (encoder.get_parameter("binned.weight").grad == 0).all(0)
         assert dropped.float().mean() == pytest.approx(0.7, abs=0.06)
+
+
+class TestWholeInputs:
+    def test_is_the_formula(self):
+        torch.manual_seed(0)
+        encoder = FeatureEncoder(12, 8, hidden=5, whole=True).double().eval()
+        x = 2 * torch.randn(40, 12).double() + 1
+        x[0, 0], x[1, 1] = 1e9, -1e3
+        encoder.set_scaling(x[2:].mean(0), x[2:].std(0))
+        encoder.set_row_scaling(x)
+        scaled = (x - encoder.shift) / encoder.scale
+        outside = scaled.abs() > 4
+        assert outside[0, 0]
+        assert outside[1, 1]
+        scaled = torch.where(outside, scaled.sign() * (4 + torch.asinh(scaled.abs() - 4)), scaled)
+        rows = torch.stack([scaled.mean(1), scaled.square().mean(1).sqrt()], 1)
+        rows = (rows - rows.mean(0)) / rows.std(0, correction=0)
+        rows = torch.where(rows.abs() > 4, rows.sign() * (4 + torch.asinh(rows.abs() - 4)), rows)
+        hidden = encoder[1](torch.cat([encoder[0](scaled), rows], 1))
+        wanted = encoder[4](torch.nn.functional.gelu(hidden))
+        torch.testing.assert_close(encoder(x), wanted, rtol=1e-6, atol=1e-8)
+
+    @pytest.mark.parametrize("features", [1, 2, 8])
+    def test_few_features_are_read_as_they_are(self, features):
+        torch.manual_seed(0)
+        encoder = FeatureEncoder(features, 8, whole=True).eval()
+        x = torch.randn(5, features)
+        with torch.no_grad():
+            wanted = encoder[4](torch.nn.functional.gelu(encoder[1](x)))
+            torch.testing.assert_close(encoder(x), wanted)
+        encoder.set_row_scaling(x)  # nothing to set
+        assert not any(name.startswith("row") for name in encoder.state_dict())
+
+    def test_what_layer_norm_takes_away_is_there(self):
+        """A view of one feature, and a shift that all features share."""
+        for features in (1, 20):
+            torch.manual_seed(0)
+            x = torch.randn(3, features)
+            shifted = x + 1.0
+            plain, whole = (FeatureEncoder(features, 8, whole=whole).eval() for whole in (False, True))
+            torch.testing.assert_close(plain(shifted), plain(x), rtol=0, atol=1e-5)
+            assert (whole(shifted) - whole(x)).abs().max() > 0.05
+
+    def test_rows_are_not_dropped(self):
+        torch.manual_seed(0)
+        encoder = FeatureEncoder(1000, 8, dropout=0.0, input_dropout=0.7, whole=True).train()
+        encoder(torch.randn(1, 1000)).sum().backward()
+        dropped = (encoder.get_parameter("1.weight").grad == 0).all(0)
+        assert dropped[:1000].float().mean() == pytest.approx(0.7, abs=0.06)
+        assert not dropped[1000:].any()
+
+    @pytest.mark.parametrize("bins", [0, 3])
+    def test_in_the_model(self, bins, tmp_path):
+        torch.manual_seed(0)
+        model, batch = UMDA(make_config(whole_inputs=True, bins=bins, linear_path=True)).eval(), make_batch()
+        for view, encoder in zip(VIEWS, model.encoders.encoders, strict=True):
+            encoder.set_scaling(torch.zeros(view.width), torch.full((view.width,), 0.1))
+            encoder.set_row_scaling(batch.views[view.name])
+        total_loss(model, batch).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        model.save_pretrained(tmp_path)
+        again = UMDA.from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(again(**batch.inputs()).logits, model(**batch.inputs()).logits, rtol=0, atol=0)
+            with torch.autocast("cpu", torch.bfloat16):
+                rough = model(**batch.inputs()).logits
+        for name, logits in again(**batch.inputs()).logits.items():
+            assert (rough[name] - logits).abs().max() < 0.1
+
+    def test_with_adapters(self):
+        """An adapted layer has no weight of its own to ask for its dtype."""
+        encoder = FeatureEncoder(40, 32, whole=True)
+        add_adapters(encoder, rank=2)
+        assert encoder(torch.randn(3, 40)).shape == (3, 32)
 
 
 def test_options_reach_the_encoders():

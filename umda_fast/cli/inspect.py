@@ -20,12 +20,17 @@ def inspect(
     skip_bad: SkipBad = False,
     json: JsonFile = None,
 ) -> None:
-    """Say what the data holds: bags, instances, views, tasks, what is missing, and the first problem by
-    name.
+    """Say what the data holds: bags, instances, views, tasks, what is missing, how `data.standardize=auto` scales the
+    features, and the first problem by name.
     """
-    from umda_fast.cli.render import make_console, print_inspection
-    from umda_fast.data import inspect_source
+    from dataclasses import asdict
 
-    report = inspect_source(source, format=format, **source_options(set_, skip_bad))
-    print_inspection(make_console(), report)
-    save_json(json, report)
+    from umda_fast.cli.render import make_console, print_inspection
+    from umda_fast.data import find_format, inspect_splits, load_source
+    from umda_fast.train.scaling import view_scalings
+
+    splits = load_source(source, format=format, **source_options(set_, skip_bad))
+    report = inspect_splits(splits, source, find_format(source, format).name)
+    scaling = [str(view) for view in view_scalings(splits["train"])]
+    print_inspection(make_console(), report, scaling)
+    save_json(json, {**asdict(report), "scaling": scaling})

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -155,8 +155,9 @@ def print_info(console: Console, report: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def print_inspection(console: Console, report: Any) -> None:
-    """Print a `umda_fast.data.SourceReport`: bags, views, tasks, and what is wrong."""
+def print_inspection(console: Console, report: Any, scaling: Sequence[str] = ()) -> None:
+    """Print a `umda_fast.data.SourceReport`: bags, views, tasks, and what is wrong; and how features are scaled, a line
+    for every view."""
     console.print(f"[bold]{report.name}[/bold] ({report.format}): {report.description}", soft_wrap=True)
     splits = list(report.bags)
 
@@ -206,6 +207,8 @@ def print_inspection(console: Console, report: Any) -> None:
         )
     console.print(table)
 
+    for line in scaling:
+        console.print(line, soft_wrap=True)
     if not report.problems:
         console.print("no problem found")
         return

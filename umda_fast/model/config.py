@@ -37,6 +37,7 @@ _SWITCHES = (
     "graph",
     "private",
     "scale_wide",
+    "whole_inputs",
     "linear_path",
     "bag_statistics",
     "view_heads",
@@ -49,6 +50,7 @@ _BEFORE_2: dict[str, Any] = {
     "message_norm": "post",
     "message_ffn": 0,
     "view_heads": False,
+    "whole_inputs": False,
     "bag_statistics": False,
 }
 """What is now an option and was fixed before version 2."""
@@ -72,6 +74,8 @@ class UMDAConfig:
         linear_path: add to the logits a regularised linear map of each bag's mean features, see `LinearPath`: for
             many weak features and few bags.
         scale_wide: whether default encoders of wide features begin with a smaller gain, see `FeatureEncoder`.
+        whole_inputs: default encoders squash outliers and also read the mean and the size of a row of features, which
+            their LayerNorm takes away, see `FeatureEncoder`.
         bins: default encoders also read every feature by its quantiles over the training instances, so many bins each,
             see `QuantileBins`: for features whose effect is not linear, with few bags. It takes so many times the
             memory of the features. 0 has none.
@@ -122,6 +126,7 @@ class UMDAConfig:
     encoder_hidden: int | None = None
     input_dropout: float = 0.0
     scale_wide: bool = False
+    whole_inputs: bool = False
     bins: int = 0
     linear_path: bool = False
     graph_k: int = 8

@@ -49,12 +49,24 @@ class QuantileBins(nn.Module):
         return through.clamp(0.0, 1.0).flatten(-2) * 2.0 - 1.0
 
 
+def squash(x: Tensor, limit: float) -> Tensor:
+    """x between -limit and limit; beyond them, the distance d to the nearer as `asinh(d)`: d if it is small, about
+    `log(2 d)` if it is large, so that an outlier stays one and does not outweigh all else."""
+    inside = x.clamp(-limit, limit)
+    return inside + (x - inside).asinh()
+
+
 class FeatureEncoder(nn.Sequential):
     """The default encoder, [n, features] -> [n, width]: (x - shift) / scale, LayerNorm, Dropout of features, Linear,
     GELU, Dropout, Linear. With `bins`, as many hidden units again read the features by `QuantileBins`.
 
     `shift` and `scale` (buffers [features], 0 and 1 at first) are set by `set_scaling`: without it LayerNorm leaves
     of features in different units only the largest. Features are cast to the dtype of the parameters.
+
+    LayerNorm takes the mean and the size of a row of features away: of a view of one feature it leaves nothing, of a
+    shift that all features share neither. With `whole`, standardised features are first squashed beyond `LIMIT`, and
+    the linear layer reads two more inputs beside what LayerNorm gives: the mean and the root mean square of the row,
+    each standardised as `set_row_scaling` says; and up to `FEW` features are read as they are, without LayerNorm.
 
     Args:
         features, width, hidden: widths in, out and between; hidden None takes `width`.
@@ -64,10 +76,16 @@ class FeatureEncoder(nn.Sequential):
             wide inputs learn as fast as others and are less quickly learnt by heart. (The learning rate of an input
             layer by its fan-in: Yang and Hu, "Feature Learning in Infinite-Width Neural Networks", 2021.)
         bins: of every feature, set by `bins.set_edges`; 0 has none.
+        whole: whether the mean and the size of a row of features are read too.
     """
+
+    LIMIT = 4.0
+    FEW = 8
 
     shift: Tensor
     scale: Tensor
+    row_shift: Tensor
+    row_scale: Tensor
 
     def __init__(
         self,
@@ -78,11 +96,13 @@ class FeatureEncoder(nn.Sequential):
         input_dropout: float = 0.0,
         scale_wide: bool = False,
         bins: int = 0,
+        whole: bool = False,
     ) -> None:
         hidden = width if hidden is None else hidden
+        few = whole and features <= self.FEW
         super().__init__(
-            nn.LayerNorm(features),
-            nn.Linear(features, hidden),
+            nn.Identity() if few else nn.LayerNorm(features),
+            nn.Linear(features + 2 if whole and not few else features, hidden),
             nn.GELU(),
             nn.Dropout(dropout),
             nn.Linear(2 * hidden if bins else hidden, width),
@@ -91,10 +111,14 @@ class FeatureEncoder(nn.Sequential):
             self.add_module("bins", QuantileBins(features, bins))
             self.add_module("binned", nn.Linear(features * bins, hidden))
         self.input_dropout = input_dropout
-        if scale_wide and features > hidden:
+        self.whole, self.few = whole, few
+        if scale_wide and features > hidden and not few:
             nn.init.constant_(self.get_parameter("0.weight"), (hidden / features) ** 0.5)
         self.register_buffer("shift", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
+        if whole and not few:
+            self.register_buffer("row_shift", torch.tensor([0.0, 1.0]))  # of independent features with mean 0, std 1
+            self.register_buffer("row_scale", torch.tensor([features**-0.5, (2 * features) ** -0.5]))
 
     def set_scaling(self, mean: Tensor, std: Tensor) -> None:
         """Standardise by `mean` and `std`, both [features], of the training instances; a feature with std 0 is
@@ -102,15 +126,40 @@ class FeatureEncoder(nn.Sequential):
         self.shift.copy_(mean)
         self.scale.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
-    def forward(self, features: Tensor) -> Tensor:
+    @torch.no_grad()
+    def set_row_scaling(self, features: Tensor) -> None:
+        """Standardise mean and root mean square of a row by their means and deviations over `features` [n, features],
+        some training instances; without effect where they are not read. After `set_scaling`."""
+        if not self.whole or self.few:
+            return
+        rows = self.row_statistics(self.standardized(features).double())
+        mean = rows.mean(0)
+        self.row_shift.copy_(mean)
+        # Rows of one length differ by rounding only.
+        self.row_scale.copy_(rows.std(0, correction=0).clamp_min(1e-3 * float(mean.abs().max())).clamp_min(1e-6))
+
+    def standardized(self, features: Tensor) -> Tensor:
+        """`(features - shift) / scale`, squashed with `whole`, in the dtype of the parameters."""
         # Subtracted before the cast: in half precision the difference of large features would be lost.
-        dtype = self.get_parameter("0.weight").dtype
-        x = ((features - self.shift) / self.scale).to(dtype)
+        x = (features - self.shift) / self.scale
+        return (squash(x, self.LIMIT) if self.whole else x).to(self.get_parameter("1.bias").dtype)
+
+    @staticmethod
+    def row_statistics(x: Tensor) -> Tensor:
+        """Mean and root mean square [n, 2] of rows of standardised features [n, features]."""
+        return torch.stack([x.mean(1), x.square().mean(1).sqrt()], 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.standardized(features)
         norm, linear, gelu, dropout, out, *binned = self
-        h = linear(F.dropout(norm(x), self.input_dropout, self.training))
+        read = F.dropout(norm(x), self.input_dropout, self.training)
+        if self.whole and not self.few:
+            rows = (self.row_statistics(x) - self.row_shift) / self.row_scale
+            read = torch.cat([read, squash(rows, self.LIMIT).to(read.dtype)], 1)
+        h = linear(read)
         if binned:
             bins, own = binned
-            steps = F.dropout(bins(features).to(dtype), self.input_dropout, self.training)
+            steps = F.dropout(bins(features).to(h.dtype), self.input_dropout, self.training)
             h = torch.cat([h, own(steps)], -1)
         result: Tensor = out(dropout(gelu(h)))
         return result
@@ -122,7 +171,7 @@ class ViewEncoders(nn.Module):
     Args:
         views: names and widths of the views.
         width: D.
-        hidden, dropout, input_dropout, scale_wide, bins: of the default encoders, see `FeatureEncoder`.
+        hidden, dropout, input_dropout, scale_wide, bins, whole: of the default encoders, see `FeatureEncoder`.
         encoders: view -> module [n, ...] -> [n, D], used instead of the default encoder of that view. It is
             given features of every instance; where the view is missing they are zeros (for one that looks
             across instances, as batch normalisation does).
@@ -141,6 +190,7 @@ class ViewEncoders(nn.Module):
         input_dropout: float = 0.0,
         scale_wide: bool = False,
         bins: int = 0,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self.views = tuple(views)
@@ -156,7 +206,7 @@ class ViewEncoders(nn.Module):
         # By position: a view may have any name, a submodule may not.
         self.encoders = nn.ModuleList(
             given.get(view.name)
-            or FeatureEncoder(view.width, width, hidden, dropout, input_dropout, scale_wide, bins)
+            or FeatureEncoder(view.width, width, hidden, dropout, input_dropout, scale_wide, bins, whole)
             for view in self.views
         )
         self.embedding = nn.Parameter(torch.empty(len(self.views), width))

@@ -59,7 +59,7 @@ class LinearPath(nn.Module):
                 continue
             if mask is not None:
                 features = features.masked_fill(~mask[:, position, None], 0)
-            unit = F.normalize(((features - encoder.shift) / encoder.scale).to(weight.dtype), dim=1)
+            unit = F.normalize(encoder.standardized(features), dim=1)
             y = F.linear(LENGTH * unit, weight)
             parts.append(torch.cat([y, y.new_ones(len(y), 1)], 1) * present.to(y.dtype)[:, None])
         return torch.stack(parts, 1)

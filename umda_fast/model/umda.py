@@ -55,6 +55,7 @@ class UMDA(nn.Module):
             config.input_dropout,
             config.scale_wide,
             config.bins,
+            config.whole_inputs,
         )
         self.hcva = (
             HCVA(width, config.heads, len(config.views), config.layers, config.ffn, dropout, config.layer_scale)

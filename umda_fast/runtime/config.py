@@ -68,9 +68,10 @@ class DataConfig(_Section):
     """Options of the source, for example `train_bags` of `digits`."""
     budget: Positive = 512
     """Instances in a batch; a batch holds whole bags."""
-    standardize: bool | list[str] = True
+    standardize: bool | list[str] | Literal["auto"] = True
     """Give every feature mean 0 and standard deviation 1 over the training instances, inside the model; a list of views
-    does so for these only (sparse counts of words are better left as they are)."""
+    does so for these only. `auto` looks at the features first: counts, most of them zero, are only divided by one
+    number, features with heavy tails are standardised by their quartiles."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read bags ahead."""
     instance_dropout: Decay = 0.0

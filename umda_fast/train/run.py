@@ -305,6 +305,7 @@ def summary(
             "bags": {name: len(dataset) for name, dataset in datasets.items()},
             "instances": {name: int(dataset.sizes.sum()) for name, dataset in datasets.items()},
             "skipped": list(datasets["train"].skipped),
+            "scaling": trainer.scaling,
         },
         "tasks": result.tasks,
         "mean_score": result.mean_score,

@@ -28,7 +28,7 @@ from umda_fast.score.evaluation import SplitResult, evaluate_dataset
 from umda_fast.train.checkpoint import Checkpoint, TrainingState
 from umda_fast.train.log import TrainingLog
 from umda_fast.train.quantiles import fit_bins
-from umda_fast.train.scaling import standardize_inputs
+from umda_fast.train.scaling import scale_inputs
 from umda_fast.train.step import TrainStep
 
 __all__ = ["Trainer"]
@@ -53,6 +53,7 @@ class Trainer:
         train_step: what changes the weights.
         state: where the training stands.
         log: what is written on the way.
+        scaling: how the features of every view are scaled, a line each.
     """
 
     def __init__(
@@ -73,9 +74,7 @@ class Trainer:
         self.val_set = datasets.get("val")
         if len(self.train_set) == 0:
             raise DataError("split 'train' holds no bags")
-        if config.data.standardize:
-            only = None if config.data.standardize is True else config.data.standardize
-            standardize_inputs(model, self.train_set, config.seed, only)
+        self.scaling = scale_inputs(model, self.train_set, config.data.standardize, config.seed)
         fit_bins(model, self.train_set, config.seed)
         self.train_step = TrainStep(config, model, self.train_set.tasks, fabric)
         # The sampler and the loader's own generator, not the global one, decide on the order of the bags, so
@@ -120,6 +119,7 @@ class Trainer:
     def _fit(self) -> None:
         if not self.log.begun:
             self.log.begin()
+            self.log.write({"kind": "inputs", "step": 0, "scaling": self.scaling}, step=0)
         state, epochs = self.state, self.config.train.epochs
         began = time.monotonic() - state.total_seconds  # as if it had never been stopped
         with ProgressReport(
