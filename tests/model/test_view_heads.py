@@ -19,8 +19,14 @@ from umda_fast.model.readout import Readout
 
 
 def with_heads(**options: Any) -> UMDA:
+    """A model whose views are not all heard alike."""
     torch.manual_seed(0)
-    return UMDA(make_config(view_heads=True, **options)).double().eval()
+    model = UMDA(make_config(view_heads=True, **options)).double().eval()
+    with torch.no_grad():
+        for gate in (model.view_heads.gate, model.view_heads.gate_bias):
+            assert not gate.any()
+            gate.copy_(torch.randn(gate.shape, generator=torch.Generator().manual_seed(1)))
+    return model
 
 
 def without(model: UMDA, batch: Batch) -> dict[str, Tensor]:
@@ -50,8 +56,10 @@ def test_is_the_formula() -> None:
                     assert (out.view_logits[task.name][b, v] == 0).all()
                     continue
                 share = (hidden[own, v] @ heads.score[v, t]).softmax(0)
-                said.append(weight[v] @ F.layer_norm(share @ x[own, v], (16,)) + bias[v])
-                torch.testing.assert_close(out.view_logits[task.name][b, v], said[-1], rtol=1e-9, atol=1e-11)
+                alone = weight[v] @ F.layer_norm(share @ x[own, v], (16,)) + bias[v]
+                torch.testing.assert_close(out.view_logits[task.name][b, v], alone, rtol=1e-9, atol=1e-11)
+                heard = 2 / (1 + torch.exp(-heads.gate[t, v] @ out.branches[b, t] - heads.gate_bias[t, v]))
+                said.append(heard * alone)
             total = torch.stack(said).sum(0) if said else torch.zeros(task.outputs, dtype=torch.float64)
             if said and task.kind == "regression":
                 total = total / len(said)
@@ -84,6 +92,13 @@ def test_losses_are_the_formula(name: str, masked: bool) -> None:
         total += own * (sum(each) / len(each) if each else 0.0)
         weight += own
     assert float(found) == pytest.approx(total / weight, rel=1e-12)
+
+
+def test_at_first_all_views_are_heard_alike() -> None:
+    torch.manual_seed(0)
+    model, batch = UMDA(make_config(view_heads=True)).double().eval(), make_batch().double()
+    out, fused = model(**batch.inputs()), without(model, batch)
+    torch.testing.assert_close(out.logits["type"], fused["type"] + out.view_logits["type"].sum(1))
 
 
 def test_losses_where_all_views_agree_are_those_of_the_task() -> None:

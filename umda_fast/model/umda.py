@@ -213,7 +213,7 @@ class UMDA(nn.Module):
     def with_view_heads(self, out: UMDAOutput, pool: ViewPool) -> UMDAOutput:
         """`out` with what every view alone says, from its pools, added to the logits."""
         assert self.view_heads is not None
-        alone: ViewLogits = self.view_heads(pool)
+        alone: ViewLogits = self.view_heads(pool, out.branches)
         logits = {name: logits + alone.total[name] for name, logits in out.logits.items()}
         return replace(
             out, logits=logits, view_logits=alone.views, view_present=alone.present, view_features=alone.features

@@ -41,8 +41,10 @@ class ViewHeads(nn.Module):
     The hidden units of the attention are those of the model's pooling, the scores are each view's and task's own. LN
     has neither scale nor shift: W and c follow it.
 
-    To the logits of a task it adds the sum of l_v over the views that a bag has, to those of a regression their mean:
-    log-odds that independent views give add up, values do not.
+    To the logits of a task it adds `sum_v omega_v[b,t] l_v[b,t]` over the views that a bag has, for a regression their
+    mean: log-odds that independent views give add up, values do not. The weight `omega_v[b,t] = 2 sigmoid(G[t,v] .
+    branch[b,t] + h[t,v])`, 1 at first (G = 0, h = 0), lets what the views say together decide which of them is heard,
+    as a gating network decides between experts (Jacobs, Jordan, Nowlan and Hinton, 1991).
 
     Args:
         views: V. tasks: of the model. width: D. hidden: units of the pooling. dropout: before the heads.
@@ -61,6 +63,8 @@ class ViewHeads(nn.Module):
         for t, task in enumerate(self.tasks):
             self.register_parameter(f"weight_{t}", uniform(width, views, task.outputs, width))
             self.register_parameter(f"bias_{t}", uniform(width, views, task.outputs))
+        self.gate = nn.Parameter(torch.zeros(len(self.tasks), views, width))
+        self.gate_bias = nn.Parameter(torch.zeros(len(self.tasks), views))
 
     def pool(self, pooling: BagPooling, x: Tensor, ptr: Tensor, mask: Tensor | None = None) -> ViewPool:
         """x [N, V, D], rows of missing views 0; ptr int64 [B+1]; mask bool [N, V] or None."""
@@ -70,17 +74,19 @@ class ViewHeads(nn.Module):
         parts = [bag_attention_pool(x[:, v], scores[:, v], ptr) for v in range(x.shape[1])]
         return ViewPool(torch.stack([part.pooled for part in parts], 1), torch.stack([part.lse for part in parts], 1))
 
-    def forward(self, pool: ViewPool) -> ViewLogits:
+    def forward(self, pool: ViewPool, branches: Tensor) -> ViewLogits:
+        """branches [B, T, D], of the tasks, as `ATSB` gives them."""
         present = pool.lse[..., 0] > -torch.inf
         features = F.layer_norm(pool.pooled, pool.pooled.shape[-1:])  # of zeros, zeros
         read = self.dropout(features)
         total, views = {}, {}
         count = present.sum(1, keepdim=True).clamp_min(1)
+        omega = 2.0 * torch.sigmoid(torch.einsum("btd,tvd->btv", branches, self.gate) + self.gate_bias)
         for t, task in enumerate(self.tasks):
             logits = torch.einsum("bvd,vod->bvo", read[:, :, t], self.get_parameter(f"weight_{t}"))
             logits = (logits + self.get_parameter(f"bias_{t}")).masked_fill(~present[..., None], 0.0)
             views[task.name] = logits
-            added = logits.sum(1)
+            added = (omega[:, t, :, None] * logits).sum(1)
             total[task.name] = added if kind_of(task).adds_up else added / count.to(added.dtype)
         return ViewLogits(total, views, present, features)
 
