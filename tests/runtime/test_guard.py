@@ -8,10 +8,10 @@ from tests.small import small_config
 from umda_fast.data import Bag, BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec, ViewSpec
+from umda_fast.runtime.fabric import make_fabric
 from umda_fast.runtime.guard import check_batch
 from umda_fast.runtime.rundir import RunDirectory
-from umda_fast.train import NonFiniteError, Trainer, train
-from umda_fast.train.run import build_model, make_fabric
+from umda_fast.train import NonFiniteError, Trainer, build_model, train
 
 VIEWS = (ViewSpec("a", 3), ViewSpec("b", 2))
 TASKS = (TaskSpec("y", "binary"), TaskSpec("z", "regression"))

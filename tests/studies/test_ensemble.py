@@ -15,11 +15,11 @@ from tests.small import small_config, small_data
 from umda_fast.data import BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import decode
+from umda_fast.runtime.fabric import make_fabric
 from umda_fast.score import evaluation as evaluation_module
 from umda_fast.score.collect import collect
 from umda_fast.score.metrics import TaskMetrics
 from umda_fast.train import Run, evaluate, load_ensemble, load_run, predict, train
-from umda_fast.train.run import make_fabric
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from umda_fast.data import BagBatch
 from umda_fast.model import penalty_loss, task_losses
 from umda_fast.parity.rule import GRADIENT_FACTOR, allowed_error
 from umda_fast.runtime.config import RunConfig
-from umda_fast.train import NonFiniteError
+from umda_fast.runtime.fabric import make_fabric
+from umda_fast.train import NonFiniteError, build_model
 from umda_fast.train.optim import make_optimizer
-from umda_fast.train.run import build_model, make_fabric
 from umda_fast.train.step import TrainStep
 
 DATA = datasets()["train"]

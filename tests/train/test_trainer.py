@@ -11,9 +11,9 @@ from umda_fast.data import Bag, BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import UMDA, TaskSpec, ViewSpec
 from umda_fast.runtime.config import ARCHITECTURES
+from umda_fast.runtime.fabric import make_fabric
 from umda_fast.runtime.rundir import RunDirectory, read_metrics
 from umda_fast.train import ConfigError, Trainer, evaluate, load_run, predict, train
-from umda_fast.train.run import make_fabric
 
 
 def _epochs(directory: Path) -> list[dict[str, object]]:

@@ -31,7 +31,7 @@ def pack(
     from umda_fast.cli.render import make_console
     from umda_fast.data import pack_slides
     from umda_fast.runtime.progress import ProgressReport
-    from umda_fast.train.run import tell_skipped
+    from umda_fast.train.data import tell_skipped
 
     options = source_options(set_, skip_bad)
     understood = ("labels", "splits", "views", "mpp", "match", "tolerance", "skip_bad", "read_timeout")

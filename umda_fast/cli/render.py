@@ -129,7 +129,7 @@ def collect_info() -> dict[str, Any]:
     import torch
 
     from umda_fast import ops
-    from umda_fast.train.run import versions
+    from umda_fast.train.summary import versions
 
     name = platform.processor() or platform.machine()
     devices = [f"cpu: {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]

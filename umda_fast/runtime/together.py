@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import logging
-import os
 from collections.abc import Callable, Iterable
-from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from umda_fast.data import BagBatch
 from umda_fast.errors import DataError
@@ -18,68 +13,9 @@ from umda_fast.model import TaskSpec
 from umda_fast.sgl.distributed import Processes
 from umda_fast.tasks import kind_of
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies.ddp import DDPStrategy
-
-__all__ = [
-    "label_counts",
-    "one_decides",
-    "penalty_counts",
-    "processes_of",
-    "started_together",
-    "strategy",
-]
-
-# How long a process waits for another before it stops; the longest thing that one does alone, while the others
-# wait, is to write a checkpoint.
-TIMEOUT = 600.0
+__all__ = ["label_counts", "one_decides", "penalty_counts"]
 
 Result = TypeVar("Result")
-
-
-def started_together() -> tuple[int, int]:
-    """Processes on this machine and in all, as torchrun started them; (1, 1) without it."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        return 1, 1
-    return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-
-
-def strategy() -> DDPStrategy:
-    """Fabric's strategy for a process group: gloo on the CPU, NCCL on GPUs.
-
-    The variable `UMDA_FAST_TIMEOUT` says how many seconds a process waits for another.
-
-    Raises:
-        DataError: it is not a positive number.
-    """
-    from lightning_fabric.strategies.ddp import DDPStrategy
-
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # says that processes have found each other
-    text = os.environ.get("UMDA_FAST_TIMEOUT", "")
-    try:
-        seconds = float(text) if text else TIMEOUT
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < 1e6:
-        raise DataError(f"UMDA_FAST_TIMEOUT: expected seconds, more than 0, got {text!r}")
-    atexit.unregister(_leave)
-    atexit.register(_leave)
-    return DDPStrategy(timeout=timedelta(seconds=seconds))
-
-
-def _leave() -> None:
-    # gloo's threads must end before the interpreter does.
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def processes_of(fabric: Fabric) -> Processes | None:
-    """The processes of the run; None where there is one."""
-    if fabric.world_size == 1:
-        return None
-    assert dist.group.WORLD is not None
-    return Processes(dist.group.WORLD)
 
 
 def one_decides(processes: Processes | None, function: Callable[[], Result]) -> Result:

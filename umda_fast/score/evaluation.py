@@ -14,9 +14,10 @@ from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loa
 from umda_fast.model import UMDA, Ensemble, TaskSpec, task_losses
 from umda_fast.model.chunked import forward_chunked
 from umda_fast.runtime.config import DataConfig
+from umda_fast.runtime.fabric import processes_of
 from umda_fast.runtime.guard import check_batch
 from umda_fast.runtime.progress import ProgressReport
-from umda_fast.runtime.together import label_counts, penalty_counts, processes_of
+from umda_fast.runtime.together import label_counts, penalty_counts
 from umda_fast.score.metrics import TaskMetrics, mean_score
 from umda_fast.sgl.distributed import Processes
 

@@ -8,12 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from umda_fast.data import BagDataset, load_folds
+from umda_fast.data import BagDataset
 from umda_fast.files import json_ready, write_json, write_text
 from umda_fast.runtime.config import ARCHITECTURES, ConfigError, RunConfig, as_dict, make_config
 from umda_fast.studies.crossval import check_settings, figures, finished_run
 from umda_fast.tasks import kind_of
-from umda_fast.train.run import build_model, data_seed, load_data
+from umda_fast.train.build import build_model
+from umda_fast.train.data import load_configured_folds, load_data
 
 __all__ = ["compare_models", "comparison_markdown"]
 
@@ -100,10 +101,7 @@ def compare_models(
 
 def _parts(config: RunConfig, seeds: int, folds: int | None) -> Iterable[Mapping[str, BagDataset]]:
     if folds is not None:
-        data = config.data
-        yield from load_folds(
-            data.source, folds=folds, seed=data_seed(config), format=data.format, **data.options
-        )
+        yield from load_configured_folds(config, folds)
         return
     for number in range(seeds):
         yield load_data(make_config({**as_dict(config), "seed": config.seed + number}))

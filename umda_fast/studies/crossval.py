@@ -10,13 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umda_fast.data import BagDataset, load_folds
+from umda_fast.data import BagDataset
 from umda_fast.errors import DataError
 from umda_fast.files import json_ready, write_json
 from umda_fast.runtime.config import RunConfig, as_dict, make_config
+from umda_fast.runtime.fabric import make_fabric, processes_of
 from umda_fast.runtime.rundir import RunDirectory
-from umda_fast.runtime.together import one_decides, processes_of
-from umda_fast.train.run import data_seed, make_fabric, tell_skipped, train
+from umda_fast.runtime.together import one_decides
+from umda_fast.train.data import load_configured_folds
+from umda_fast.train.run import train
 
 __all__ = ["check_settings", "cross_validate", "figures", "finished_run"]
 
@@ -63,20 +65,10 @@ def cross_validate(
         processes, lambda: check_settings(directory / "crossval.json", settings, "a cross-validation")
     )
     if datasets is None:
-        data = config.data
-        datasets = load_folds(
-            data.source,
-            folds=folds,
-            repeats=repeats,
-            seed=data_seed(config),
-            format=data.format,
-            **data.options,
-        )
+        datasets = load_configured_folds(config, folds, repeats)
     results: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
     for number, parts in enumerate(datasets):
-        if number == 0:
-            tell_skipped(parts["train"].skipped)
         repeat, fold = divmod(number, folds)
         fold_config = make_config({**as_dict(config), "seed": config.seed + number})
         metrics = finished_run(fold_config, directory / f"repeat-{repeat}-fold-{fold}", parts, progress)

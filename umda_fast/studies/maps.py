@@ -23,7 +23,8 @@ from umda_fast.data import BagDataset
 from umda_fast.errors import DataError
 from umda_fast.files import atomic_file
 from umda_fast.studies.predict import predict_batches
-from umda_fast.train.run import Run, model_data
+from umda_fast.train.data import model_data
+from umda_fast.train.loading import Run
 
 __all__ = ["BagMap", "Explanation", "attention_maps", "explain", "paint", "patch_edge", "plot_maps", "write_geojson"]
 

@@ -25,7 +25,8 @@ from umda_fast.runtime.rundir import RunDirectory
 from umda_fast.score.calibration import Calibration, confidence
 from umda_fast.score.evaluation import outputs_in_order
 from umda_fast.tasks import kind_of
-from umda_fast.train.run import Run, model_data
+from umda_fast.train.data import model_data
+from umda_fast.train.loading import Run
 
 __all__ = ["predict", "predict_batches"]
 

@@ -26,12 +26,14 @@ from umda_fast.files import write_json
 from umda_fast.model import UMDA, TaskSpec
 from umda_fast.model.readout import Readout
 from umda_fast.runtime.config import as_dict, dump_config, make_config
+from umda_fast.runtime.fabric import make_fabric
 from umda_fast.runtime.rundir import RunDirectory, save_model
 from umda_fast.score.calibration import Calibration
 from umda_fast.score.collect import calibrate, collect
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset
 from umda_fast.tasks import kind_of
-from umda_fast.train.run import Run, data_seed, make_fabric
+from umda_fast.train.data import data_seed
+from umda_fast.train.loading import Run
 
 __all__ = ["fit_head", "readapt"]
 

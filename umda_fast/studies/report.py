@@ -31,7 +31,8 @@ from umda_fast.studies.maps import BagMap, attention_maps, plot_maps, relative
 from umda_fast.tasks import kind_of
 from umda_fast.tasks.metric_names import metric_name
 from umda_fast.tasks.shown import Rows, Scatter, Shown
-from umda_fast.train.run import Run, model_data
+from umda_fast.train.data import model_data
+from umda_fast.train.loading import Run
 
 __all__ = ["write_report"]
 

@@ -20,17 +20,11 @@ from umda_fast.runtime.config import (
 )
 from umda_fast.runtime.guard import NonFiniteError
 from umda_fast.score.evaluation import SplitResult
-from umda_fast.train.run import (
-    Run,
-    RunResult,
-    build_model,
-    evaluate,
-    load_data,
-    load_ensemble,
-    load_run,
-    run_config,
-    train,
-)
+from umda_fast.train.build import build_model
+from umda_fast.train.data import load_data
+from umda_fast.train.loading import Run, load_ensemble, load_run, run_config
+from umda_fast.train.measure import evaluate
+from umda_fast.train.run import RunResult, train
 from umda_fast.train.trainer import Trainer
 
 if TYPE_CHECKING:

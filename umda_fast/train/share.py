@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from umda_fast.data import BagBatch
 from umda_fast.model import TaskSpec
-from umda_fast.runtime.together import label_counts, penalty_counts, processes_of
+from umda_fast.runtime.fabric import processes_of
+from umda_fast.runtime.together import label_counts, penalty_counts
 from umda_fast.sgl.distributed import GradientReducer, Processes
 
 if TYPE_CHECKING:

@@ -247,7 +247,6 @@ class Trainer:
         """
         path = self.run.checkpoint
         if not path.is_file():
-            self.log.begin()
             return
         saved = Checkpoint.read(path, self.config)
         try:

@@ -10,8 +10,7 @@ from umda_fast.data import load_source
 from umda_fast.data.sources.text_encoder import SentenceEncoder
 from umda_fast.errors import DataError
 from umda_fast.files import cache_folder
-from umda_fast.train import evaluate, load_run, make_config, predict, train
-from umda_fast.train.run import run_config
+from umda_fast.train import evaluate, load_run, make_config, predict, run_config, train
 
 WORDS = ["a", "ship", "sinks", "nobody", "swims", "war", "he", "said", "then", "left", ".", "!", "one", "sentence"]
 TEXTS = ["A ship sinks.", "Nobody swims!", "war"]

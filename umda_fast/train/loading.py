@@ -1,0 +1,78 @@
+"""A run read back from its directory: its configuration, and the model with the best weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from umda_fast.errors import DataError
+from umda_fast.model import UMDA, Ensemble
+from umda_fast.model.baselines import BASELINES
+from umda_fast.model.readout import Readout
+from umda_fast.runtime.config import RunConfig, load_config
+from umda_fast.runtime.rundir import RunDirectory
+
+__all__ = ["Run", "load_ensemble", "load_run", "run_config"]
+
+
+@dataclass
+class Run:
+    """A run read back from its directory; or several as one, `members`: the model is then an `Ensemble`, directory and
+    configuration are those of the first."""
+
+    directory: Path
+    config: RunConfig
+    model: Any
+    members: tuple[Run, ...] = ()
+
+
+def load_run(directory: str | os.PathLike[str]) -> Run:
+    """The configuration and the model (best weights, evaluation mode, on the CPU) of a run directory.
+
+    Raises:
+        DataError: it is no run directory, or its files cannot be read.
+    """
+    run = RunDirectory.existing(directory)
+    config = load_config(run.config)
+    try:
+        # Not the configuration's: a model with new heads keeps that of its trunk.
+        architecture = json.loads((run.path / "config.json").read_text(encoding="utf-8"))["architecture"]
+        kind: Any = {**BASELINES, "readout": Readout}.get(architecture, UMDA)
+        model = kind.from_pretrained(run.path)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise DataError(
+            f"{run.path}: the model cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return Run(run.path, config, model.eval())
+
+
+def load_ensemble(directories: Sequence[str | os.PathLike[str]]) -> Run:
+    """Several runs as one, which predicts the mean of what they predict (see `Ensemble`).
+
+    Raises:
+        DataError: one cannot be read, or is for other views or tasks than the first.
+    """
+    runs = tuple(load_run(directory) for directory in directories)
+    try:
+        model = Ensemble([run.model for run in runs])
+    except ValueError as error:
+        raise DataError(f"{', '.join(str(run.directory) for run in runs)}: {error}") from None
+    return Run(runs[0].directory, runs[0].config, model.eval(), runs)
+
+
+def run_config(directory: str | os.PathLike[str], values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of the run in `directory`, with `values` laid over it, to resume it.
+
+    Raises:
+        DataError: there is no run.
+    """
+    run = RunDirectory(directory)
+    if not run.config.is_file():
+        raise DataError(f"{run.path}: holds no run to resume (no {run.config.name})")
+    return load_config(run.config, values=values)

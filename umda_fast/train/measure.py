@@ -1,0 +1,44 @@
+"""The model of a run, measured on a split of its own data or of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from umda_fast import ops
+from umda_fast.data import BagDataset
+from umda_fast.errors import DataError
+from umda_fast.score.evaluation import SplitResult, evaluate_dataset
+from umda_fast.train.data import check_same_split, model_data
+from umda_fast.train.loading import Run
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    run: Run,
+    *,
+    source: str | None = None,
+    split: str | None = "test",
+    datasets: Mapping[str, BagDataset] | None = None,
+    format: str | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> SplitResult:
+    """The model of a run on a split (None: all splits) of its own data, of `source`, or of `datasets`.
+
+    Raises:
+        DataError: there is no such split, or the data does not fit the model; members of an ensemble were trained on
+            different data or splits.
+    """
+    if datasets is None:
+        check_same_split(run)
+    dataset, fabric = model_data(
+        run, source=source, datasets=datasets, split=split, format=format, device=device, skip_bad=skip_bad
+    )
+    if len(dataset) == 0:
+        raise DataError(f"{source or run.config.data.source}: split {split!r} holds no bags to evaluate on")
+    model = fabric.to_device(run.model)
+    with ops.use_backend(backend):
+        return evaluate_dataset(model, dataset, fabric, run.config.data, progress=progress)
