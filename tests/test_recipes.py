@@ -86,7 +86,7 @@ def test_a_balancer(halves: None, config: Path, tmp_path: Path) -> None:
     ("values", "words"),
     [
         ("sgl.balancer=halve", "did you mean 'halves'"),
-        ("sgl.balancer=none_of_them", "dualproj, halves"),
+        ("sgl.balancer=none_of_them", "halves, got 'none_of_them'"),
         ("sgl.options={part: 1}", "options of halves: share"),
         ("sgl.options={share: -1}", "share: expected a positive number, got -1"),
     ],
@@ -204,7 +204,7 @@ def test_a_task_kind_s_loss(counts: None) -> None:
     [
         ([1, -2] * 20, "{y: counts}", "expected a whole number of at least 0, got -2 in row 1"),
         (["1", "few"] * 20, "{y: counts}", "expected numbers for counts, got text such as 'few'"),
-        ([1, 2] * 20, "{y: count}", "expected one of binary, multiclass, multilabel, regression, counts, got 'count'"),
+        ([1, 2] * 20, "{y: count}", "counts, got 'count'"),
     ],
 )
 def test_a_task_kind_s_mistakes(

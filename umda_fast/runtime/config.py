@@ -22,7 +22,7 @@ from umda_fast.errors import DataError
 from umda_fast.files import write_text
 from umda_fast.model import UMDAConfig
 from umda_fast.model.baselines import BASELINES
-from umda_fast.sgl import BALANCERS, Balancer
+from umda_fast.sgl import BALANCERS, Balancer, Scope
 
 __all__ = [
     "ConfigError",
@@ -84,7 +84,7 @@ class SGLConfig(_Section):
 
     balancer: str = "sgl"
     """A name in `umda_fast.sgl.BALANCERS`, or none."""
-    scope: Literal["shared_parameters", "last_shared_layer", "representation"] = "representation"
+    scope: Scope = "representation"
     every: Positive = 1
     """Steps between two gradient statistics."""
     beta: Decay = 0.9
