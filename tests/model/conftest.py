@@ -21,6 +21,18 @@ TASKS = (
 )
 
 
+# What has been added to the model since; the gains not at 0, or what they scale would have no gradient.
+RECIPE: dict[str, Any] = {
+    "hcva": "auto",
+    "layer_scale": 0.5,
+    "message_norm": "pre",
+    "message_ffn": 1,
+    "whole_inputs": True,
+    "bag_statistics": True,
+    "view_heads": True,
+}
+
+
 @dataclass
 class Batch:
     views: dict[str, Tensor]
@@ -66,7 +78,7 @@ def batch() -> Batch:
     return make_batch()
 
 
-@pytest.fixture
-def model() -> UMDA:
+@pytest.fixture(params=[{}, RECIPE], ids=["plain", "recipe"])
+def model(request: pytest.FixtureRequest) -> UMDA:
     torch.manual_seed(0)
-    return UMDA(make_config()).eval()
+    return UMDA(make_config(**request.param)).eval()

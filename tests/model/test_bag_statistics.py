@@ -22,6 +22,13 @@ def test_the_maximum_of_every_bag() -> None:
     assert gradient.tolist() == [[0.0, 10.0], [1.0, 0.0], [0.0, 0.0], [1.0, 10.0]]
 
 
+def test_what_is_no_number_is_not_hidden() -> None:
+    z = torch.tensor([[1.0, torch.nan], [torch.nan, 2.0], [0.0, 3.0]])
+    value = bag_maximum(z, torch.tensor([0, 2, 3])).value
+    assert value[0].isnan().all()
+    assert value[1].tolist() == [0.0, 3.0]
+
+
 def test_branches_read_them() -> None:
     torch.manual_seed(0)
     model, batch = UMDA(make_config(bag_statistics=True)).double().eval(), make_batch().double()

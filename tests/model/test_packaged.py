@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.export import Dim
 
+from tests.model.conftest import RECIPE
 from tests.served import Predict, bags
 from umda_fast.model import UMDA, TaskSpec, UMDAConfig, ViewSpec
 from umda_fast.ops import _library
@@ -28,11 +30,13 @@ torch.save([model(*batch) for batch in torch.load(batches)], out)
 
 @pytest.mark.skipif(_library.cpp_status is not None, reason=str(_library.cpp_status))
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
-def test_a_model_compiled_ahead_of_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, RECIPE], ids=["plain", "recipe"])
+def test_a_model_compiled_ahead_of_time(options: dict[str, Any], tmp_path: Path) -> None:
     """Another process, which imports the operations only, gets what the model gives, for bags of any sizes."""
     tasks = (TaskSpec("grade", "multiclass", 3), TaskSpec("response", "binary"))
     views = (ViewSpec("a", 6), ViewSpec("b", 4))
-    model = Predict(UMDA(UMDAConfig(views, tasks, width=16, heads=2, layers=1, graph_layers=1, graph_k=3))).eval()
+    small = {"width": 16, "heads": 2, "layers": 1, "graph_layers": 1, "graph_k": 3}
+    model = Predict(UMDA(UMDAConfig(views, tasks, **{**small, **options}))).eval()
     batches = [bags(5, 9, 7), bags(3, 1, 30, 8, 2), bags(1, 40)]
     n, offsets = Dim("n", min=2), Dim("offsets", min=3)
     sizes = ({"a": {0: n}, "b": {0: n}}, {0: offsets}, {0: n})

@@ -58,7 +58,7 @@ def test_losses_that_cannot_reach_the_instances_are_an_error(model: UMDA, batch:
 
 def test_autocast(model: UMDA, batch: Batch) -> None:
     """bfloat16: as far from float64 as the backward passes are, times three."""
-    exact_model = UMDA(make_config()).double().eval()
+    exact_model = UMDA(model.config).double().eval()
     exact_model.load_state_dict(model.state_dict())
 
     def gram(model: UMDA, batch: Batch, fused: bool) -> Tensor:

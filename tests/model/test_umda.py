@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.model.conftest import TASKS, VIEWS, Batch, make_batch, make_config, total_loss
+from tests.model.conftest import RECIPE, TASKS, VIEWS, Batch, make_batch, make_config, total_loss
 from umda_fast import UMDA, TaskSpec, UMDAConfig, ViewSpec, use_backend
 from umda_fast.model import UMDAOutput
 
@@ -26,7 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no graph": {"graph": False},
     "no private paths": {"private": False},
     "bare": {"hcva": False, "graph": False, "private": False},
-    "gains": {"layer_scale": 0.5, "message_norm": "pre", "message_ffn": 2},
+    "recipe": RECIPE,
+    "recipe, one view": {**RECIPE, "views": VIEWS[:1]},
     "one view": {"views": VIEWS[:1]},
     "one task": {"tasks": TASKS[:1]},
 }
@@ -138,7 +140,7 @@ def test_order_of_bags(model: UMDA, batch: Batch) -> None:
 def test_order_of_views(model: UMDA, batch: Batch) -> None:
     model, batch = model.double(), batch.double()
     order = [2, 0, 1]
-    other = UMDA(make_config(views=tuple(VIEWS[v] for v in order))).double().eval()
+    other = UMDA(replace(model.config, views=tuple(VIEWS[v] for v in order))).double().eval()
     state = model.state_dict()
     renamed = {}
     for name, value in state.items():
@@ -149,6 +151,10 @@ def test_order_of_views(model: UMDA, batch: Batch) -> None:
             value = value[order]
         elif name.endswith("influence_bias"):
             value = value[:, order][:, :, order]
+        elif name.startswith("view_heads.gate"):
+            value = value[:, order]
+        elif name.startswith("view_heads."):
+            value = value[order]
         renamed[name] = value
     other.load_state_dict(renamed)
     wanted = tensors(model(**batch.inputs()))
@@ -363,10 +369,11 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str,
         UMDA(make_config(hcva=hcva, graph=hcva))(**arguments)
 
 
-def test_compiles_in_one_graph(batch: Batch) -> None:
+@pytest.mark.parametrize("options", [{}, RECIPE], ids=["plain", "recipe"])
+def test_compiles_in_one_graph(options: dict[str, Any], batch: Batch) -> None:
     """The native path: the reference kNN reads ptr."""
     torch.manual_seed(0)
-    model = UMDA(make_config(dropout=0.0, layers=1, graph_layers=1))
+    model = UMDA(make_config(**options, dropout=0.0, layers=1, graph_layers=1))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     got, wanted = compiled(**batch.inputs()), model(**batch.inputs())
     for name, value in tensors(wanted).items():

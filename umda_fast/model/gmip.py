@@ -225,7 +225,7 @@ class BagPooling(nn.Module):
         scores, score_weight = self.score(value * gate), self.score.weight
         tasks = scores.shape[1]
         if self.statistics:  # the mean is the pooling by equal scores, in the same pass over z
-            scores = torch.cat([scores, scores.new_zeros(len(scores), 1)], 1)
+            scores = torch.cat([scores, scores.new_zeros(scores.shape[0], 1)], 1)
             score_weight = torch.cat([score_weight, score_weight.new_zeros(1, score_weight.shape[1])])
         pool = bag_attention_pool(z, scores, ptr)
         attention = torch.exp(scores.to(pool.lse.dtype) - pool.lse[bag_index(ptr, z.shape[0])])
@@ -250,17 +250,18 @@ def bag_maximum(z: Tensor, ptr: Tensor) -> BagMaximum:
     """
     n, width = z.shape
     if n == 0:
-        empty = ptr.new_zeros(len(ptr) - 1, width)
+        empty = ptr.new_zeros(ptr.shape[0] - 1, width)
         return BagMaximum(z.new_zeros(empty.shape), empty, empty > 0)
     with torch.no_grad():
         bag = bag_index(ptr, n)[:, None].expand(n, width)
-        highest = z.new_full((len(ptr) - 1, width), -torch.inf).scatter_reduce(0, bag, z, "amax")
+        highest = z.new_full((ptr.shape[0] - 1, width), -torch.inf).scatter_reduce(0, bag, z, "amax")
         own = torch.arange(n, dtype=torch.int32, device=z.device)[:, None]
         there = torch.where(z == highest.gather(0, bag), own, n)
         first = there.new_full(highest.shape, n).scatter_reduce(0, bag, there, "amin")
         found = first < n
-        index = first.clamp_max(n - 1).long()
-    return BagMaximum(z.gather(0, index).masked_fill(~found, 0.0), index, found)
+        instance = first.clamp_max(n - 1).long()
+        other = torch.where(highest.isnan(), highest, 0.0)  # nothing equals NaN
+    return BagMaximum(torch.where(found, z.gather(0, instance), other), instance, found)
 
 
 def bag_index(ptr: Tensor, count: int) -> Tensor:
