@@ -102,7 +102,7 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
     assert {record["kind"] for record in records} == {"step", "epoch"}
 
     metrics = json.loads((run / "metrics.json").read_text())
-    keys = "seed data tasks mean_score view_consistency gradient_variance conflict_share outlier_tasks seconds"
+    keys = "seed data tasks mean_score skill view_consistency gradient_variance conflict_share outlier_tasks seconds"
     keys += " instances_per_second peak_memory_mb processes versions backend"
     assert set(metrics) == set(keys.split())
     assert set(metrics["tasks"]) == {"has_nine", "largest", "present", "mean"}

@@ -4,7 +4,16 @@ import pytest
 import yaml
 
 from umda_fast.errors import DataError
-from umda_fast.runtime.config import ConfigError, RunConfig, as_dict, dump_config, load_config, make_config
+from umda_fast.runtime.config import (
+    ConfigError,
+    RunConfig,
+    as_dict,
+    complete_run_config,
+    dump_config,
+    load_config,
+    load_run_config,
+    make_config,
+)
 
 
 def test_an_empty_configuration_is_whole() -> None:
@@ -34,6 +43,20 @@ def test_every_value_is_written_and_read_back(tmp_path: Path) -> None:
     assert written == as_dict(config)
     assert written["train"]["weight_decay"] == config.train.weight_decay
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path: Path) -> None:
+    older = as_dict(make_config({"train": {"epochs": 20, "ema": 0.0}, "data": {"budget": 512}}))
+    for section, key in (("train", "select"),):
+        del older[section][key]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(older))
+    run = load_run_config(file, {"train": {"epochs": 30}})
+    assert (run.train.select, run.train.epochs) == ("mean_score", 30)
+    assert load_config(file).train.select == "skill"  # a user's file that leaves out the key means the default
+    assert complete_run_config(older)["train"]["select"] == "mean_score"
+    dump_config(run, file)
+    assert load_run_config(file) == run
 
 
 @pytest.mark.parametrize(

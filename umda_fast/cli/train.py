@@ -49,6 +49,8 @@ def train(
     result = train_run(settings, directory_of("train", out, settings), resume=resume, progress=not quiet)
     console = make_console()
     console.print(metrics_table({"": result.metrics["tasks"]}, title=f"Split {result.split}"))
-    score, seconds = result.metrics["mean_score"], result.metrics["seconds"]
+    skill, score, seconds = (result.metrics[name] for name in ("skill", "mean_score", "seconds"))
+    tasks = ", ".join(f"{task} {number(value)}" for task, value in skill["tasks"].items())
+    console.print(f"skill {number(skill['mean'])} ({tasks}; 0: no better than a constant, 1: perfect)", soft_wrap=True)
     console.print(f"mean_score {number(score)} after {seconds:.0f} s of training")
     console.print(f"run directory: {result.directory}, plots in {result.directory / 'plots'}", soft_wrap=True)

@@ -31,8 +31,10 @@ __all__ = [
     "RunConfig",
     "SGLConfig",
     "TrainConfig",
+    "complete_run_config",
     "dump_config",
     "load_config",
+    "load_run_config",
     "make_balancer",
     "make_config",
 ]
@@ -133,8 +135,12 @@ class TrainConfig(_Section):
     """AdamW's; not applied to biases, norms and embeddings."""
     clip: NonNegative = 1.0
     """Largest norm of the gradient; 0 clips nothing."""
+    select: str = "skill"
+    """What decides which epoch's weights are kept, and `patience`, on the validation split: the mean `skill` of the
+    tasks (docs/training.md), `mean_score`, `loss` (sum over tasks), the metric of a task as `<task>/<metric>`, or
+    `last`, which keeps the last weights whatever they score."""
     patience: Annotated[int, Field(ge=0)] = 0
-    """Stop after so many epochs without a better validation mean_score; 0 never stops early."""
+    """Stop after so many epochs that were not better, by `select`, on the validation split; 0 never stops early."""
     ema: Decay = 0.0
     """Decay of a running mean of the weights, which is then what is evaluated and saved; 0 keeps none."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 200
@@ -173,6 +179,9 @@ ARCHITECTURES: dict[str, type] = {
     "umda": UMDAConfig,
     **{name: model.config_class for name, model in BASELINES.items()},
 }
+# The config.yaml of a run has every key there was when it was written. What the run did where a key is absent, of those
+# whose default is something else.
+BEFORE: dict[str, Any] = {"train": {"select": "mean_score"}}
 _FROM_DATA = ("views", "tasks", "metadata")  # fields of a model's configuration that the data decides
 
 
@@ -336,6 +345,8 @@ def load_config(
     path: str | os.PathLike[str] | None = None,
     overrides: Iterable[str] = (),
     values: Mapping[str, Any] | None = None,
+    *,
+    under: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """The configuration in the YAML file at `path` (None: all defaults), then `values`, then `--set`-style
     `overrides`.
@@ -344,6 +355,7 @@ def load_config(
         path: a YAML file with any part of a `RunConfig`.
         overrides: strings `dotted.key=value`, the value read as YAML.
         values: nested plain values laid over the file's.
+        under: nested plain values that the file is laid over, in place of defaults.
 
     Raises:
         ConfigError: the file is missing or no YAML, or a key or value is wrong.
@@ -360,7 +372,8 @@ def load_config(
             loaded = {}
         if not isinstance(loaded, Mapping):
             raise ConfigError(f"{path}: expected sections with keys, got {type(loaded).__name__}")
-    merged: dict[str, Any] = _mutable(loaded)
+    merged: dict[str, Any] = _mutable(under or {})
+    _merge(merged, loaded)
     _merge(merged, values or {})
     known = known_keys()
     for override in overrides:
@@ -380,6 +393,26 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             _merge(below, value)
         else:
             into[key] = _mutable(value)
+
+
+def load_run_config(path: str | os.PathLike[str], values: Mapping[str, Any] | None = None) -> RunConfig:
+    """As `load_config` of the config.yaml of a run, whatever version wrote it: a run trains on as it began.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return load_config(path, values=values, under=BEFORE)
+
+
+def complete_run_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a run's configuration and those of the keys that came to be after it was written.
+
+    Raises:
+        ConfigError: a key is no more.
+    """
+    merged = _mutable(BEFORE)
+    _merge(merged, values)
+    return as_dict(make_config(merged))
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

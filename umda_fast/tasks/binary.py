@@ -39,6 +39,15 @@ class Binary(OneClass):
             return TaskSpec(name, self.name, labels=("0", "1")), numbers
         return super().read(where, name, array)
 
+    def constant(self, task: TaskSpec, column: FloatArray) -> FloatArray:
+        """The log-odds of label 1."""
+        absent, present = (np.array(self.counts(task, column)) + 0.5) * (task.class_weights or (1.0, 1.0))
+        return np.array([np.log(present / absent)])
+
+    def chance(self, task: TaskSpec, column: FloatArray) -> float:
+        """AUROC of any constant."""
+        return 0.5
+
     def metrics(self, task: TaskSpec) -> dict[str, Metric]:
         from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
 

@@ -277,6 +277,16 @@ class TaskKind(ABC):
         return []
 
     @abstractmethod
+    def constant(self, task: TaskSpec, column: FloatArray) -> FloatArray:
+        """Logits [outputs], finite, of the one prediction for all bags that has the least loss on the labels of
+        training bags; every class is counted half a time more than it occurs (Krichevsky and Trofimov's estimate)."""
+
+    def chance(self, task: TaskSpec, column: FloatArray) -> float:
+        """What `primary` comes to for a prediction that looks at no bag, at its best, by the labels of training bags;
+        less than 1."""
+        return 0.0
+
+    @abstractmethod
     def strata(self, task: TaskSpec, column: FloatArray) -> list[npt.NDArray[np.bool_]]:
         """What a split should balance, each bool [B], False where the label is missing."""
 

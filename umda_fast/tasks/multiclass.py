@@ -44,6 +44,17 @@ class Multiclass(OneClass):
         """1 for the class, -1 for the others."""
         return 2.0 * np.eye(task.classes)[target.astype(np.int64)] - 1.0
 
+    def constant(self, task: TaskSpec, column: FloatArray) -> FloatArray:
+        """Log-probabilities of the classes."""
+        counts = (np.array(self.counts(task, column)) + 0.5) * (task.class_weights or 1.0)
+        logits: FloatArray = np.log(counts / counts.sum())
+        return logits
+
+    def chance(self, task: TaskSpec, column: FloatArray) -> float:
+        """Accuracy of naming the most frequent class."""
+        counts = self.counts(task, column)
+        return min(max(counts), sum(counts) - 1) / sum(counts) if sum(counts) else 0.0
+
     def predicted(self, task: TaskSpec, prediction: Tensor) -> Tensor:
         return prediction.argmax(1)
 

@@ -104,6 +104,19 @@ class Multilabel(Classes):
         present = int((~np.isnan(column[:, 0])).sum())
         return tuple((present - n) / n if 0 < n < present else 1.0 for n in self.counts(task, column))
 
+    def constant(self, task: TaskSpec, column: FloatArray) -> FloatArray:
+        """The log-odds of every label."""
+        labelled = int((~np.isnan(column[:, 0])).sum())
+        counts = np.array(self.counts(task, column))
+        logits: FloatArray = np.log((counts + 0.5) * (task.class_weights or 1.0) / (labelled - counts + 0.5))
+        return logits
+
+    def chance(self, task: TaskSpec, column: FloatArray) -> float:
+        """Macro F1 of giving every label to every bag; less than 1 even where all have them."""
+        labelled = int((~np.isnan(column[:, 0])).sum())
+        counts = np.array(self.counts(task, column))
+        return min(float((2.0 * counts / np.maximum(counts + labelled, 1)).mean()), 0.99)
+
     def strata(self, task: TaskSpec, column: FloatArray) -> list[npt.NDArray[np.bool_]]:
         return list(column.T == 1.0)
 

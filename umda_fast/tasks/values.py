@@ -71,6 +71,14 @@ class Values(TaskKind):
         if not self.allowed(np.array(value)):
             raise DataError(f"{where}: expected {self.expected}, got {value:g}")
 
+    def constant(self, task: TaskSpec, column: FloatArray) -> FloatArray:
+        """The mean, which has the least loss of those that come from a distribution with that mean."""
+        present = column[~np.isnan(column)]
+        if not len(present):
+            return np.zeros(1)
+        logits: FloatArray = self.linear_targets(task, np.array([present.mean()]))[0]
+        return logits
+
     def strata(self, task: TaskSpec, column: FloatArray) -> list[npt.NDArray[np.bool_]]:
         """The quartiles."""
         present = column[~np.isnan(column)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from umda_fast.errors import DataError
 from umda_fast.files import save_torch
-from umda_fast.runtime.config import ConfigError, RunConfig, as_dict, make_config
+from umda_fast.runtime.config import ConfigError, RunConfig, as_dict, complete_run_config
 from umda_fast.runtime.random_state import rank_seed, set_random_state
 
 __all__ = ["CHECKPOINT_VERSION", "Checkpoint", "TrainingState", "check_same_run"]
@@ -33,7 +33,7 @@ class TrainingState:
         instances: trained on so far, and train_seconds: the time that took.
         total_seconds: with validation, of all processes that worked on the run one after another.
         sums: of this epoch, for each figure of a step its sum and of how many steps.
-        best_score: the best mean_score on the validation split, -inf before the first.
+        best_score: the best on the validation split, by `train.select`, -inf before the first.
         best_epoch: the epoch whose weights are the best, -1 before the first; best_weights: these, on the CPU.
         finished: the last epoch is done, or training stopped early.
     """
@@ -143,9 +143,9 @@ class Checkpoint:
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's configuration with the defaults of all keys that came to be since it was written."""
+    """A checkpoint's configuration with all keys that came to be since it was written."""
     try:
-        return as_dict(make_config(config))
+        return complete_run_config(config)
     except ConfigError:  # it has a key that is no more, which the comparison names
         return config
 

@@ -15,7 +15,7 @@ from umda_fast.errors import DataError
 from umda_fast.model import UMDA, Ensemble
 from umda_fast.model.baselines import BASELINES
 from umda_fast.model.readout import Readout
-from umda_fast.runtime.config import RunConfig, load_config
+from umda_fast.runtime.config import RunConfig, load_run_config
 from umda_fast.runtime.rundir import RunDirectory
 
 __all__ = ["Run", "load_ensemble", "load_run", "run_config"]
@@ -39,7 +39,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         DataError: it is no run directory, or its files cannot be read.
     """
     run = RunDirectory.existing(directory)
-    config = load_config(run.config)
+    config = load_run_config(run.config)
     try:
         # Not the configuration's: a model with new heads keeps that of its trunk.
         architecture = json.loads((run.path / "config.json").read_text(encoding="utf-8"))["architecture"]
@@ -75,4 +75,4 @@ def run_config(directory: str | os.PathLike[str], values: Mapping[str, Any]) -> 
     run = RunDirectory(directory)
     if not run.config.is_file():
         raise DataError(f"{run.path}: holds no run to resume (no {run.config.name})")
-    return load_config(run.config, values=values)
+    return load_run_config(run.config, values)

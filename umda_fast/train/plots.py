@@ -122,6 +122,7 @@ def plot_metrics(epochs: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec])
     best = epochs[-1].get("best_epoch", -1)
     axis = axes[-1]
     lines = _line(axis, x, _series(epochs, lambda r: r["val"]["mean_score"]), label="mean_score", **_style(0))
+    lines += _line(axis, x, _series(epochs, lambda r: r["val"]["skill"]["mean"]), label="skill", **_style(2))
     lines += _line(
         axis,
         x,

@@ -16,6 +16,7 @@ from umda_fast.data import BagDataset
 from umda_fast.runtime.config import RunConfig
 from umda_fast.runtime.rundir import RunDirectory, read_metrics
 from umda_fast.score.evaluation import SplitResult
+from umda_fast.score.skill import SkillScale
 from umda_fast.sgl import SelfGuided
 from umda_fast.sgl.outliers import outlier_tasks
 from umda_fast.train.checkpoint import TrainingState
@@ -67,6 +68,7 @@ def summary(
         },
         "tasks": result.tasks,
         "mean_score": result.mean_score,
+        "skill": vars(SkillScale(datasets["train"])(result, datasets[split])),
         "view_consistency": result.view_consistency,
         "gradient_variance": mean("gradient_variance"),
         "conflict_share": mean("conflict_share"),

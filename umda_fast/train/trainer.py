@@ -25,17 +25,19 @@ from umda_fast.runtime.progress import ProgressReport
 from umda_fast.runtime.random_state import random_state
 from umda_fast.runtime.rundir import RunDirectory, save_model
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset
+from umda_fast.score.skill import SkillScale
 from umda_fast.train.checkpoint import Checkpoint, TrainingState
 from umda_fast.train.log import TrainingLog
 from umda_fast.train.quantiles import fit_bins
 from umda_fast.train.scaling import scale_inputs
+from umda_fast.train.selection import Selection
 from umda_fast.train.step import TrainStep
 
 __all__ = ["Trainer"]
 
 
 class Trainer:
-    """Trains `model` on `datasets["train"]`, keeps the weights with the best validation mean_score.
+    """Trains `model` on `datasets["train"]`, keeps the weights that are best on `datasets["val"]`.
 
     Args:
         config: the run's.
@@ -52,6 +54,8 @@ class Trainer:
     Attributes:
         train_step: what changes the weights.
         state: where the training stands.
+        skill: what the tasks' skill is relative to.
+        selection: what decides which weights are best.
         log: what is written on the way.
         scaling: how the features of every view are scaled, a line each.
     """
@@ -89,6 +93,8 @@ class Trainer:
         )
         self.loader = make_loader(self.train_set, self.sampler, workers=config.data.workers)
         self.state = TrainingState()
+        self.skill = SkillScale(self.train_set)
+        self.selection = Selection(config.train.select, self.train_set.tasks)
         self.log = TrainingLog(run, writes=fabric.is_global_zero)
         self._saved_step: int | None = None
 
@@ -153,8 +159,8 @@ class Trainer:
             state.train_seconds += now - last
             last = now
             note = f"epoch {state.epoch + 1}/{options.epochs}"
-            if state.best_epoch >= 0:
-                note += f", best mean_score {state.best_score:.4f}"
+            if math.isfinite(state.best_score):
+                note += f", best {self.selection.show(state.best_score)}"
             done = (state.epoch + state.step_in_epoch / steps) / options.epochs
             report.update(done, instances=result.instances, note=note)
             every = options.checkpoint_steps
@@ -183,9 +189,10 @@ class Trainer:
         score = math.nan
         if self.val_set is not None and len(self.val_set) > 0:
             result = self.evaluate(self.val_set)
-            score = result.mean_score
+            skill = self.skill(result, self.val_set)
+            score = self.selection.score(result, skill)
             names = ("losses", "tasks", "mean_score", "view_consistency")
-            record["val"] = {name: getattr(result, name) for name in names}
+            record["val"] = {name: getattr(result, name) for name in names} | {"skill": vars(skill)}
         better = state.offer(score, self.evaluated_model.state_dict())
         record["best_epoch"] = state.best_epoch
         self.log.write(record, state.step)
