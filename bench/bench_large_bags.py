@@ -60,7 +60,7 @@ def train_once(instances: int, settings: dict[str, Any], steps: int) -> dict[str
     values: dict[str, Any] = {
         "device": "cpu",
         **settings,
-        "train": {"epochs": steps, "keep": "scores", "warmup": 0.0},
+        "train": {"epochs": steps, "ema": 0.0, "keep": "scores", "warmup": 0.0},
         "data": {**settings.get("data", {}), "budget": instances},
     }
     with tempfile.TemporaryDirectory() as place:

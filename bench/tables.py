@@ -50,6 +50,15 @@ def sources(folder: Path) -> dict[str, Values]:
     }
 
 
+# What the tables' configurations leave open, as it was when they were made: batches by instances alone, no running mean
+# of the weights, kept by mean_score.
+BASE: Values = {
+    "device": "cpu",
+    "data": {"bags": None, "budget": 512},
+    "train": {"keep": "scores", "ema": 0.0, "select": "mean_score"},
+}
+
+
 def heading(name: str, epochs: int) -> str:
     """Title of one data set's part of a table, and what of it is used."""
     options = ", ".join(f"{key} {value}" for key, value in sources(Path())[name].get("options", {}).items())
@@ -58,7 +67,7 @@ def heading(name: str, epochs: int) -> str:
 
 def fit(values: Mapping[str, Any], datasets: Mapping[str, BagDataset] | None = None) -> Values:
     """One run: its metrics.json, `cpu_seconds` of the whole run (data included) and `log`, the logged steps."""
-    settings = merged({"device": "cpu", "train": {"keep": "scores"}}, values)
+    settings = merged(BASE, values)
     with tempfile.TemporaryDirectory() as place:
         began = time.process_time()
         result = train(make_config(settings), Path(place) / "run", datasets=datasets, progress=False, plots=False)
@@ -74,7 +83,7 @@ def fit_ensemble(values: Mapping[str, Any], datasets: Mapping[str, BagDataset], 
     began = time.process_time()
     models = []
     for seed in seeds:
-        settings = merged({"device": "cpu", "train": {"keep": "scores"}}, values, {"seed": seed})
+        settings = merged(BASE, values, {"seed": seed})
         with tempfile.TemporaryDirectory() as place:
             config = make_config(settings)
             models.append(train(config, Path(place) / "run", datasets=datasets, progress=False, plots=False).model)

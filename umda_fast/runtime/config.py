@@ -68,8 +68,11 @@ class DataConfig(_Section):
     """Seed of the splits and of generated bags; None takes the run's."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the source, for example `train_bags` of `digits`."""
-    budget: Positive = 512
-    """Instances in a batch; a batch holds whole bags."""
+    bags: Positive | Literal["auto"] | None = "auto"
+    """Bags in a batch of the training: `auto` chooses 16 to 64 from their number (docs/training.md), None sets no
+    limit."""
+    budget: Positive = 4096
+    """Instances in a batch at most, for memory; a batch holds whole bags."""
     standardize: bool | list[str] | Literal["auto"] = True
     """Give every feature mean 0 and standard deviation 1 over the training instances, inside the model; a list of views
     does so for these only. `auto` looks at the features first: counts, most of them zero, are only divided by one
@@ -125,7 +128,11 @@ class PenaltyConfig(_Section):
 class TrainConfig(_Section):
     """The optimiser, the schedule, and when to stop, log and save."""
 
-    epochs: Positive = 20
+    epochs: Positive | None = None
+    """Passes over the training bags; None leaves the length to `steps`, or, if that is None too, to the number of bags
+    (docs/training.md)."""
+    steps: Positive | None = None
+    """Updates; where `epochs` are said as well, the training ends with whichever is reached first."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
     final_lr: Share = 0.01
     """Learning rate at the end of the cosine, as a share of `lr`."""
@@ -141,8 +148,9 @@ class TrainConfig(_Section):
     `last`, which keeps the last weights whatever they score."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Stop after so many epochs that were not better, by `select`, on the validation split; 0 never stops early."""
-    ema: Decay = 0.0
-    """Decay of a running mean of the weights, which is then what is evaluated and saved; 0 keeps none."""
+    ema: Decay | Literal["auto"] = "auto"
+    """Decay of a running mean of the weights, which is then what is evaluated and saved; `auto`: the smaller of .98 and
+    (1 + t) / (10 + t) after t updates; 0 keeps none."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 200
     """Steps between two checkpoints inside an epoch; one is written at the end of every epoch in any case."""
     log_steps: Positive = 20
@@ -181,7 +189,7 @@ ARCHITECTURES: dict[str, type] = {
 }
 # The config.yaml of a run has every key there was when it was written. What the run did where a key is absent, of those
 # whose default is something else.
-BEFORE: dict[str, Any] = {"train": {"select": "mean_score"}}
+BEFORE: dict[str, Any] = {"data": {"bags": None}, "train": {"select": "mean_score"}}
 _FROM_DATA = ("views", "tasks", "metadata")  # fields of a model's configuration that the data decides
 
 

@@ -156,6 +156,7 @@ _CHANGEABLE = (
     "backend",
     "data.workers",
     "train.epochs",
+    "train.steps",
     "train.patience",
     "train.checkpoint_steps",
     "train.log_steps",

@@ -1,17 +1,43 @@
-"""AdamW with its parameter groups, and the schedule of the learning rate."""
+"""AdamW with its parameter groups, the schedule of the learning rate, and the running mean of the weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from umda_fast.runtime.config import TrainConfig
 
-__all__ = ["learning_rate_factor", "make_optimizer", "parameter_groups", "set_learning_rate"]
+__all__ = ["WeightAverage", "learning_rate_factor", "make_optimizer", "parameter_groups", "set_learning_rate"]
+
+
+class WeightAverage(AveragedModel):
+    """A model whose parameters are the running mean of those of `model`, taken in by `update_parameters` after each
+    update; buffers are the latest.
+
+    Args:
+        model: is copied.
+        decay: of the mean; `auto`: `min(.98, (1 + t) / (10 + t))` after t updates, which forgets the beginning, so that
+            the mean follows closely while the weights still move fast.
+    """
+
+    def __init__(self, model: nn.Module, decay: float | Literal["auto"]) -> None:
+        super().__init__(model, multi_avg_fn=self._average)
+        self.decay = decay
+
+    @torch.no_grad()
+    def _average(self, mean: Any, new: Any, updates: Any) -> None:
+        torch._foreach_lerp_(mean, new, 1.0 - self._decay_now())
+
+    def _decay_now(self) -> float:
+        if self.decay != "auto":
+            return self.decay
+        done = int(self.n_averaged)  # on the host, whatever the model is on
+        return min(0.98, (1 + done) / (10 + done))
 
 
 def make_optimizer(

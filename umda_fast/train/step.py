@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from umda_fast.data import BagBatch
 from umda_fast.model import TaskSpec, penalty_loss, task_losses
@@ -22,7 +21,7 @@ from umda_fast.runtime.config import RunConfig, as_dict
 from umda_fast.runtime.guard import NonFiniteError, explain_non_finite
 from umda_fast.score.evaluation import to_device
 from umda_fast.train.gradients import make_gradients
-from umda_fast.train.optim import make_optimizer, set_learning_rate
+from umda_fast.train.optim import WeightAverage, make_optimizer, set_learning_rate
 from umda_fast.train.share import Share, processes_for
 
 if TYPE_CHECKING:
@@ -112,9 +111,7 @@ class TrainStep:
         self.processes.align(self.model)
         self.gradients = make_gradients(config, self.model, self.tasks, self.processes)
         self.optimizer = make_optimizer(self.model, config.train, self.gradients.averaged, config.sgl.beta)
-        self.average: AveragedModel | None = None
-        if config.train.ema > 0:
-            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema))
+        self.average = None if config.train.ema == 0 else WeightAverage(self.model, config.train.ema)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property

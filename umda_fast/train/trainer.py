@@ -8,7 +8,9 @@ checkpoint is written by process 0 and fits any number of processes.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +30,7 @@ from umda_fast.score.evaluation import SplitResult, evaluate_dataset
 from umda_fast.score.skill import SkillScale
 from umda_fast.train.checkpoint import Checkpoint, TrainingState
 from umda_fast.train.log import TrainingLog
+from umda_fast.train.plan import make_plan
 from umda_fast.train.quantiles import fit_bins
 from umda_fast.train.scaling import scale_inputs
 from umda_fast.train.selection import Selection
@@ -54,6 +57,7 @@ class Trainer:
     Attributes:
         train_step: what changes the weights.
         state: where the training stands.
+        plan: how long it trains, in which batches.
         skill: what the tasks' skill is relative to.
         selection: what decides which weights are best.
         log: what is written on the way.
@@ -83,11 +87,13 @@ class Trainer:
         self.train_step = TrainStep(config, model, self.train_set.tasks, fabric)
         # The sampler and the loader's own generator, not the global one, decide on the order of the bags, so
         # the position in `state` is all that a resumed run needs to see the same batches.
+        self.plan = make_plan(config.train, config.data, self.train_set.sizes)
         self.sampler = InstanceBudgetSampler(
             self.train_set.sizes,
             config.data.budget,
             shuffle=True,
             seed=config.seed,
+            max_bags=self.plan.bags,
             replicas=fabric.world_size,
             rank=fabric.global_rank,
         )
@@ -126,20 +132,28 @@ class Trainer:
         if not self.log.begun:
             self.log.begin()
             self.log.write({"kind": "inputs", "step": 0, "scaling": self.scaling}, step=0)
-        state, epochs = self.state, self.config.train.epochs
+        state, plan = self.state, self.plan
+        self._announce()
         began = time.monotonic() - state.total_seconds  # as if it had never been stopped
-        with ProgressReport(
-            "train", device=self.fabric.device, start=state.epoch / epochs, enabled=self.progress
-        ) as report:
-            while state.epoch < epochs and not state.finished:
+        start = plan.progress(state.epoch, state.step)
+        with ProgressReport("train", device=self.fabric.device, start=start, enabled=self.progress) as report:
+            while not (state.finished or plan.done(state.epoch, state.step)):
                 self._train_epoch(report, began)
                 state.total_seconds = time.monotonic() - began
                 self._end_epoch()
         self.log.close()
 
+    def _announce(self) -> None:
+        if self.state.finished or not self.progress:
+            return
+        print(f"train: {self.plan.describe()}", file=sys.stderr)
+        warning = self.plan.warning()
+        if warning is not None:
+            print(f"train: warning: {warning}", file=sys.stderr)
+
     def _train_epoch(self, report: ProgressReport, began: float) -> None:
         """What is left of an epoch, checkpoints within it included."""
-        state, options, data = self.state, self.config.train, self.config.data
+        state, plan, options, data = self.state, self.plan, self.config.train, self.config.data
         self.sampler.resume_at(state.epoch, state.step_in_epoch)
         steps = self.sampler.num_batches(state.epoch)
         self.train_step.model.train()
@@ -148,7 +162,8 @@ class Trainer:
             if len(host) > 0:  # of several processes one may have nothing of a batch
                 check_batch(host)
                 host = drop_instances(host, data.instance_dropout, self.config.seed, state.epoch)
-            result = self.train_step(host, (state.epoch + state.step_in_epoch / steps) / options.epochs, state.step)
+            progress = plan.progress(state.epoch + state.step_in_epoch / steps, state.step)
+            result = self.train_step(host, progress, state.step)
             state.add(result.values)
             if result.values and state.step % options.log_steps == 0:
                 self._log_step(result.record())
@@ -158,11 +173,13 @@ class Trainer:
             now = time.monotonic()
             state.train_seconds += now - last
             last = now
-            note = f"epoch {state.epoch + 1}/{options.epochs}"
+            note = plan.place(state.epoch, state.step)
             if math.isfinite(state.best_score):
                 note += f", best {self.selection.show(state.best_score)}"
-            done = (state.epoch + state.step_in_epoch / steps) / options.epochs
+            done = plan.progress(state.epoch + state.step_in_epoch / steps, state.step)
             report.update(done, instances=result.instances, note=note)
+            if plan.done(state.epoch, state.step):
+                break  # in mid-epoch
             every = options.checkpoint_steps
             if every and state.step % every == 0 and state.step_in_epoch < steps:
                 state.total_seconds = time.monotonic() - began
@@ -199,7 +216,7 @@ class Trainer:
         state.epoch += 1
         state.step_in_epoch = 0
         state.sums = {}
-        state.finished = state.epoch >= options.epochs or (
+        state.finished = self.plan.done(state.epoch, state.step) or (
             options.patience > 0 and state.epoch - 1 - state.best_epoch >= options.patience
         )
         self.save()
@@ -264,8 +281,10 @@ class Trainer:
                 f"{path}: does not fit this model: {' '.join(str(error).split())[:300]}"
             ) from None
         self.state = saved.state
-        # A run that had ended goes on only if it is given more epochs than it had.
-        self.state.finished &= self.config.train.epochs <= saved.config["train"]["epochs"]
+        # A run that had ended goes on only if it is given more than it had.
+        then = saved.config["train"]
+        options = dataclasses.replace(self.config.train, epochs=then["epochs"], steps=then.get("steps"))
+        self.state.finished &= self.plan.updates <= make_plan(options, self.config.data, self.train_set.sizes).updates
         self._saved_step = self.state.step
         self.log.begin(saved.log_offset)
         saved.restore_random_state(self.config.seed, self.fabric.global_rank)
