@@ -40,7 +40,8 @@ class SkillScale:
     The skill of a task is the mean of two parts, each cut off at 0: `1 - loss / loss_0`, where `loss_0` is the loss, on
     the bags that are scored, of the constant prediction that fits the training labels best; and
     `(score - chance) / (1 - chance)` of the primary metric. Loss sees certainty, the score only what is decided; a part
-    that is not defined on the bags is left out.
+    that is not defined on the bags is left out, and so is the loss where `loss_0` is not above 0, as a log likelihood
+    without its constant may be.
 
     Method: Murphy, "Skill scores based on the mean square error", 1988, for any loss.
 

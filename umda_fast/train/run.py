@@ -70,9 +70,9 @@ def train(
         progress: show progress on standard error.
         plots: draw plots/ at the end.
 
-    Under torchrun all processes train one model together, as one of them would: `data.budget` is that of the
-    whole batch, and the weights come out the same within rounding (with dropout, each draws numbers of its
-    own). Process 0 alone writes; the result is the same in all.
+    Under torchrun all processes train one model together, as one of them would: `data.bags` and
+    `data.budget` are those of the whole batch, and the weights come out the same within rounding (with dropout, each
+    draws numbers of its own). Process 0 alone writes; the result is the same in all.
 
     Raises:
         DataError, ConfigError: the configuration, the directory or the data cannot be used.
