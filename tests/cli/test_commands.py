@@ -103,7 +103,7 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
 
     metrics = json.loads((run / "metrics.json").read_text())
     keys = "seed data tasks mean_score skill view_consistency gradient_variance conflict_share outlier_tasks seconds"
-    keys += " instances_per_second peak_memory_mb processes versions backend"
+    keys += " instances_per_second peak_memory_mb processes versions backend linear"
     assert set(metrics) == set(keys.split())
     assert set(metrics["tasks"]) == {"has_nine", "largest", "present", "mean"}
     assert set(metrics["tasks"]["has_nine"]) == {"auroc", "accuracy"}

@@ -29,6 +29,7 @@ def train(
     from umda_fast.cli.render import make_console, metrics_table
     from umda_fast.train import ConfigError, run_config
     from umda_fast.train import train as train_run
+    from umda_fast.train.linear import comparison_lines
 
     given = values(bags, computing, seed=seed, epochs=epochs, skip_bad=skip_bad)
     if resume:
@@ -52,5 +53,9 @@ def train(
     skill, score, seconds = (result.metrics[name] for name in ("skill", "mean_score", "seconds"))
     tasks = ", ".join(f"{task} {number(value)}" for task, value in skill["tasks"].items())
     console.print(f"skill {number(skill['mean'])} ({tasks}; 0: no better than a constant, 1: perfect)", soft_wrap=True)
+    if result.metrics["linear"] is not None:
+        console.print("On validation bags, beside a linear model of bag means:")
+        for line in comparison_lines(result.metrics["linear"]):
+            console.print(f"  {line}", soft_wrap=True, highlight=False)
     console.print(f"mean_score {number(score)} after {seconds:.0f} s of training")
     console.print(f"run directory: {result.directory}, plots in {result.directory / 'plots'}", soft_wrap=True)

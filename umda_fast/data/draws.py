@@ -25,6 +25,7 @@ class Stream(IntEnum):
     DIGIT_HOLES = 6
     DROP_INSTANCES = 7
     THRESHOLDS = 8
+    LINEAR_FOLDS = 9
 
 
 def generator(stream: Stream, *key: int) -> np.random.Generator:

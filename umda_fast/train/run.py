@@ -27,6 +27,7 @@ from umda_fast.score.collect import calibrate, collect
 from umda_fast.score.thresholds import tune_thresholds
 from umda_fast.train.build import build_model
 from umda_fast.train.data import training_data
+from umda_fast.train.linear import compare_with_linear
 from umda_fast.train.log import tensorboard_events
 from umda_fast.train.plots import plot_run
 from umda_fast.train.summary import summary
@@ -105,6 +106,11 @@ def train(
                 trainer.log.events = stack.enter_context(tensorboard_events(run, trainer.state.step))
             trainer.fit()
         best = trainer.best_model()
+        beside = None
+        if keep_all and not trainer.fitted and len(datasets.get("val", ())):
+            on_val = trainer.evaluate(datasets["val"], best)
+            train_set, val_set = datasets["train"], datasets["val"]
+            beside = compare_with_linear(on_val, train_set, val_set, fabric, config.data, config.seed)
         if config.train.thresholds == "f1" and len(datasets.get("val", ())):
             found = collect(best, datasets["val"], fabric, config.data)
             best.config = dataclasses.replace(best.config, tasks=tune_thresholds(best.config.tasks, found))
@@ -115,6 +121,7 @@ def train(
     more: dict[str, Any] = {
         "scaling": trainer.scaling,
         "guided": trainer.train_step.gradients.guided,
+        "linear": beside,
         "processes": fabric.world_size,
         "peak_memory": max(trainer.train_step.processes.gather(peak_memory_mb(fabric.device))),
     }

@@ -34,6 +34,7 @@ def summary(
     *,
     scaling: Sequence[str],
     guided: SelfGuided | None,
+    linear: Mapping[str, Any] | None,
     processes: int,
     peak_memory: float,
 ) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def summary(
         state: where the training ended.
         scaling: how the features of every view were scaled, a line each.
         guided: its self-guided learning, if there was any.
+        linear: what a linear model does beside it, see `compare_with_linear`.
         processes: that trained together. peak_memory: the highest of them, in MiB.
     """
     stability = [
@@ -73,6 +75,7 @@ def summary(
         "gradient_variance": mean("gradient_variance"),
         "conflict_share": mean("conflict_share"),
         "outlier_tasks": outliers(guided),
+        "linear": linear,
         "seconds": state.total_seconds,
         "instances_per_second": state.instances_per_second,
         "peak_memory_mb": peak_memory,

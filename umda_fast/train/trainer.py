@@ -21,7 +21,8 @@ from torch import nn
 from umda_fast.data import BagDataset, InstanceBudgetSampler, make_loader
 from umda_fast.data.thinning import drop_instances
 from umda_fast.errors import DataError, ProcessLostError
-from umda_fast.runtime.config import RunConfig, as_dict
+from umda_fast.model.baselines import Linear
+from umda_fast.runtime.config import RunConfig, SGLConfig, as_dict
 from umda_fast.runtime.guard import check_batch
 from umda_fast.runtime.progress import ProgressReport
 from umda_fast.runtime.random_state import random_state
@@ -29,6 +30,7 @@ from umda_fast.runtime.rundir import RunDirectory, save_model
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset
 from umda_fast.score.skill import SkillScale
 from umda_fast.train.checkpoint import Checkpoint, TrainingState
+from umda_fast.train.linear import fit_linear
 from umda_fast.train.log import TrainingLog
 from umda_fast.train.plan import make_plan
 from umda_fast.train.quantiles import fit_bins
@@ -57,6 +59,7 @@ class Trainer:
     Attributes:
         train_step: what changes the weights.
         state: where the training stands.
+        fitted: whether the model is fitted already, to all bags at once, and only remains to be judged.
         plan: how long it trains, in which batches.
         skill: what the tasks' skill is relative to.
         selection: what decides which weights are best.
@@ -84,10 +87,16 @@ class Trainer:
             raise DataError("split 'train' holds no bags")
         self.scaling = scale_inputs(model, self.train_set, config.data.standardize, config.seed)
         fit_bins(model, self.train_set, config.seed)
+        self.fitted = isinstance(model, Linear)
+        if isinstance(model, Linear):
+            fit_linear(model, self.train_set, config.data, config.seed)
+            config = dataclasses.replace(config, sgl=SGLConfig(balancer="none"))  # there are no gradients
         self.train_step = TrainStep(config, model, self.train_set.tasks, fabric)
         # The sampler and the loader's own generator, not the global one, decide on the order of the bags, so
         # the position in `state` is all that a resumed run needs to see the same batches.
         self.plan = make_plan(config.train, config.data, self.train_set.sizes)
+        if self.fitted:
+            self.plan = dataclasses.replace(self.plan, epochs=1, steps=None)
         self.sampler = InstanceBudgetSampler(
             self.train_set.sizes,
             config.data.budget,
@@ -138,13 +147,14 @@ class Trainer:
         start = plan.progress(state.epoch, state.step)
         with ProgressReport("train", device=self.fabric.device, start=start, enabled=self.progress) as report:
             while not (state.finished or plan.done(state.epoch, state.step)):
-                self._train_epoch(report, began)
+                if not self.fitted:
+                    self._train_epoch(report, began)
                 state.total_seconds = time.monotonic() - began
                 self._end_epoch()
         self.log.close()
 
     def _announce(self) -> None:
-        if self.state.finished or not self.progress:
+        if self.state.finished or self.fitted or not self.progress:
             return
         print(f"train: {self.plan.describe()}", file=sys.stderr)
         warning = self.plan.warning()

@@ -12,6 +12,7 @@ from umda_fast.model.baselines.base import Baseline, BaselineConfig, BaselineOut
 from umda_fast.model.baselines.gated_attention import GatedAttention, GatedAttentionConfig
 from umda_fast.model.baselines.hard_sharing import HardSharing
 from umda_fast.model.baselines.late_fusion import LateFusion, LateFusionConfig
+from umda_fast.model.baselines.linear import Linear, LinearConfig
 from umda_fast.model.baselines.max_pooling import MaxPooling
 from umda_fast.model.baselines.mean_pooling import MeanPooling
 from umda_fast.model.baselines.mmoe import ExpertsConfig, MMoE
@@ -30,6 +31,8 @@ __all__ = [
     "HardSharing",
     "LateFusion",
     "LateFusionConfig",
+    "Linear",
+    "LinearConfig",
     "MMoE",
     "MaxPooling",
     "MeanPooling",
@@ -39,6 +42,6 @@ __all__ = [
 
 BASELINES: dict[str, Any] = {
     model.architecture: model
-    for model in (MeanPooling, MaxPooling, GatedAttention, TransMIL, HardSharing, MMoE, PLE, LateFusion)
+    for model in (MeanPooling, MaxPooling, GatedAttention, TransMIL, HardSharing, MMoE, PLE, LateFusion, Linear)
 }
 """Architecture -> class."""

@@ -1,0 +1,178 @@
+"""The linear model of bag means, fitted to convergence: alone, and beside every training as the model to beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umda_fast.data import BagDataset
+from umda_fast.data.draws import Stream, generator, permutation
+from umda_fast.model import TaskSpec
+from umda_fast.model.baselines.linear import Linear, LinearConfig
+from umda_fast.runtime.guard import check_batch
+from umda_fast.score.evaluation import SplitResult, batches_in_order, evaluate_dataset
+from umda_fast.tasks import kind_of
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from umda_fast.runtime.config import DataConfig
+
+__all__ = ["compare_with_linear", "comparison_lines", "fit_linear"]
+
+# Means that are fitted to at most, bags times features.
+NUMBERS = 10_000_000
+# `1 / C` of a logistic regression whose features are standardised, strongest first: each fit begins at the last one's.
+_PENALTIES = (1e4, 1e3, 1e2, 1e1, 1.0)
+_FOLDS = 3
+# A view is sparse, counts of words for example, where most of its values are 0.
+_SPARSE = 0.5
+
+
+def fit_linear(model: Linear, dataset: BagDataset, data: DataConfig, seed: int = 0) -> dict[str, float]:
+    """Fit scaling and heads of `model` (on the CPU) to the bags of `dataset`, or, if their means are more than
+    `NUMBERS` numbers, to as many of them, drawn at random.
+
+    A task's head minimises the mean loss of its kind plus `penalty / (2 n) sum W^2`, n the bags with a label, by
+    L-BFGS; the penalty is the best of 5 by the loss in 3-fold cross-validation. Labels of a multilabel task are
+    balanced (the loss of positives times negatives / positives) unless the task has class weights of its own, so that
+    rare ones come above the threshold of 1/2.
+
+    Means are standardised; those of a sparse view, most of whose values are 0, are divided by one number alone, by
+    which their mean square length is the number of features that are not 0.
+
+    Args:
+        data: how the bags are read.
+        seed: of the folds and the draw.
+
+    Returns:
+        The penalty of every task.
+
+    Raises:
+        DataError: a feature or a label is NaN or infinite.
+    """
+    most = max(NUMBERS // model.shift.numel(), 2 * _FOLDS)
+    if len(dataset) > most:
+        drawn = permutation(generator(Stream.LINEAR_FOLDS, seed, 1), len(dataset))[:most]
+        dataset = dataset.subset(np.sort(drawn))
+    means, present = _read(model, dataset, data)
+    _scale(model, means, present)
+    x = model.scaled(means, present)
+    penalties = {}
+    for task, head in zip(model.config.tasks, model.heads, strict=True):
+        column = dataset.labels[task.name]
+        keep = ~np.isnan(column if column.ndim == 1 else column[:, 0])
+        weight, bias, penalties[task.name] = _fit_task(task, x[torch.from_numpy(keep)], column[keep], seed)
+        head.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+    return penalties
+
+
+def _read(model: Linear, dataset: BagDataset, data: DataConfig) -> tuple[Tensor, Tensor]:
+    found = []
+    for host in batches_in_order(dataset, data):
+        check_batch(host)
+        inputs = host.inputs()
+        found.append(model.means(inputs["views"], inputs["ptr"], inputs["mask"]))
+    return torch.cat([means for means, _ in found]).double(), torch.cat([there for _, there in found])
+
+
+def _scale(model: Linear, means: Tensor, present: Tensor) -> None:
+    start = 0
+    for view in model.used:
+        columns = slice(start, start + view.width)
+        start += view.width
+        rows = means[present[:, start - 1], columns]
+        if not len(rows):
+            continue
+        filled = float((rows != 0).double().mean())
+        if filled < 1.0 - _SPARSE:
+            length = float(rows.square().sum(1).mean())
+            model.scale[columns] = math.sqrt(length / (filled * view.width)) if length > 0.0 else 1.0
+            continue
+        std = rows.std(0, correction=0)
+        model.shift[columns] = rows.mean(0).float()
+        model.scale[columns] = std.where(std > 1e-6 * rows.abs().amax(0), 1.0).float()
+
+
+def _fit_task(task: TaskSpec, x: Tensor, column: Any, seed: int) -> tuple[Tensor, Tensor, float]:
+    """Weight [outputs, F], bias [outputs] and penalty, of bags that all have the label."""
+    kind = kind_of(task)
+    if kind.several and task.class_weights is None:
+        task = kind.fit(task, column, "balanced")
+    n = len(x)
+    if n < 2 * _FOLDS:
+        constant = torch.from_numpy(kind.constant(task, column))
+        return x.new_zeros(task.outputs, x.shape[1]), constant, math.inf
+    order = permutation(generator(Stream.LINEAR_FOLDS, seed, 0), n)
+    losses = torch.zeros(len(_PENALTIES), dtype=torch.float64)
+    target = torch.from_numpy(column)
+    for fold in range(_FOLDS):
+        out = np.sort(order[fold::_FOLDS])
+        own = np.setdiff1d(order, out)
+        for index, (weight, bias) in enumerate(_path(task, x[own], column[own], _PENALTIES)):
+            losses[index] += kind.losses(task, x[out] @ weight.T + bias, target[out]).sum()
+    best = int(losses.nan_to_num(math.inf).argmin())
+    *_, (weight, bias) = _path(task, x, column, _PENALTIES[: best + 1])
+    return weight, bias, _PENALTIES[best]
+
+
+def _path(task: TaskSpec, x: Tensor, column: Any, penalties: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias for every penalty, each from where the last ended."""
+    kind, target = kind_of(task), torch.from_numpy(column)
+    weight = x.new_zeros(task.outputs, x.shape[1]).requires_grad_()
+    bias = torch.from_numpy(kind.constant(task, column)).requires_grad_()
+    found = []
+    for penalty in penalties:
+        optimizer = torch.optim.LBFGS(
+            [weight, bias], max_iter=60, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        )
+
+        def closure(penalty: float = penalty, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = kind.loss(task, x @ weight.T + bias, target, None)
+            loss = loss + 0.5 * penalty / len(x) * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        found.append((weight.detach().clone(), bias.detach().clone()))
+    return found
+
+
+def compare_with_linear(
+    result: SplitResult, train: BagDataset, val: BagDataset, fabric: Fabric, data: DataConfig, seed: int
+) -> dict[str, Any]:
+    """The linear model fitted to `train` beside a model with `result` on `val`.
+
+    Returns:
+        `tasks`: task -> `metric` (its primary), `model` and `linear` (the scores on `val`); `penalties`; `below`, the
+        tasks in which the model scores less than the linear one.
+    """
+    linear = Linear(LinearConfig(train.views, train.tasks))
+    penalties = fit_linear(linear, train, data, seed)
+    found = evaluate_dataset(fabric.to_device(linear), val, fabric, data)
+    tasks: dict[str, dict[str, Any]] = {}
+    for task in train.tasks:
+        metric = kind_of(task).primary
+        scores = {"model": result.tasks[task.name][metric], "linear": found.tasks[task.name][metric]}
+        tasks[task.name] = {"metric": metric, **scores}
+    below = [name for name, scores in tasks.items() if scores["model"] < scores["linear"]]
+    return {"tasks": tasks, "penalties": penalties, "below": below}
+
+
+def comparison_lines(comparison: Mapping[str, Any]) -> list[str]:
+    """What `compare_with_linear` found, a line for each task, and a warning if there is one to give."""
+    lines = [
+        f"{task}: {scores['metric']} {scores['model']:.4f}, linear model {scores['linear']:.4f}"
+        for task, scores in comparison["tasks"].items()
+    ]
+    if comparison["below"]:
+        lines.append(
+            f"warning: below a linear model of bag means on validation bags: {', '.join(comparison['below'])}"
+        )
+    return lines
