@@ -155,7 +155,7 @@ def test_as_a_run(tmp_path: Path) -> None:
     resumed = train(config, tmp_path / "run", resume=True, datasets=data, progress=False, plots=False)
     assert resumed.metrics["tasks"] == result.metrics["tasks"]
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["kind"] for record in log] == ["epoch"]
+    assert [record["kind"] for record in log if record["kind"] != "inputs"] == ["epoch"]
 
 
 def test_beside_every_training(tmp_path: Path) -> None:

@@ -92,11 +92,11 @@ class Trainer:
             fit_linear(model, self.train_set, config.data, config.seed)
             config = dataclasses.replace(config, sgl=SGLConfig(balancer="none"))  # there are no gradients
         self.train_step = TrainStep(config, model, self.train_set.tasks, fabric)
-        # The sampler and the loader's own generator, not the global one, decide on the order of the bags, so
-        # the position in `state` is all that a resumed run needs to see the same batches.
         self.plan = make_plan(config.train, config.data, self.train_set.sizes)
         if self.fitted:
             self.plan = dataclasses.replace(self.plan, epochs=1, steps=None)
+        # The sampler and the loader's own generator, not the global one, decide on the order of the bags, so
+        # the position in `state` is all that a resumed run needs to see the same batches.
         self.sampler = InstanceBudgetSampler(
             self.train_set.sizes,
             config.data.budget,
