@@ -99,7 +99,7 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
     assert written["model"]["width"] == 16
     assert written["train"]["clip"] == 1.0  # a default
     records = read_metrics(run / "metrics.jsonl")
-    assert {record["kind"] for record in records} == {"step", "epoch"}
+    assert {record["kind"] for record in records} == {"inputs", "step", "epoch"}
 
     metrics = json.loads((run / "metrics.json").read_text())
     keys = "seed data tasks mean_score skill view_consistency gradient_variance conflict_share outlier_tasks seconds"
