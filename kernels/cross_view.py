@@ -110,14 +110,9 @@ def _attend(
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Softmax of query view u over the others: (a_w), (-log a_w), H_a, other present. b_q has scale * log2
-    e."""
+    """Softmax of query view u over the others: (a_w), (-log a_w), H_a, some other there. b_q has scale * log2
+    e. A view that is missing, or whose bias is -inf, has a logit of -inf and is not there."""
     m_other = m_r
-    if HAS_MASK:
-        m_other = m_r & False
-        for w in tl.static_range(V):
-            if w != u:
-                m_other = m_other | (m_v[u] & m_v[w])
     b_zero = tl.zeros_like(tl.sum(b_q, 1))  # [BR]
     b_max = b_zero - float("inf")
     b_s = ()
@@ -132,8 +127,8 @@ def _attend(
                 b_sw = tl.where(m_v[u] & m_v[w], b_sw, float("-inf"))
             b_max = tl.maximum(b_max, b_sw, propagate_nan=tl.PropagateNan.ALL)
             b_s = b_s + (b_sw,)
-    if HAS_MASK:
-        b_max = tl.where(m_other, b_max, 0.0)
+    if HAS_MASK or HAS_BIAS:
+        b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
     b_sum = b_zero
     b_e = ()
     for w in tl.static_range(V):
@@ -143,7 +138,8 @@ def _attend(
             b_ew = tl.exp2(b_s[w] - b_max)
             b_sum += b_ew
             b_e = b_e + (b_ew,)
-    if HAS_MASK:
+    if HAS_MASK or HAS_BIAS:
+        m_other = b_sum != 0.0  # it is at least 1 where there is one
         b_sum = tl.where(m_other, b_sum, 1.0)
     b_inverse = 1.0 / b_sum
     b_log = tl.log2(b_sum)
@@ -157,9 +153,8 @@ def _attend(
         else:
             b_aw = b_e[w] * b_inverse
             b_lw = LN2 * (b_log - (b_s[w] - b_max))
-            if HAS_MASK:
-                b_aw = tl.where(m_v[u] & m_v[w], b_aw, 0.0)
-                b_lw = tl.where(m_v[u] & m_v[w], b_lw, 0.0)
+            if HAS_MASK or HAS_BIAS:
+                b_lw = tl.where(b_aw == 0.0, 0.0, b_lw)
             b_h += b_aw * b_lw
             b_a = b_a + (b_aw,)
             b_l = b_l + (b_lw,)
@@ -351,14 +346,15 @@ def _probabilities(b_s, m_uv, m_wv, m_off):
     """Softmax over the last axis of base-2 logits [BN, VP, VP] within m_off: a, -log a, H_a, allowed,
     other."""
     m_uw = m_uv[:, :, None] & m_wv[:, None, :] & m_off[None, :, :]  # [BN, VP, VP]
-    m_other = tl.max(m_uw.to(tl.int32), 2) > 0  # [BN, VP]
     b_s = tl.where(m_uw, b_s, float("-inf"))
-    b_max = tl.where(m_other, tl.max(b_s, 2), 0.0)
-    b_t = b_s - b_max[:, :, None]
+    b_max = tl.max(b_s, 2)  # [BN, VP]
+    b_t = b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, :, None]
     b_e = tl.exp2(b_t)
-    b_sum = tl.where(m_other, tl.sum(b_e, 2), 1.0)
+    b_sum = tl.sum(b_e, 2)
+    m_other = b_sum != 0.0  # it is at least 1 where there is one; NaN stays
+    b_sum = tl.where(m_other, b_sum, 1.0)
     b_a = b_e / b_sum[:, :, None]
-    b_l = tl.where(m_uw, LN2 * (tl.log2(b_sum)[:, :, None] - b_t), 0.0)
+    b_l = tl.where(b_a == 0.0, 0.0, LN2 * (tl.log2(b_sum)[:, :, None] - b_t))
     return b_a, b_l, tl.sum(b_a * b_l, 2), m_uw, m_other
 
 
@@ -721,7 +717,8 @@ def cross_view(
     Args:
         q, k, v: [N, V, H, Dh] float32, float16 or bfloat16, 1 <= V <= 16, 8 <= Dh <= 256.
         gate_logits: [N, V, H], any floating dtype.
-        bias: [H, V, V], added to the logits in natural units; the diagonal is ignored. None: zero.
+        bias: [H, V, V], added to the logits in natural units; the diagonal is ignored. None: zero. For a query view
+            a key view of -inf is as if it were missing.
         mask: bool [N, V], which views an instance has. None: all. Missing rows may hold anything.
 
     Returns:

@@ -102,6 +102,14 @@ def _pair_bias(p_bias, i_h, i_u, i_w, V: tl.constexpr, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def _last(i_start, i_end, b_bias, HAS_BIAS: tl.constexpr):
+    """Where the tokens that are keys end: all of a segment are, or none if its view's bias is -inf."""
+    if HAS_BIAS:
+        i_end = tl.where(b_bias == float("-inf"), i_start, i_end)
+    return i_end
+
+
+@triton.jit
 def _sweep(
     b_acc, b_max, b_sum, b_ent, b_seg, b_q, p_q, m_m, p_k, p_v, s_kl, s_vl, i_start, i_end, b_bias, o_d,
     DH: tl.constexpr, SCALE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, ENTROPY:
@@ -184,14 +192,15 @@ def cross_view_tokens_forward(
         i_w = tl.load(p_view + i_j)
         i_start = tl.load(p_tokens + i_j)
         i_end = tl.load(p_tokens + i_j + 1)
+        b_bias = _pair_bias(p_bias, i_h, i_u, i_w, V, HAS_BIAS)
+        i_end = _last(i_start, i_end, b_bias, HAS_BIAS)
         if (i_w != i_u) & (i_start < i_end):
             i_others += i_end - i_start
             b_before = b_max
             b_seg = tl.zeros([BM], tl.float32)
             b_acc, b_max, b_sum, b_ent, b_seg = _sweep(
                 b_acc, b_max, b_sum, b_ent, b_seg, b_q, p_qm, m_m, p_kh, p_vh, s_kl, s_vl,
-                i_start, i_end, _pair_bias(p_bias, i_h, i_u, i_w, V, HAS_BIAS), o_d, DH, SCALE, BN, BD, BC,
-                ENTROPY,
+                i_start, i_end, b_bias, o_d, DH, SCALE, BN, BD, BC, ENTROPY,
             )  # fmt: skip
             b_share = b_share * tl.exp2(b_before - b_max)[:, None]
             b_share += tl.where(o_v[None, :] == i_w, b_seg[:, None], 0.0)
@@ -285,11 +294,12 @@ def cross_view_tokens_backward_queries(
         i_start = tl.load(p_tokens + i_j)
         i_end = tl.load(p_tokens + i_j + 1)
         m_own = i_w == i_u
+        b_bias = _pair_bias(p_bias, i_h, i_u, i_w, V, HAS_BIAS)
+        i_end = _last(i_start, i_end, b_bias, HAS_BIAS)
         b_sums = _row_sums(
             tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32),
             b_q, b_do, tl.where(m_own, b_lse_intra, b_lse_cross), p_qm, p_dom, m_m, p_kh, p_vh, s_kl, s_vl,
-            i_start, i_end, _pair_bias(p_bias, i_h, i_u, i_w, V, HAS_BIAS), o_d,
-            DH, SCALE, BN, BD, BC, HAS_DO, HAS_DT,
+            i_start, i_end, b_bias, o_d, DH, SCALE, BN, BD, BC, HAS_DO, HAS_DT,
         )  # fmt: skip
         if m_own:
             b_intra += b_sums[0]
@@ -332,15 +342,16 @@ def cross_view_tokens_backward_queries(
     b_part = tl.zeros([VP], tl.float32)
     for i_j in range(i_low, i_high):
         i_w = tl.load(p_view + i_j)
-        i_end = tl.load(p_tokens + i_j + 1)
+        i_start = tl.load(p_tokens + i_j)
         m_own = i_w == i_u
         b_bias = _pair_bias(p_bias, i_h, i_u, i_w, V, HAS_BIAS)
+        i_end = _last(i_start, tl.load(p_tokens + i_j + 1), b_bias, HAS_BIAS)
         b_lse = tl.where(m_own, b_lse_intra, b_lse_cross)
         b_rho = tl.where(m_own, b_g, b_r)
         b_tau = tl.where(m_own, 0.0, b_dt * LN2)
         b_own = _column(b_shift, o_v, i_w)
         b_total = tl.zeros([BM], tl.float32)
-        for i_n in range(tl.load(p_tokens + i_j), i_end, BN):
+        for i_n in range(i_start, i_end, BN):
             o_n = i_n + tl.arange(0, BN)
             m_n = o_n < i_end
             p_kn = p_kh + o_n * s_kl
@@ -393,15 +404,16 @@ def cross_view_tokens_backward_keys(
     b_dv = tl.zeros([BN, BD], tl.float32)
     for i_j in range(tl.load(p_segments + i_i), tl.load(p_segments + i_i + 1)):
         i_u = tl.load(p_view + i_j)
-        i_end = tl.load(p_tokens + i_j + 1)
+        i_start = tl.load(p_tokens + i_j)
         b_bias = _pair_bias(p_bias, i_h, i_u, i_w, V, HAS_BIAS)
+        i_end = _last(i_start, tl.load(p_tokens + i_j + 1), b_bias, HAS_BIAS)
         m_own = i_u == i_w
         p_lse = p_lse_cross
         if m_own:
             p_lse = p_lse_intra
         # The second half of p_blend holds 1 - g.
         p_rho = p_blend + tl.where(m_own, 0, 1).to(tl.int64) * s_blend
-        for i_m in range(tl.load(p_tokens + i_j), i_end, BM):
+        for i_m in range(i_start, i_end, BM):
             o_m = i_m + tl.arange(0, BM)
             m_m = o_m < i_end
             o_row = o_m * H + i_h
@@ -691,7 +703,7 @@ def cross_view_tokens(
         cu_segments: int64 [n + 1]; instance i owns segments ``cu_segments[i]:cu_segments[i + 1]``.
         view_of_segment: int32 [S] in 0..num_views-1; two segments of one view count as one.
         num_views: 1 to 16.
-        bias: [H, V, V] or None; the diagonal is ignored.
+        bias: [H, V, V] or None; the diagonal is ignored. For a query view, tokens of a view of -inf are no keys.
         token_entropy: whether to return the entropy of the cross softmax over tokens.
 
     Returns:

@@ -90,7 +90,7 @@ def _softmax(p_s, o_n, m_n, m_v, s_sn, s_sv, V: tl.constexpr):
         b_eu = tl.exp2((b_x[u] - b_max) * LOG2E)
         b_sum += b_eu
         b_e = b_e + (b_eu,)
-    b_sum = tl.where(m_n, b_sum, 1.0)
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # no view, or none with a score above -inf
     b_beta = ()
     for u in tl.static_range(V):
         b_beta = b_beta + (tl.where(m_v[u], b_e[u] / b_sum, 0.0),)

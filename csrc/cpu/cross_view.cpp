@@ -331,7 +331,7 @@ UMDA_INLINE void prefetch_rows(const CrossViewRows& rows, int64_t views, int64_t
 
 // What the lanes of one vector and one query view have between products and weights.
 struct Lane {
-  Vec open;             // 1 where some other view is present (and this one), else 0
+  Vec open;             // 1 where some other view is there to listen to (and this one is present), else 0
   Vec top, sum, mean;   // of the other views' logits: maximum, sum of exp(x - max), mean of x - max under a
   Vec gate, rest;       // g and 1 - g
   Vec logit;            // the gate's
@@ -353,13 +353,10 @@ UMDA_INLINE Lane softmax(const Shape& shape, int64_t u, const float* products, c
       continue;
     }
     Vec x = fma(load(products + w * lanes), scale, load(bias + w * lanes));
-    if (present == nullptr) {
-      lane.open = one;
-    } else {
-      const Vec there = load(present + w * lanes);
-      lane.open = max(lane.open, there);
-      x = there > zero() ? x : nothing;
+    if (present != nullptr) {
+      x = load(present + w * lanes) > zero() ? x : nothing;
     }
+    lane.open = x != nothing ? one : lane.open;  // a bias of -inf is as good as a missing view
     store(weight + w * lanes, x);
     lane.top = max(x, lane.top);  // a NaN does not become the maximum
   }

@@ -173,12 +173,14 @@ void softmax(int64_t views, int64_t count, const float* present, float* x) {
       store(x + u * kTile + lane, score);
       top = max(score, top);  // a NaN does not become the maximum, but the sum
     }
+    top = top > nothing ? top : zero();
     Vec total = zero();
     for (int64_t u = 0; u < views; ++u) {
       const Vec e = exp(load(x + u * kTile + lane) - top);
       store(x + u * kTile + lane, e);
       total = total + e;
     }
+    total = total == zero() ? splat(1.0f) : total;  // no view, or none with a score above -inf
     for (int64_t u = 0; u < views; ++u) {
       const Vec share = load(x + u * kTile + lane) / total;
       store(x + u * kTile + lane, load(present + u * kTile + lane) > zero() ? share : zero());

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.kernels._parity import assert_close, normal
 from umda_fast.kernels import cross_view as kernels
+from umda_fast.parity.cases import close
 from umda_fast.reference.cross_view import cross_view as reference
 
 OUTPUTS = ("out", "mass", "entropy")
@@ -77,7 +78,7 @@ def compose(
     own = torch.eye(views, dtype=torch.bool)[None, :, None, :]
     present = torch.ones(q.shape[:2], dtype=torch.bool) if mask is None else mask
     q, k, v, gate = (x.masked_fill(~present.view(*q.shape[:2], *[1] * (x.dim() - 2)), 0) for x in (q, k, v, gate))
-    other = present[:, :, None, None] & present[:, None, None, :] & ~own
+    other = present[:, :, None, None] & present[:, None, None, :] & ~own & (bias != -math.inf).transpose(0, 1)
     some = other.any(-1, keepdim=True)
     s = torch.einsum("nuhd,nwhd->nuhw", q, k) / math.sqrt(q.shape[3]) + bias.to(q.dtype).transpose(0, 1)
     a = s.masked_fill(~other, -math.inf).masked_fill(~some, 0.0).softmax(-1).masked_fill(~other, 0.0)
@@ -131,6 +132,28 @@ def test_every_number_of_views(views: int) -> None:
 @pytest.mark.parametrize("width", [8, 20, 64, 97, 256])
 def test_head_dimensions(views: int, width: int) -> None:
     check(make(5, views, 1, width, masked=False))
+
+
+@pytest.mark.parametrize("views", [2, 3, 4, 5])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_that_is_a_mask(views: int, masked: bool, dtype: torch.dtype) -> None:
+    """One view listens to nobody, in one head another not to a third: both as if those were missing."""
+    case = make(5, views, 2, 24, dtype, masked=masked)
+    assert case.bias is not None
+    close(case.bias)
+    check(case)
+
+
+@pytest.mark.parametrize("views", [3, 6])
+def test_nan_is_no_mask(views: int) -> None:
+    case = make(3, views, 1, 8, masked=False)
+    assert case.bias is not None
+    close(case.bias)
+    case.k[1] = math.nan
+    for x in case.forward()[::2]:
+        assert x[1].isnan().all()
+        assert x[::2].isfinite().all()
 
 
 @pytest.mark.parametrize("views", [2, 5])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.kernels._parity import assert_close, normal
 from umda_fast.kernels import cross_view_tokens as kernels
+from umda_fast.parity.cases import close
 from umda_fast.reference.cross_view import cross_view as vectors_reference
 from umda_fast.reference.cross_view_tokens import cross_view_tokens as reference
 
@@ -124,12 +125,13 @@ def compose(
     of = view.long()[segment]
     same = instance[:, None] == instance
     own, other = same & (of[:, None] == of), same & (of[:, None] != of)
-    some = other.any(1)
+    other = other & (bias != -math.inf)[:, of][:, :, of]  # [h,i,j]
+    some = other.any(-1)
     s = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[2])
     intra = s.masked_fill(~own, -math.inf).softmax(-1)
     s = s + bias.to(q.dtype)[:, of][:, :, of]
-    cross = s.masked_fill(~other, -math.inf).masked_fill(~some[:, None], 0.0).softmax(-1).masked_fill(~other, 0.0)
-    g = gate.sigmoid().masked_fill(~some[:, None], 1.0).t()[..., None]
+    cross = s.masked_fill(~other, -math.inf).masked_fill(~some[..., None], 0.0).softmax(-1).masked_fill(~other, 0.0)
+    g = gate.sigmoid().t().masked_fill(~some, 1.0)[..., None]
     out = torch.einsum("hij,jhd->ihd", g * intra + (1 - g) * cross, v)
     member = torch.nn.functional.one_hot(of, views).to(q.dtype)
     p = (1 - g) * (cross @ member) + g * member
@@ -169,6 +171,17 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize(("dtype", "biased"), [(torch.float32, True), (torch.float16, False), (torch.bfloat16, True)])
 def test_ragged(dtype: torch.dtype, biased: bool) -> None:
     check(make(RAGGED, 2, 24, dtype, biased))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_that_is_a_mask(dtype: torch.dtype) -> None:
+    """One view listens to nobody, in one head another not to a third."""
+    case = make(RAGGED, 2, 24, dtype)
+    assert case.bias is not None
+    close(case.bias)
+    check(case)
+    view = case.layout.tensors()[2].repeat_interleave(case.layout.tensors()[0].diff())
+    assert (case.forward()[5][view == 0] == -math.inf).all()
 
 
 @pytest.mark.parametrize("width", [8, 37, 64, 256])

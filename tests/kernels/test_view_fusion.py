@@ -26,6 +26,17 @@ def test_numbers_of_views(views: int) -> None:
     check(make_case(7, views, 11, 5, masked=True))
 
 
+@pytest.mark.parametrize("views", [1, 3, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_that_are_a_mask(views: int, masked: bool) -> None:
+    """Of all views of an instance, and of one."""
+    case = make_case(7, views, 11, 5, masked=masked)
+    case.scores[::3] = -math.inf
+    case.scores[1::3, 0] = -math.inf
+    check(case)
+    assert not run(case)[0][0][::3].any()
+
+
 @pytest.mark.parametrize("views", [3, 6])
 @pytest.mark.parametrize(("width", "narrow"), [(1, 2), (30, 140), (140, None)])
 def test_widths(views: int, width: int, narrow: int | None) -> None:

@@ -125,6 +125,51 @@ def test_missing_views_are_not_read_and_get_nothing() -> None:
     assert (bias.grad.diagonal(dim1=1, dim2=2) == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("views", [2, 3, 6])
+def test_a_bias_of_minus_infinity_is_a_missing_view(backend: str, views: int) -> None:
+    """For the view that has it: its results, and the gradients that come from them, are those of the mask."""
+    arguments = inputs(7, views, 2, 8)
+    gone = torch.arange(views) == views - 1
+    mask = (~gone).expand(7, views)
+    *_, bias = arguments
+    closed = torch.where(gone & ~torch.eye(views, dtype=torch.bool), -math.inf, bias.detach()).requires_grad_()
+    results = []
+    for b, m in ((bias, mask), (closed, None)):
+        out = cross_view_attention(*arguments[:4], bias=b, mask=m, backend=backend)
+        kept = [x[:, :-1] for x in out]
+        total = torch.stack([(x * x).sum() for x in kept]).sum()
+        results.append([*kept, *torch.autograd.grad(total, [*arguments[:4], b])])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_view_that_may_listen_to_nobody_is_alone(backend: str, missing: bool) -> None:
+    q, k, v, gate, bias = (x.detach() for x in inputs(7, 3, 2, 8))
+    bias[:, 1] = -math.inf
+    mask = some_views(7, 3) if missing else torch.ones(7, 3, dtype=torch.bool)
+    out, mass, entropy = cross_view_attention(q, k, v, gate, bias=bias, mask=mask, backend=backend)
+    there = mask[:, 1]
+    assert torch.equal(out[there, 1], v[there, 1])
+    assert torch.equal(mass[there, 1], torch.eye(3)[1].expand(int(there.sum()), 3))
+    for x in (out, mass, entropy):
+        assert x.isfinite().all()
+    assert not entropy[:, 1].any()
+    torch.testing.assert_close(mass.sum(-1), mask.float())
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_nan_is_no_mask(backend: str) -> None:
+    q, k, v, gate, bias = (x.detach() for x in inputs(3, 3, 2, 8))
+    bias[:, 1] = -math.inf
+    k[1] = math.nan
+    for x in cross_view_attention(q, k, v, gate, bias=bias, backend=backend)[::2]:
+        assert x[1].isnan().all()
+        assert x[[0, 2]].isfinite().all()
+
+
 def test_one_view_is_the_view() -> None:
     q, k, v, gate, _ = inputs(5, 1, 2, 8)
     for backend in ("cpp", "reference"):

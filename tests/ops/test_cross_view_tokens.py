@@ -1,5 +1,6 @@
 """cross_view_token_attention through its public function. The CPU has no kernel: the reference serves it."""
 
+import math
 from typing import Any
 
 import pytest
@@ -97,3 +98,42 @@ def test_no_tokens() -> None:
     out = cross_view_token_attention(q, q, q, q[:, :, 0], nothing, nothing, torch.zeros(0, dtype=torch.int32), 2)
     assert out.out.shape == (0, 2, 8)
     assert out.mass.shape == (0, 2)
+
+
+def test_a_bias_of_minus_infinity_is_a_mask() -> None:
+    """Its view's tokens are no keys, and a query without a key listens to its own view alone; others are as before."""
+    lengths, segments, views = torch.tensor([0, 3, 5, 9, 10, 15]), torch.tensor([0, 3, 5]), [0, 1, 2, 0, 1]
+    view = torch.tensor(views, dtype=torch.int32)
+    of = view.repeat_interleave(lengths.diff())
+    q, k, v = (leaf(15, 2, 8, seed=i) for i in range(3))
+    gate, bias = leaf(15, 2, seed=3), leaf(2, 3, 3, seed=4).detach()
+
+    def run(bias: Tensor) -> tuple[Any, list[Tensor]]:
+        out = cross_view_token_attention(
+            q, k, v, gate, lengths, segments, view, 3, bias=bias, token_entropy=True, backend="reference"
+        )
+        total = torch.stack([(x * x).sum() for x in out if x is not None]).sum()
+        return out, list(torch.autograd.grad(total, [q, k, v, gate, bias]))
+
+    plain, _ = run(bias.clone().requires_grad_())
+    bias[:, 0] = -math.inf  # nobody for view 0
+    closed, gradients = run(bias.clone().requires_grad_())
+    assert torch.equal(closed.mass[of == 0], torch.eye(3)[0].expand(4, 3))
+    assert not closed.entropy[of == 0].any()
+    assert not closed.token_entropy[of == 0].any()
+    for a, b in zip(plain, closed, strict=True):
+        assert torch.equal(a[of != 0], b[of != 0])
+    for x in (*closed, *gradients):
+        assert x.isfinite().all()
+    assert not gradients[3][of == 0].any()
+    assert not gradients[4][:, 0].any()
+    # Towards one other view only: as if the instances had no token of it.
+    bias[:, 0, 1], bias[:, 0, 2] = 0.5, -math.inf
+    some, _ = run(bias.clone().requires_grad_())
+    keep = of != 2
+    fewer = cross_view_token_attention(
+        *(x[keep] for x in (q, k, v, gate)), torch.tensor([0, 3, 5, 6, 11]), torch.tensor([0, 2, 4]),
+        torch.tensor([0, 1, 0, 1], dtype=torch.int32), 3, bias=bias, token_entropy=True, backend="reference",
+    )  # fmt: skip
+    for a, b in zip(some, fewer, strict=True):
+        torch.testing.assert_close(a[of == 0], b[of[keep] == 0])

@@ -176,3 +176,23 @@ def test_bad_input(change: dict[str, Tensor], error: type[Exception], message: s
     good = {"y": torch.zeros(4, 3, 2), "scores": torch.zeros(4, 3), "projected": None, "mask": None}
     with pytest.raises(error, match=message):
         fuse_views(**{**good, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_scores_of_minus_infinity_are_a_mask(backend: str) -> None:
+    """Of one view as if it had no weight; of all views of an instance: 0, without a gradient to anything."""
+    y, projected = leaf(4, 3, 5, seed=0), leaf(4, 3, 2, seed=1)
+    scores = leaf(4, 3, seed=2).detach()
+    scores[1], scores[2, 0] = -math.inf, -math.inf
+    scores.requires_grad_()
+    out = fuse_views(y, scores, projected, backend=backend)
+    assert not out.z[1].any()
+    assert not out.beta[1].any()
+    assert out.beta[2, 0] == 0
+    torch.testing.assert_close(out.beta.sum(1), torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    dy, d_scores = torch.autograd.grad(out.z.square().sum() + out.beta.square().sum(), [y, scores])
+    assert not dy[1].any()
+    assert not d_scores[1].any()
+    assert not dy[2, 0].any()
+    assert dy.isfinite().all()
+    assert d_scores.isfinite().all()

@@ -75,13 +75,24 @@ def offsets(sizes: Sequence[int]) -> Tensor:
 # --- cross_view
 
 
-def cross_view_case(shape: str, n: int, views: int, heads: int, width: int, *, missing: bool = False) -> Case:
-    """Packed q, k, v, read as slices; with ``missing``, views that are absent hold NaN."""
+def close(bias: Tensor) -> None:
+    """-inf for view 0 towards every other, and towards one in one head: an additive mask."""
+    bias[:, 0] = -math.inf
+    bias[0, 1, 2:3] = -math.inf
+
+
+def cross_view_case(
+    shape: str, n: int, views: int, heads: int, width: int, *, missing: bool = False, closed: bool = False
+) -> Case:
+    """Packed q, k, v, read as slices; with ``missing``, views that are absent hold NaN; with ``closed``, a bias that is
+    a mask."""
     inputs = {
         "qkv": normal(n, views, 3, heads, width, seed=1),
         "gate": normal(n, views, heads, seed=2),
         "bias": normal(heads, views, views, seed=3),
     }
+    if closed:
+        close(inputs["bias"])
     if missing:
         mask = torch.rand(n, views, generator=torch.Generator().manual_seed(4)) < 0.6
         mask[torch.arange(n), torch.arange(n) % views] = True
@@ -99,9 +110,17 @@ def cross_view_case(shape: str, n: int, views: int, heads: int, width: int, *, m
 
 
 def cross_view_tokens_case(
-    shape: str, lengths: Sequence[int], segments: Sequence[int], heads: int, width: int, *, views: int
+    shape: str,
+    lengths: Sequence[int],
+    segments: Sequence[int],
+    heads: int,
+    width: int,
+    *,
+    views: int,
+    closed: bool = False,
 ) -> Case:
-    """Segments of ``lengths`` tokens, ``segments`` of them per instance, views in turn."""
+    """Segments of ``lengths`` tokens, ``segments`` of them per instance, views in turn; with ``closed``, a bias that is
+    a mask."""
     tokens = sum(lengths)
     inputs = {name: normal(tokens, heads, width, seed=i) for i, name in enumerate("qkv")}
     inputs |= {
@@ -114,6 +133,8 @@ def cross_view_tokens_case(
             or [torch.empty(0, dtype=torch.int32)]
         ),
     }
+    if closed:
+        close(inputs["bias"])
 
     def run(x: Inputs, backend: str) -> Outputs:
         output = ops.cross_view_token_attention(
@@ -129,14 +150,17 @@ def cross_view_tokens_case(
 
 
 def view_fusion_case(
-    shape: str, n: int, views: int, width: int, projection: int | None, *, missing: bool = False
+    shape: str, n: int, views: int, width: int, projection: int | None, *, missing: bool = False, closed: bool = False
 ) -> Case:
     """All outputs of views off 0, whose projections have something in common; with ``missing``, views that are absent
-    hold NaN."""
+    hold NaN; with ``closed``, scores that are a mask, for some instances of all views."""
     inputs = {
         "y": normal(n, views, width, seed=20) + 2 * normal(views, width, seed=24),
         "scores": normal(n, views, seed=21),
     }
+    if closed:
+        inputs["scores"][::3] = -math.inf
+        inputs["scores"][1::3, 0] = -math.inf
     if projection is not None:
         inputs["projected"] = normal(n, views, projection, seed=22) + normal(n, 1, projection, seed=25)
     if missing:
@@ -394,9 +418,12 @@ def all_cases() -> list[Case]:
         cross_view_case("N=19 V=4 H=3 Dh=59, missing views", 19, 4, 3, 59, missing=True),
         cross_view_case("N=5 V=16 H=1 Dh=8, missing views", 5, 16, 1, 8, missing=True),
         cross_view_case("N=7 V=1 H=2 Dh=97", 7, 1, 2, 97),
+        cross_view_case("N=9 V=4 H=3 Dh=59, closed and missing views", 9, 4, 3, 59, missing=True, closed=True),
+        cross_view_case("N=9 V=7 H=2 Dh=20, closed views", 9, 7, 2, 20, closed=True),
         cross_view_case("N=0", 0, 3, 2, 16),
         cross_view_tokens_case("ragged, H=2 Dh=32", [5, 9, 3, 1, 17, 2, 0], [3, 1, 0, 3], 2, 32, views=3),
         cross_view_tokens_case("one view, Dh=59", [7, 4], [1, 1], 1, 59, views=1),
+        cross_view_tokens_case("closed views", [5, 9, 3, 1, 17, 2, 0], [3, 1, 0, 3], 2, 32, views=3, closed=True),
         cross_view_tokens_case("no token", [], [], 1, 16, views=2),
         norm_linear_case("N=33 V=3 D=59, 97 + 5 columns", 33, 3, 59, 97, 5),
         norm_linear_case("N=5 V=1 D=256, 32 + 1 columns", 5, 1, 256, 32, 1),
@@ -404,6 +431,7 @@ def all_cases() -> list[Case]:
         linear_residual_case("N=1 V=1, 256 to 16", 1, 1, 256, 16),
         view_fusion_case("N=700 V=3 D=97 P=33", 700, 3, 97, 33),
         view_fusion_case("N=19 V=4 D=59 P=8, missing views", 19, 4, 59, 8, missing=True),
+        view_fusion_case("N=19 V=4 D=59, closed and missing views", 19, 4, 59, None, missing=True, closed=True),
         view_fusion_case("N=5 V=1 D=1 P=1", 5, 1, 1, 1),
         view_fusion_case("N=7 V=16 D=33, missing views, no projections", 7, 16, 33, None, missing=True),
         bag_pool_case("ragged, D=97 T=5", [3, 0, 40, 1, 300, 0], 97, 5),

@@ -50,13 +50,14 @@ def with_zero_row(x: Tensor) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over the last axis restricted to ``allowed``: probabilities, their logarithms, logsumexp.
+    """Softmax over the last axis restricted to ``allowed`` and scores above -inf: probabilities, their logarithms,
+    logsumexp.
 
-    Where nothing is allowed the probabilities and logarithms are 0 and the logsumexp is -inf, with zero
+    Where nothing is left the probabilities and logarithms are 0 and the logsumexp is -inf, with zero
     gradient: such a row is made harmless before the softmax and masked again after it, for 0 * NaN is NaN
     in a gradient.
     """
-    allowed = allowed.expand(scores.shape)
+    allowed = allowed & (scores != -math.inf)
     some = allowed.any(-1, keepdim=True)
     scores = scores.masked_fill(~allowed, -math.inf).masked_fill(~some, 0.0)
     lse = scores.logsumexp(-1, keepdim=True)

@@ -28,7 +28,7 @@ def cross_view(
     For instance i, head h and view u, over the present views w::
 
         a[u,w] = softmax_{w != u}( q[u].k[w] / sqrt(Dh) + bias[h,u,w] )
-        g[u]   = sigmoid(gate_logits[u]),  1 where no other view is present
+        g[u]   = sigmoid(gate_logits[u]),  1 where no other view is present, or the bias of each is -inf
         out[u] = g[u] v[u] + (1 - g[u]) sum_w a[u,w] v[w]
         p[u,w] = g[u] if w == u else (1 - g[u]) a[u,w]
         mass   = mean_h p,   entropy[u] = -sum_w p[u,w] log p[u,w]
@@ -53,12 +53,11 @@ def cross_view(
 
     itself = torch.eye(views, dtype=torch.bool, device=q.device)  # [u,w]
     other = present[:, :, None] & present[:, None, :] & ~itself  # [N,u,w]
-    listens = other.any(-1)[:, :, None]  # [N,u,1]: some other view is present
-
     scores = torch.einsum("nuhd,nwhd->nuhw", qf, kf) / math.sqrt(width)
     if bias is not None:
         scores = scores + bias.to(dtype).permute(1, 0, 2)  # [u,H,w]
-    a, log_a, _ = masked_softmax(scores, other[:, :, None, :])  # [N,u,H,w]
+    a, log_a, lse = masked_softmax(scores, other[:, :, None, :])  # [N,u,H,w]
+    listens = lse != -math.inf  # [N,u,H]
     g, rest, gate_entropy = gate_terms(gate, listens)  # [N,u,H]
 
     out = g[..., None] * vf + rest[..., None] * torch.einsum("nuhw,nwhd->nuhd", a, vf)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 
 from umda_fast.reference._numerics import (
     accumulation_dtype,
@@ -43,7 +43,7 @@ def cross_view_tokens(
 
         intra = softmax over j of view u of      q[i].k[j] / sqrt(Dh)
         a     = softmax over j of views w != u of q[i].k[j] / sqrt(Dh) + bias[h,u,w]
-        g     = sigmoid(gate_logits[i]),  1 where the instance has no token of another view
+        g     = sigmoid(gate_logits[i]),  1 where no token of another view has a bias above -inf
         out   = g sum_j intra[j] v[j] + (1 - g) sum_j a[j] v[j]
         p[w]  = g if w == u else (1 - g) sum_{j of w} a[j]
         mass  = mean_h p,  entropy = -sum_w p[w] log p[w],  token_entropy = -sum_j a[j] log a[j]
@@ -55,7 +55,7 @@ def cross_view_tokens(
         cu_segments: int64 [n+1]; instance i owns segments ``cu_segments[i]:cu_segments[i+1]``.
         view_of_segment: int32 [S], each in ``0..num_views-1``. Two segments of one view count as one.
         num_views: the number V of views.
-        bias: [H, V, V], finite, or None; its diagonal is ignored.
+        bias: [H, V, V], or None; its diagonal is ignored. For a query view, tokens of a view of -inf are no keys.
         token_entropy: also return the entropy of ``a`` over tokens.
 
     Returns:
@@ -152,11 +152,16 @@ def _tile(
 
     scores = torch.einsum("bqhd,bkhd->bhqk", qt, kt) / math.sqrt(q.shape[-1])
     intra, _, lse_intra = masked_softmax(scores, own[:, None])
+    allowed = other[:, None]
     if bias is not None:
-        # As a product, so that the gradient of the few entries of the bias is summed by a matrix product.
-        scores = scores + torch.einsum("bqu,huw,bkw->bhqk", of_query, bias, of_key)
-    cross, log_cross, lse_cross = masked_softmax(scores, other[:, None])
-    listens = other.any(-1)[:, None]  # [b,1,Q]
+        # As a product, so that the gradient of the few entries of the bias is summed by a matrix product. It would
+        # spread -inf to all keys.
+        closed = bias == -math.inf
+        scores = scores + torch.einsum("bqu,huw,bkw->bhqk", of_query, bias.masked_fill(closed, 0.0), of_key)
+        closed = pad(closed, (0, 1, 0, 1))  # the padding's view
+        allowed = allowed & ~closed[:, query_view[:, :, None], key_view[:, None, :]].transpose(0, 1)
+    cross, log_cross, lse_cross = masked_softmax(scores, allowed)
+    listens = lse_cross != -math.inf  # [b,H,Q]
     g, rest, gate_entropy = gate_terms(gate, listens)  # [b,H,Q]
 
     out = g[..., None] * torch.einsum("bhqk,bkhd->bhqd", intra, vt)
