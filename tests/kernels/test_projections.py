@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.kernels._parity import assert_close, normal
 from umda_fast import ops
+from umda_fast.errors import BackendUnavailableError
 from umda_fast.kernels import projections
 from umda_fast.model import HCVABlock
 
@@ -59,6 +60,57 @@ def test_norm_linear(dtype: torch.dtype, shape: tuple[int, ...], columns: int, s
         assert_close(name, ours[0][i], exact[0][i], own[0][i], 2)
     for name in inputs:
         assert_close(f"d_{name}", ours[1][name], exact[1][name], own[1][name], 3)
+
+
+def derivatives_of_three_orders(function: Callable[..., Sequence[Tensor]], inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Gradients of a sum of squares, of the sum of squares of those, and once more."""
+    leaves = [value.detach().requires_grad_() for value in inputs.values()]
+    found: list[Tensor] = []
+    values: Sequence[Tensor] = function(*leaves)
+    for _ in range(3):
+        total = torch.stack([y.square().sum() for y in values]).sum()
+        values = torch.autograd.grad(total, leaves, create_graph=True)
+        found += [x.detach() for x in values]
+    return found
+
+
+def test_derivatives_of_every_order() -> None:
+    """The gradient is a composition, to be differentiated again; the third derivative of `F.layer_norm` is wrong."""
+    given = norm_inputs((4, 2, 16), 7, 3)
+    given["x"] = given["x"] / 8
+
+    def normalised(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *layers: Tensor) -> list[Tensor]:
+        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+        normed = (x - mean) * (variance + EPS).rsqrt() * norm_weight + norm_bias
+        return [F.linear(normed, *layers[:2]), F.linear(normed, *layers[2:])]
+
+    def residual(*args: Tensor) -> list[Tensor]:
+        return [ops.linear_residual(*args, backend="triton")]
+
+    def composed_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> list[Tensor]:
+        return [residual + F.linear(x, weight, bias)]
+
+    layers = {name: given[name] for name in ("x", "weight", "bias")} | {"residual": normal(4, 2, 7, seed=9)}
+    for ours, theirs, inputs in (
+        (lambda *args: ops.norm_linear(*args, eps=EPS, backend="triton"), normalised, given),
+        (residual, composed_residual, layers),
+    ):
+        exact = derivatives_of_three_orders(theirs, {name: value.double() for name, value in inputs.items()})
+        own = derivatives_of_three_orders(theirs, inputs)
+        for i, (found, e, c) in enumerate(zip(derivatives_of_three_orders(ours, inputs), exact, own, strict=True)):
+            assert_close(f"order {i // len(inputs) + 1}, {list(inputs)[i % len(inputs)]}", found, e, c, 3)
+
+
+def test_forward_mode_is_refused() -> None:
+    given = norm_inputs((4, 16), 7, 3)
+    x, gamma, beta, weight = (given[name] for name in ("x", "norm_weight", "norm_bias", "weight"))
+    calls = (
+        lambda x: ops.norm_linear(x, gamma, beta, weight, backend="triton")[0],
+        lambda x: ops.linear_residual(x, weight, None, normal(4, 7, seed=3), backend="triton"),
+    )
+    for call in calls:
+        with pytest.raises(BackendUnavailableError, match="reference"):
+            torch.func.jvp(call, (x,), (x,))
 
 
 def test_one_layer_without_bias_and_statistics_of_the_rows() -> None:

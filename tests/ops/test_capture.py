@@ -30,12 +30,15 @@ NATIVE = sorted(op for op in CASES if not reasons_against(op, "cpp", "cpu", torc
 CAST = {"norm_linear", "linear_residual"}
 
 
-def run_of(case: Case) -> Callable[[Inputs, str], Outputs]:
+Run = Callable[[Inputs, str | None], Outputs]
+
+
+def run_of(case: Case) -> Run:
     """The operation; that of knn alone, for its case looks at the neighbours on the host."""
     if case.op != "knn":
-        return case.run
+        return case.run  # type: ignore[return-value]  # None goes through to the operation
 
-    def knn(x: Inputs, backend: str) -> Outputs:
+    def knn(x: Inputs, backend: str | None) -> Outputs:
         graph = ops.knn_graph(x["x"], x["ptr"], 4, backend=backend)
         assert graph.similarity is not None
         return {"neighbors": graph.neighbors, "similarity": graph.similarity}
@@ -43,7 +46,7 @@ def run_of(case: Case) -> Callable[[Inputs, str], Outputs]:
     return knn
 
 
-def forward_backward(case: Case, x: Inputs, backend: str) -> Outputs:
+def forward_backward(case: Case, x: Inputs, backend: str | None) -> Outputs:
     """Outputs, and the gradients of their sum; the names of gradients begin with ``d_``."""
     leaves = {name: x[name].detach().requires_grad_() for name in case.gradients}
     outputs = run_of(case)({**x, **leaves}, backend)
@@ -81,6 +84,32 @@ def test_nothing_is_read_back(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert ops.backends_used()[op] == backend
             for name, value in expected.items():
                 assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype), (backend, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("op", sorted(CASES))
+def test_tensors_without_values(op: str, dtype: torch.dtype) -> None:
+    """On meta, and fake, with no backend named: shapes and dtypes of every result and gradient."""
+    case = CASES[op]
+    if dtype not in (torch.float32, torch.float64) and not case.storage:
+        return
+    real = case.rounded(dtype, "cpu")
+    expected = forward_backward(case, real, None)
+    with FakeTensorMode() as mode:
+        fake = forward_backward(case, {name: mode.from_tensor(x) for name, x in real.items()}, None)
+    meta = forward_backward(case, {name: x.to("meta") for name, x in real.items()}, None)
+    assert fake.keys() == meta.keys() == expected.keys()
+    for name, value in expected.items():
+        assert meta[name].is_meta
+        for found in (fake, meta):
+            assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype), name
+
+
+def test_what_meta_tensors_cannot_do() -> None:
+    graph = ops.NeighborGraph(torch.zeros(4, 2, dtype=torch.int32, device="meta"))
+    for call in (graph.to_edge_index, graph.symmetrize, lambda: graph.union(graph), graph.reorder):
+        with pytest.raises(ValueError, match=r"neighbors must have values, .*; got meta tensors"):
+            call()  # type: ignore[operator]
 
 
 def test_fake_tensors_see_what_reads() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umda_fast.model._numerics import wide
+from umda_fast.model._numerics import Constants, autocast_off, wide
 from umda_fast.model.experts import ExpertGates
 
 __all__ = ["ATSB", "ATSBOutput", "TaskNorm", "cohesion_penalty", "divergence_penalty"]
@@ -35,7 +35,7 @@ class ATSBOutput(NamedTuple):
     influence: Tensor  #: [T, T], Gamma: row t says from which private paths task t reads; rows sum to 1
 
 
-class ATSB(nn.Module):
+class ATSB(Constants):
     """`branch[b,t] = GELU(LN_t( S pooled[b,t] + sum_s Gamma[t,s] P_s pooled[b,s] ))`, `P_s = U_s R_s^T`.
 
     `Gamma = rowsoftmax(C C^T / sqrt(d_c) + kappa * A_hier + kappa_g * sg(cosines))`, A_hier minus the distances.
@@ -85,10 +85,10 @@ class ATSB(nn.Module):
             self.read = nn.Parameter(torch.randn(tasks, width, rank) / math.sqrt(width))
             self.write = nn.Parameter(torch.randn(tasks, width, rank) / math.sqrt(3 * rank))
             self.task_embedding = nn.Parameter(torch.randn(tasks, embedding))
-        distances = torch.zeros(tasks, tasks) if hierarchy is None else torch.tensor(hierarchy).float()
-        if distances.shape != (tasks, tasks):
-            raise ValueError(f"hierarchy: expected [{tasks}][{tasks}], got {list(distances.shape)}")
-        self.register_buffer("hierarchy", -distances, persistent=False)  # the configuration holds it
+        distances = [[0.0] * tasks] * tasks if hierarchy is None else hierarchy
+        self.register_constant("hierarchy", [[-distance for distance in row] for row in distances])
+        if self.hierarchy.shape != (tasks, tasks):
+            raise ValueError(f"hierarchy: expected [{tasks}][{tasks}], got {list(self.hierarchy.shape)}")
         self.register_buffer("task_cosines", torch.zeros(tasks, tasks))
         self.norm = TaskNorm(tasks, width)
 
@@ -153,7 +153,7 @@ def divergence_penalty(read: Tensor) -> Tensor:
     if tasks == 1:
         return read.new_zeros(())
     columns = F.normalize(read, dim=1, eps=1e-8).transpose(1, 2).reshape(tasks * rank, width)
-    with torch.autocast(columns.device.type, enabled=False):
+    with autocast_off(columns):
         overlap = (columns @ columns.T).square().view(tasks, rank, tasks, rank).sum((1, 3)) / rank  # [T,T]
     return overlap.triu(1).sum() / (tasks * (tasks - 1) / 2)
 
@@ -180,7 +180,7 @@ def cohesion_penalty(branches: Tensor, influence: Tensor, present: Tensor | None
     if present is not None:
         unit = unit.masked_fill(~present[:, None, None], 0.0)
         count = present.sum().to(branches.dtype)
-    with torch.autocast(branches.device.type, enabled=False):
+    with autocast_off(branches):
         flat = unit.transpose(0, 1).reshape(tasks, -1)
         cosine = (flat @ flat.T) / count.clamp_min(1.0)  # [T,T], mean over bags
     weight = influence.to(branches.dtype) * (1.0 - torch.eye(tasks, dtype=branches.dtype, device=branches.device))

@@ -101,7 +101,7 @@ def in_chunks(
 
     Method: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
     """
-    if not chunk:
+    if not chunk or ptr.is_meta:  # on meta nothing takes memory, and bags have no bounds
         return cross_views(views, ptr, mask)  # len() below would fix the number of instances in an exported program
     count = len(next(iter(views.values()), ()))
     if count <= chunk or any(len(features) != count for features in views.values()):

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from umda_fast.model._numerics import Constants
 from umda_fast.model.specs import MetadataSpec
 
 __all__ = ["FiLM"]
 
 
-class FiLM(nn.Module):
+class FiLM(Constants):
     """`x[b] <- (1 + scale_b) x[b] + shift_b`, scale and shift from the bag's metadata through one hidden layer.
 
     The last layer starts at zero: an untrained FiLM changes nothing. Metadata are standardised by the means and
@@ -31,9 +32,8 @@ class FiLM(nn.Module):
 
     def __init__(self, metadata: Sequence[MetadataSpec], width: int, hidden: int = 32) -> None:
         super().__init__()
-        # The configuration holds them.
-        self.register_buffer("mean", torch.tensor([value.mean for value in metadata]), persistent=False)
-        self.register_buffer("std", torch.tensor([value.std for value in metadata]), persistent=False)
+        self.register_constant("mean", [value.mean for value in metadata])
+        self.register_constant("std", [value.std for value in metadata])
         self.hidden = nn.Linear(2 * len(metadata), hidden)
         self.output = nn.Linear(hidden, 2 * width)
         nn.init.zeros_(self.output.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from umda_fast.ops import (
     neighbor_sum,
     norm_linear,
 )
+from umda_fast.ops._dispatch import resolve
 
 __all__ = [
     "GMIP",
@@ -278,15 +280,16 @@ def diversity_penalty(z: Tensor, ptr: Tensor, gamma: float = 0.5) -> Tensor:
         gamma: margin.
 
     Returns:
-        A scalar, with a gradient of first order; the variance is the population's. 0 where no bag has two
-        instances.
+        A scalar; the variance is the population's. 0 where no bag has two instances.
     """
     z = wide(z)
     equal = z.new_zeros(z.shape[0], 1)  # equal scores: the pooling is a mean
-    with torch.no_grad():
+    # The mean is where the sum of squares is smallest: no first derivative passes through it. The second does, which
+    # native backends refuse.
+    every_order = resolve("bag_pool", z, None, (z,)) == "reference"
+    with nullcontext() if every_order else torch.no_grad():
         mean = bag_attention_pool(z, equal, ptr).pooled[:, 0]
         centre = mean[bag_index(ptr, z.shape[0])]
-    # The mean is where the sum of squares is smallest: no gradient passes through it.
     variance = bag_attention_pool((z - centre).square(), equal, ptr).pooled[:, 0]
     several = (ptr.diff() > 1).to(z.dtype)
     collapse = torch.relu(gamma - (variance + 1e-4).sqrt()).mean(1)

@@ -2,10 +2,14 @@
 
 ``auto`` takes the native kernel of the tensor's device where there is one for the dtype, and the reference
 otherwise. A backend named explicitly serves the call or raises; it never falls back in silence.
+
+Native kernels have the derivative of first order that ``Tensor.backward`` asks for. Where a call is differentiated in
+another way that is known when it is made (forward mode, and what `torch.func` differentiates: ``grad``, ``vjp``,
+``jvp``, ``jacrev``, ``jacfwd``, ``hessian``), ``auto`` takes the reference, and a native backend raises.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,12 +18,15 @@ from torch import Tensor
 
 from umda_fast.errors import BackendUnavailableError
 from umda_fast.ops import _library
+from umda_fast.ops._derivatives import beyond_backward
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 _ENVIRONMENT = "UMDA_FAST_BACKEND"
 
 #: Native backends by device, in the order in which ``auto`` tries them.
 _NATIVE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+#: Operations whose reference plans on the host.
+_READING = {"knn", "cross_view_tokens"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KEYS = {"cpp": ("cpu", "CPU"), "cuda": ("cuda", "CUDA")}
 
@@ -102,8 +109,24 @@ def reasons_against(op: str, backend: str, device: str, dtype: torch.dtype) -> l
 reasons_against._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def resolve(op: str, tensor: Tensor, backend: str | None) -> str:
+def _without_values(op: str, tensor: Tensor) -> bool:
+    """Whether the reference cannot serve ``op``, for want of values that it reads."""
+    if op in _READING and not torch.compiler.is_compiling() and isinstance(tensor, torch._subclasses.FakeTensor):
+        return True
+    return tensor.is_meta
+
+
+def resolve(op: str, tensor: Tensor, backend: str | None, inputs: Sequence[Tensor | None] = ()) -> str:
     """The backend that serves operation ``op`` for ``tensor``'s device and dtype, and note that it did.
+
+    Args:
+        op: its name.
+        tensor: an input whose device and dtype count.
+        backend: a name; None is the process default.
+        inputs: those that the operation has derivatives by.
+
+    Returns:
+        A backend, or ``meta``: the operation's schema, for tensors without values.
 
     Raises:
         ValueError: an unknown name.
@@ -112,14 +135,20 @@ def resolve(op: str, tensor: Tensor, backend: str | None) -> str:
     """
     wanted = _state.default if backend is None else _check_name(backend, "backend")
     device, dtype = tensor.device.type, tensor.dtype
+    beyond = beyond_backward(inputs)
     if wanted == "auto":
-        chosen = "reference"
-        for candidate in _NATIVE.get(device, ()):
+        chosen = "meta" if not beyond and _without_values(op, tensor) else "reference"
+        for candidate in () if beyond else _NATIVE.get(device, ()):
             if not reasons_against(op, candidate, device, dtype):
                 chosen = candidate
                 break
     else:
         reasons = reasons_against(op, wanted, device, dtype)
+        if beyond and wanted != "reference":
+            reasons.append(
+                "its kernels have no forward-mode derivative and none for torch.func.grad, vjp and jvp; "
+                'backend="reference" has both'
+            )
         if reasons:
             raise BackendUnavailableError(f"backend {wanted!r} cannot serve {op}: {'; '.join(reasons)}")
         chosen = wanted

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+from umda_fast.ops._derivatives import first_order, transforms
 
 NAMESPACE = "umda_fast"
 
@@ -60,6 +63,11 @@ def define(name: str, schema: str, fake: Callable[..., Any], *, triton: str | No
         torch.library.impl(f"{NAMESPACE}::{name}_triton", devices, func=launch)
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums and statistics of x: float32, and float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def op(name: str) -> Any:
     """The callable ``torch.ops.umda_fast.<name>.default``."""
     return getattr(torch.ops.umda_fast, name).default
@@ -75,13 +83,18 @@ def differentiable(
     """Attach a gradient to ``name`` and to its Triton twin.
 
     ``backward(op, ctx, *grads)`` gets the backward operation of the same backend as ``op``; gradients of
-    outputs that nobody used arrive as None. Without an operation of its own it is PyTorch's composition,
-    ``backward(ctx, *grads)``.
+    outputs that nobody used arrive as None; what it returns cannot be differentiated again, and says so. Without an
+    operation of its own it is PyTorch's composition, ``backward(ctx, *grads)``, which must hold for every order.
     """
     for suffix in ["", "_triton"] if name in _triton_ops else [""]:
 
         def run(ctx: Context, *grads: Any, suffix: str = suffix) -> Any:
-            return backward(*([op(f"{name}_backward{suffix}")] if backward_op else []), ctx, *grads)
+            if not backward_op:
+                return backward(ctx, *grads)
+            kernel = op(f"{name}_backward{suffix}")
+            if torch.is_grad_enabled() or transforms():
+                kernel = first_order(name, kernel)
+            return backward(kernel, ctx, *grads)
 
         def setup(ctx: Context, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)

@@ -149,17 +149,22 @@ def share_checks(source: Tensor, copy: Tensor) -> Tensor:
     return copy
 
 
+def capturing(value: Tensor) -> bool:
+    """Whether what is done with ``value`` now is recorded into a CUDA graph."""
+    return value.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _version(value: Tensor) -> int:
     return 0 if value.is_inference() else value._version
 
 
 def _once(value: Tensor, what: str, check: Callable[[Tensor], None]) -> Tensor:
     """Run a check that reads ``value``, unless it passed for this very tensor and version already."""
-    if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor):
-        return value
+    if torch.compiler.is_compiling() or value.is_meta or isinstance(value, torch._subclasses.FakeTensor):
+        return value  # it has no values, or none yet
     if torch._C._functorch.is_functorch_wrapped_tensor(value):
         return value
-    if value.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(value):
         return value
     passed: dict[str, int] = value.__dict__.setdefault(_PASSED, {})
     # An inference tensor keeps no version: a change in place would not be seen. On the CPU a second look is cheap.

@@ -44,7 +44,7 @@ def bag_attention_pool(
     _validate.tensor(z, "z", ["N", "D"], dtype=_validate.FLOATS)
     _validate.tensor(scores, "scores", [z.shape[0], "T"], dtype=_validate.FLOATS, like=z, like_name="z")
     _validate.offsets(ptr, "ptr", z.shape[0], "N", like=z)
-    chosen = resolve("bag_pool", z, backend)
+    chosen = resolve("bag_pool", z, backend, (z, scores))
     if chosen == "reference":
         return BagPoolOutput(*reference(z, scores, ptr))
     return BagPoolOutput(*_library.op(native("bag_pool", chosen))(z, scores, ptr))
@@ -52,7 +52,7 @@ def bag_attention_pool(
 
 def _fake(z: Tensor, scores: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     bags, tasks = ptr.shape[0] - 1, scores.shape[1]
-    statistic = z.new_empty(bags, tasks, dtype=torch.float32)
+    statistic = z.new_empty(bags, tasks, dtype=_library.wide(z))
     return z.new_empty(bags, tasks, z.shape[1]), statistic, torch.empty_like(statistic)
 
 

@@ -34,7 +34,7 @@ def cross_view_attention(
     """Blend every view of an instance with what it reads from the instance's other present views.
 
     ``out[u] = g v[u] + (1 - g) sum_w softmax_{w != u}(q[u].k[w]/sqrt(Dh) + bias[h,u,w]) v[w]`` with
-    ``g = sigmoid(gate_logits[u])``, 1 where no other view is present (HCVA of Mahmood et al. 2026, with the
+    ``g = sigmoid(gate_logits[u])``, 1 where there is no other view to listen to (HCVA of Mahmood et al. 2026, with the
     equations of docs/model.md).
 
     Args:
@@ -42,7 +42,8 @@ def cross_view_attention(
             Slices of one packed [N, V, 3, H, Dh] are read without a copy; a kernel copies only what is not
             contiguous along Dh.
         gate_logits: [N, V, H], the same dtype.
-        bias: float32 [H, V, V] (float64 for float64), or None; its diagonal is ignored.
+        bias: float32 [H, V, V] (float64 for float64), or None; its diagonal is ignored. -inf is a mask: the query
+            view does not listen to that view. A query view that listens to none is as one without other views.
         mask: bool [N, V], True where a view is present; None when all are. Values of missing views are not read.
         backend: see `umda_fast.set_backend`.
 
@@ -68,7 +69,7 @@ def cross_view_attention(
     if mask is not None:
         _validate.tensor(mask, "mask", [n, views], dtype=torch.bool, like=q, like_name="q")
         _validate.views_present(mask, "mask")
-    chosen = resolve("cross_view", q, backend)
+    chosen = resolve("cross_view", q, backend, (q, k, v, gate_logits, bias))
     if chosen == "reference":
         return CrossViewOutput(*reference(q, k, v, gate_logits, bias, mask))
     return CrossViewOutput(*_library.op(native("cross_view", chosen))(q, k, v, gate_logits, bias, mask))
@@ -80,8 +81,8 @@ def _fake(
     n, views, heads, _ = q.shape
     return (
         q.new_empty(q.shape),
-        q.new_empty(n, views, views, dtype=torch.float32),
-        q.new_empty(n, views, heads, dtype=torch.float32),
+        q.new_empty(n, views, views, dtype=_library.wide(q)),
+        q.new_empty(n, views, heads, dtype=_library.wide(q)),
     )
 
 
@@ -97,7 +98,7 @@ def _fake_backward(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, views, heads, _ = q.shape
-    d_bias = q.new_empty(heads, views, views, dtype=torch.float32)
+    d_bias = q.new_empty(heads, views, views, dtype=_library.wide(q))
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),

@@ -49,7 +49,8 @@ def cross_view_token_attention(
         cu_segments: int64 [n+1]; instance i owns segments ``cu_segments[i]:cu_segments[i+1]``.
         view_of_segment: int32 [S], each in ``0..num_views-1``; two segments of one view count as one.
         num_views: V, 1..16.
-        bias: float32 [H, V, V] (float64 for float64), finite, or None; its diagonal is ignored.
+        bias: float32 [H, V, V] (float64 for float64), or None; its diagonal is ignored. -inf is a mask, as in
+            `cross_view_attention`.
         token_entropy: also return the entropy of the cross-view softmax over tokens.
         backend: see `umda_fast.set_backend`.
 
@@ -77,7 +78,7 @@ def cross_view_token_attention(
     if bias is not None:
         wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
         _validate.tensor(bias, "bias", [heads, num_views, num_views], dtype=wanted, like=q, like_name="q")
-    chosen = resolve("cross_view_tokens", q, backend)
+    chosen = resolve("cross_view_tokens", q, backend, (q, k, v, gate_logits, bias))
     function = reference if chosen == "reference" else _library.op(native("cross_view_tokens", chosen))
     out, mass, entropy, over_tokens, _, _ = function(
         q, k, v, gate_logits, cu_tokens, cu_segments, view_of_segment, num_views, bias, token_entropy
@@ -90,7 +91,7 @@ def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     tokens, heads, _ = q.shape
 
     def statistic(*shape: int) -> Tensor:
-        return q.new_empty(shape, dtype=torch.float32)
+        return q.new_empty(shape, dtype=_library.wide(q))
 
     return (
         q.new_empty(q.shape),
@@ -114,7 +115,7 @@ def _fake_backward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     _, _, _, num_views, *_ = rest  # after the three tensors of offsets and views
-    d_bias = q.new_empty(q.shape[1], num_views, num_views, dtype=torch.float32)
+    d_bias = q.new_empty(q.shape[1], num_views, num_views, dtype=_library.wide(q))
     return (*(x.new_empty(x.shape) for x in (q, k, v, gate_logits)), d_bias)
 
 

@@ -23,6 +23,29 @@ class Reordering(NamedTuple):
     edges: Tensor  #: int64, neighbors' shape: where every edge was; ``weight.flatten()[edges]`` are its weights
 
 
+class _Stamp(NamedTuple):
+    """What something was made of: tensors and what they held then."""
+
+    neighbors: Tensor
+    indptr: Tensor | None
+    #: The tensors' versions; None for those of inference mode, which keep none; empty in a trace, where none is known.
+    versions: tuple[int, ...] | None
+    #: The trace or CUDA graph that the making is part of, empty for none.
+    recording: str
+
+    def still(self, other: "_Stamp") -> bool:
+        """Whether nothing has changed since."""
+        same = self.neighbors is other.neighbors and self.indptr is other.indptr
+        return same and self.versions is not None and self[2:] == other[2:]
+
+
+def _trace() -> str:
+    return str(torch._guards.CompileContext.current_compile_id())
+
+
+_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see _dispatch.py
+
+
 class NeighborGraph:
     """Neighbours of every instance: a table of fixed degree, or CSR for any degree.
 
@@ -33,6 +56,9 @@ class NeighborGraph:
 
     An edge (i, j) means that i listens to j. Raises TypeError or ValueError, naming the argument, for another
     dtype, shape or device, an ``indptr`` that is no offset vector, or an index outside 0..N-1.
+
+    The tensors may be changed in place (a buffer that batches are copied to): the next operation checks them again and
+    makes what it keeps of the graph anew.
     """
 
     def __init__(
@@ -61,8 +87,30 @@ class NeighborGraph:
         self.similarity = similarity
         self.indptr = indptr
         self._transpose: tuple[Tensor, Tensor] | None = None
+        self._transpose_of: _Stamp | None = None
         if not trusted:
             _validate.indices(neighbors, "neighbors", -1, self.num_nodes)
+        self._checked = self._stamp()
+
+    def _stamp(self) -> _Stamp:
+        if torch.compiler.is_compiling():
+            return _Stamp(self.neighbors, self.indptr, (), _trace())
+        tensors = [self.neighbors] if self.indptr is None else [self.neighbors, self.indptr]
+        versions = None if any(x.is_inference() for x in tensors) else tuple(x._version for x in tensors)
+        # A CUDA graph must hold the making of what it reads: its replays see values that no version tells of.
+        recording = "CUDA graph" if _validate.capturing(self.neighbors) else ""
+        return _Stamp(self.neighbors, self.indptr, versions, recording)
+
+    def check(self) -> None:
+        """Checks indices and offsets again if they were changed since. Raises as the constructor does."""
+        now = self._stamp()
+        if now.recording or now.versions is None:
+            return  # values are not looked at in a trace, nor in a capture
+        if not self._checked.recording and not now.still(self._checked):
+            if self.indptr is not None:
+                _validate.offsets(self.indptr, "indptr", self.neighbors.shape[0], "E", like=self.neighbors)
+            _validate.indices(self.neighbors, "neighbors", -1, self.num_nodes)
+        self._checked = now
 
     def __repr__(self) -> str:
         form = f"k={self.neighbors.shape[1]}" if self.indptr is None else f"edges={self.neighbors.shape[0]}"
@@ -74,14 +122,17 @@ class NeighborGraph:
         return self.neighbors.shape[0] if self.indptr is None else self.indptr.shape[0] - 1
 
     def transpose(self, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-        """The edges by the instance they point at, built once and kept.
+        """The edges by the instance they point at, kept until the graph's tensors change.
 
         Returns:
             ``t_ptr`` int64 [N+1] and ``t_edge`` int64 [E]: ``t_edge[t_ptr[j]:t_ptr[j+1]]`` are the flat positions
             in ``neighbors`` of the edges that point at j, ascending; -1 behind ``t_ptr[N]``.
         """
-        if self._transpose is None:
+        stamp = self._stamp()
+        if self._transpose is None or self._transpose_of is None or not stamp.still(self._transpose_of):
+            self.check()
             self._transpose = _transpose(self.neighbors, self.indptr, self.num_nodes, backend)
+            self._transpose_of = stamp
         return self._transpose
 
     def reorder(self, *, backend: str | None = None) -> Reordering:
@@ -99,7 +150,12 @@ class NeighborGraph:
 
         Returns:
             The graph, with its similarities, and the permutations of nodes and edges.
+
+        Raises:
+            ValueError: a graph on meta.
         """
+        if self.neighbors.is_meta:
+            raise ValueError("neighbors must have values, the order depends on them; got meta tensors")
         if self.neighbors.device.type != "cpu":
             made, *moves = self.to("cpu").reorder(backend=backend)
             return Reordering(made.to(self.neighbors.device), *(x.to(self.neighbors.device) for x in moves))
@@ -174,8 +230,10 @@ class NeighborGraph:
     def to_edge_index(self) -> tuple[Tensor, Tensor | None]:
         """As torch_geometric has it: ``edge_index`` int64 [2, E'] of (source j, target i), and its similarities.
 
-        Absent edges are left out, so the number of edges depends on the data.
+        Absent edges are left out, so the number of edges depends on the data. Raises ValueError for a graph on meta.
         """
+        if self.neighbors.is_meta:
+            raise ValueError("neighbors must have values, how many edges there are depends on them; got meta tensors")
         valid = self.neighbors >= 0
         index = torch.stack([self.neighbors[valid].long(), self.rows()[valid]])
         return index, None if self.similarity is None else self.similarity[valid]

@@ -49,7 +49,8 @@ def knn_graph(
 
 
 def _fake(x: Tensor, ptr: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], k, dtype=torch.int32), x.new_empty(x.shape[0], k, dtype=torch.float32)
+    similarity = x.new_empty(x.shape[0], k, dtype=_library.wide(x))
+    return similarity.new_empty(similarity.shape, dtype=torch.int32), similarity
 
 
 _library.define(

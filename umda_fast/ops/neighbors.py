@@ -31,7 +31,7 @@ def edge_cosine(r: Tensor, graph: NeighborGraph, *, backend: str | None = None) 
         BackendUnavailableError: ``backend`` cannot serve the call.
     """
     _check_nodes(r, "r", ["N", "d"], graph)
-    chosen = resolve("edge_cosine", r, backend)
+    chosen = resolve("edge_cosine", r, backend, (r,))
     if chosen == "reference":
         return reference.edge_cosine(r, graph.neighbors, graph.indptr)
     out: Tensor = _library.op(native("edge_cosine", chosen))(r, *_tensors(graph, r))
@@ -73,7 +73,7 @@ def neighbor_attention(
     _validate.tensor(v, "v", q.shape, like=q, like_name="q")
     if log_weight is not None:
         _check_edges(log_weight, "log_weight", graph, q)
-    chosen = resolve("neighbor_attention", q, backend)
+    chosen = resolve("neighbor_attention", q, backend, (q, k, v, log_weight))
     if chosen == "reference":
         return reference.neighbor_attention(q, k, v, log_weight, graph.neighbors, graph.indptr, self_loop)[0]
     tensors = _tensors(graph, q, k, v, log_weight)
@@ -100,7 +100,7 @@ def neighbor_sum(x: Tensor, graph: NeighborGraph, weight: Tensor, *, backend: st
     """
     _check_nodes(x, "x", ["N", "D"], graph)
     _check_edges(weight, "weight", graph, x)
-    chosen = resolve("neighbor_sum", x, backend)
+    chosen = resolve("neighbor_sum", x, backend, (x, weight))
     if chosen == "reference":
         return reference.neighbor_sum(x, weight, graph.neighbors, graph.indptr)
     out: Tensor = _library.op(native("neighbor_sum", chosen))(x, weight, *_tensors(graph, x, weight))
@@ -127,7 +127,7 @@ def smoothness_energy(
     """
     _check_nodes(z, "z", ["N", "D"], graph)
     _check_edges(weight, "weight", graph, z)
-    chosen = resolve("smoothness_energy", z, backend)
+    chosen = resolve("smoothness_energy", z, backend, (z, weight))
     if chosen == "reference":
         return reference.smoothness_energy(z, weight, graph.neighbors, graph.indptr)[0]
     tensors = _tensors(graph, z, weight)
@@ -138,6 +138,7 @@ def smoothness_energy(
 def _check_nodes(x: Tensor, name: str, shape: list[int | str], graph: NeighborGraph) -> None:
     if not isinstance(graph, NeighborGraph):
         raise TypeError(f"graph must be a NeighborGraph, got {type(graph).__name__}")
+    graph.check()
     _validate.tensor(x, name, [graph.num_nodes, *shape[1:]], dtype=_validate.FLOATS)
     if x.device != graph.neighbors.device:
         raise ValueError(f"graph must be on the device of {name}, {x.device}, got {graph.neighbors.device}")
@@ -170,7 +171,7 @@ def _transposed(
 def _cosine_fake(
     r: Tensor, neighbors: Tensor, indptr: Tensor | None, t_ptr: Tensor | None, t_edge: Tensor | None
 ) -> Tensor:
-    return r.new_empty(neighbors.shape, dtype=torch.float32)
+    return r.new_empty(neighbors.shape, dtype=_library.wide(r))
 
 
 def _cosine_fake_backward(
@@ -208,7 +209,7 @@ _library.differentiable("edge_cosine", _save_inputs, _cosine_backward)
 def _attention_fake(
     q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor | None, neighbors: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_library.wide(q))
 
 
 def _attention_fake_backward(
@@ -220,7 +221,7 @@ def _attention_fake_backward(
     neighbors: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_log_weight = q.new_empty(neighbors.shape, dtype=torch.float32)
+    d_log_weight = q.new_empty(neighbors.shape, dtype=_library.wide(q))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_log_weight
 
 
@@ -286,7 +287,8 @@ _library.differentiable("neighbor_sum", _save_inputs, _sum_backward)
 
 
 def _energy_fake(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return z.new_empty((), dtype=torch.float32), z.new_empty((), dtype=torch.float32)
+    energy = z.new_empty((), dtype=_library.wide(z))
+    return energy, torch.empty_like(energy)
 
 
 def _energy_fake_backward(d_energy: Tensor, z: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

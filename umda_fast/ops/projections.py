@@ -19,7 +19,7 @@ from umda_fast.reference.projections import norm_linear as norm_reference
 def _cast(reference: Tensor, *values: Tensor | None) -> list[Tensor | None]:
     """`values` in autocast's dtype, where it is on for the device of `reference`, as F.linear casts them."""
     device = reference.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(values)
     dtype = torch.get_autocast_dtype(device)
     return [None if value is None else value.to(dtype) for value in values]
@@ -39,7 +39,9 @@ def norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """`LN(x) weight^T + bias` and, of the same normalised rows, `LN(x) weight2^T + bias2`.
 
-    A kernel reads x and writes the results; the normalised rows are never stored, backward recomputes them.
+    A kernel reads x and writes the results; the normalised rows are never stored, backward recomputes them and can be
+    differentiated any number of times. (The reference can twice: PyTorch takes the moments in the second derivative of
+    its layer norm as constants, and the third is wrong.)
 
     Args:
         x: [..., D], float32, bfloat16 or float16 (float64 on the reference).
@@ -69,7 +71,7 @@ def norm_linear(
         _optional(bias2, "bias2", [weight2.shape[0]], weight)
     elif bias2 is not None:
         raise ValueError("bias2 must be None without weight2, got a tensor")
-    chosen = resolve("norm_linear", x, backend)
+    chosen = resolve("norm_linear", x, backend, (x, norm_weight, norm_bias, weight, bias, weight2, bias2))
     if chosen == "reference":
         y, y2 = norm_reference(x, norm_weight, norm_bias, weight, bias, weight2, bias2, eps)
         return y, y2
@@ -114,7 +116,7 @@ def linear_residual(
     _optional(bias, "bias", [weight.shape[0]], weight)
     shape = [*x.shape[:-1], weight.shape[0]]
     _validate.tensor(residual, "residual", shape, dtype=_validate.FLOATS, like=x, like_name="x")
-    chosen = resolve("linear_residual", x, backend)
+    chosen = resolve("linear_residual", x, backend, (x, weight, bias, residual))
     if chosen == "reference":
         return residual_reference(x, weight, bias, residual, dropout)
     x, weight, bias = _cast(x, x, weight, bias)  # type: ignore[assignment]
@@ -138,8 +140,8 @@ def _fake_norm_linear(
     return (
         weight.new_empty(*rows, weight.shape[0]),
         weight.new_empty(*rows, second),
-        x.new_empty(rows, dtype=torch.float32),
-        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows, dtype=_library.wide(x)),
+        x.new_empty(rows, dtype=_library.wide(x)),
     )
 
 
@@ -150,7 +152,7 @@ def _fake_linear_residual(
 
 
 def _setup_norm_linear(ctx: _library.Context, inputs: tuple[Any, ...], output: Any) -> None:
-    x, norm_weight, norm_bias, weight, bias, weight2, bias2, _ = inputs
+    x, norm_weight, norm_bias, weight, bias, weight2, bias2, ctx.eps = inputs
     ctx.dtypes = [None if value is None else value.dtype for value in (bias, bias2)]
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(x, norm_weight, norm_bias, weight, weight2, *output[2:])
@@ -158,7 +160,10 @@ def _setup_norm_linear(ctx: _library.Context, inputs: tuple[Any, ...], output: A
 
 def _norm_linear_backward(ctx: _library.Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, norm_weight, norm_bias, weight, weight2, mean, rstd = ctx.saved_tensors
-    width, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    width, wide = x.shape[-1], _library.wide(x)
+    if torch.is_grad_enabled():  # to be differentiated again: what the kernel saved is constant
+        mean, variance = x.to(wide).mean(-1), x.to(wide).var(-1, correction=0)
+        rstd = (variance + ctx.eps).rsqrt()
     flat = ((x.to(wide) - mean[..., None]) * rstd[..., None]).reshape(-1, width)
     gamma = norm_weight.to(wide)
     normed = (flat * gamma + norm_bias.to(wide)).to(weight.dtype)
@@ -195,7 +200,7 @@ def _linear_residual_backward(ctx: _library.Context, d_y: Tensor | None) -> tupl
     x, weight, keep = ctx.saved_tensors
     d_product = d_y if keep is None else torch.where(keep, d_y * ctx.scale, 0.0)
     flat = d_product.reshape(-1, weight.shape[0]).to(weight.dtype)
-    d_bias = None if ctx.bias_dtype is None else d_product.reshape(flat.shape).sum(0, dtype=torch.float32)
+    d_bias = None if ctx.bias_dtype is None else d_product.reshape(flat.shape).sum(0, dtype=_library.wide(d_product))
     return (
         (flat @ weight).view(x.shape),
         flat.T @ x.reshape(-1, x.shape[-1]),

@@ -52,7 +52,7 @@ def representation_gram(
     """
     _validate.tensor(z, "z", ["N", "D"], dtype=_validate.FLOATS)
     n, width = z.shape
-    wide = torch.promote_types(z.dtype, torch.float32)
+    wide = _library.wide(z)
     _validate.tensor(attention, "attention", [n, "T"], dtype=wide, like=z, like_name="z")
     tasks = attention.shape[1]
     _validate.offsets(ptr, "ptr", n, "N", like=z)
@@ -82,7 +82,7 @@ def representation_gram(
 
 
 def _fake(d_pooled: list[Tensor], z: Tensor, *_: Tensor) -> Tensor:
-    return z.new_empty(len(d_pooled), len(d_pooled), dtype=torch.float32)
+    return z.new_empty(len(d_pooled), len(d_pooled), dtype=_library.wide(z))
 
 
 _library.define(

@@ -46,7 +46,8 @@ def fuse_views(
 
     Returns:
         z in y's dtype; beta, mean, variance and cosine_sum float32 (float64 for float64), which like z carry
-        gradients to y, scores and projected; counts int64. beta is 0 at missing views, and so are their gradients.
+        gradients to y, scores and projected; counts int64. beta is 0 at missing views, and so are their gradients;
+        of an instance whose present views all have scores of -inf it is 0.
         A view that no instance has has mean and variance 0.
 
     Raises:
@@ -65,7 +66,7 @@ def fuse_views(
     if mask is not None:
         _validate.tensor(mask, "mask", [n, views], dtype=torch.bool, like=y, like_name="y")
         _validate.views_present(mask, "mask")
-    chosen = resolve("view_fusion", y, backend)
+    chosen = resolve("view_fusion", y, backend, (y, scores, projected))
     if chosen == "reference":
         return ViewFusionOutput(*reference(y, scores, projected, mask))
     return ViewFusionOutput(*_library.op(native("view_fusion", chosen))(y, scores, projected, mask)[:-1])
@@ -73,15 +74,19 @@ def fuse_views(
 
 def _fake(y: Tensor, scores: Tensor, projected: Tensor | None, mask: Tensor | None) -> tuple[Tensor, ...]:
     n, views, width = y.shape
+
+    def statistic(*shape: int) -> Tensor:
+        return y.new_empty(shape, dtype=_library.wide(y))
+
     return (
         y.new_empty(n, width),
-        y.new_empty(n, views, dtype=torch.float32),
-        y.new_empty(views, width, dtype=torch.float32),
-        y.new_empty(views, width, dtype=torch.float32),
+        statistic(n, views),
+        statistic(views, width),
+        statistic(views, width),
         y.new_empty(views, dtype=torch.int64),
-        y.new_empty((), dtype=torch.float32),
+        statistic(),
         y.new_empty((), dtype=torch.int64),
-        y.new_empty(views, width, dtype=torch.float32),
+        statistic(views, width),
     )
 
 
