@@ -1,6 +1,8 @@
 """The backward call of self-guided learning against a slow float64 implementation and hand-computed cases."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -503,3 +505,16 @@ def test_wrong_arguments_are_named() -> None:
     assert not other.backward({}, representation=None).weights.any()  # a batch without labels needs none
     with pytest.raises(ValueError, match=r"^state_dict: expected scope"):
         other.load_state_dict(sgl.state_dict())
+
+
+@pytest.mark.parametrize("wrap", [lambda z: [z], lambda z: (z, z), lambda z: {"a": z}])
+def test_a_representation_that_is_no_tensor_is_named(wrap: Callable[[Tensor], Any]) -> None:
+    trunk, head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+    balanced = SelfGuided(trunk.parameters(), ["a", "b"], scope="representation", variance_window=0)
+    z = trunk(torch.randn(5, 3))
+    losses = dict(zip("ab", head(z).square().mean(0), strict=True))
+    got = type(wrap(z)).__name__
+    with pytest.raises(ValueError, match=f"^representation: expected a Tensor .*, got {got} .of several"):
+        balanced.backward(losses, representation=wrap(z))
+    assert all(p.grad is None for p in (*trunk.parameters(), *head.parameters()))
+    balanced.backward(losses, representation=z)

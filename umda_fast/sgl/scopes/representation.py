@@ -32,10 +32,13 @@ class RepresentationScope(GradientScope):
     @classmethod
     def missing(cls, representation: Tensor | Representation | None) -> str:
         """A representation that gradients come to."""
-        if representation is not None and representation.requires_grad:
-            return ""
-        got = "None" if representation is None else "a constant"
-        return f"representation: expected a Tensor that requires grad, got {got}"
+        wanted = "representation: expected a Tensor that requires grad, got"
+        if representation is None:
+            return f"{wanted} None"
+        if not isinstance(representation, Tensor) and not hasattr(representation, "gradient_gram"):
+            got = type(representation).__name__
+            return f"{wanted} {got} (of several tensors, their concatenation, or what they are made of)"
+        return "" if representation.requires_grad else f"{wanted} a constant"
 
     def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
         """Gram matrix of this batch, averaged into the running one."""
