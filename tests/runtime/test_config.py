@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from umda_fast.errors import DataError
+from umda_fast.model.config import BEFORE_2
 from umda_fast.runtime.config import (
     ConfigError,
     RunConfig,
@@ -58,6 +59,22 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path: Path) -> None
     assert complete_run_config(older)["train"]["select"] == "mean_score"
     dump_config(run, file)
     assert load_run_config(file) == run
+
+
+def test_a_model_of_an_earlier_version_is_that_model(tmp_path: Path) -> None:
+    """Options that came later had one value then, whatever is their default now; other architectures have none."""
+    older = as_dict(make_config({"model": {"layers": 3}}))
+    for name in BEFORE_2:
+        del older["model"][name]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(older))
+    found = load_run_config(file).model
+    assert {name: found[name] for name in BEFORE_2} == BEFORE_2
+    assert found["layers"] == 3
+    assert complete_run_config(older)["model"] == found
+    assert load_config(file) == make_config({"model": {"layers": 3}})
+    plain = {"model": {"architecture": "mean_pooling"}}
+    assert set(complete_run_config(plain)["model"]) == set(make_config(plain).model)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ _SWITCHES = (
 )
 VERSION = 2
 """Of what `UMDAConfig.to_dict` writes."""
-_BEFORE_2: dict[str, Any] = {
+BEFORE_2: dict[str, Any] = {
     "hcva": True,
     "layer_scale": None,
     "message_norm": "post",
@@ -255,7 +255,7 @@ class UMDAConfig:
         if not 1 <= version <= VERSION:
             raise ValueError(f"UMDAConfig.version: expected 1..{VERSION}, got {version}: from a newer umda-fast")
         if version < 2:
-            values = {**_BEFORE_2, **values}
+            values = {**BEFORE_2, **values}
         known = [field.name for field in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:

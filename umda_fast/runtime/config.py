@@ -22,6 +22,7 @@ from umda_fast.errors import DataError
 from umda_fast.files import write_text
 from umda_fast.model import UMDAConfig
 from umda_fast.model.baselines import BASELINES
+from umda_fast.model.config import BEFORE_2
 from umda_fast.sgl import BALANCERS, Balancer, Scope
 
 __all__ = [
@@ -188,8 +189,9 @@ ARCHITECTURES: dict[str, type] = {
     **{name: model.config_class for name, model in BASELINES.items()},
 }
 # The config.yaml of a run has every key there was when it was written. What the run did where a key is absent, of those
-# whose default is something else.
+# whose default is something else; and of those of the model `umda`, whatever is their default.
 BEFORE: dict[str, Any] = {"data": {"bags": None}, "train": {"select": "mean_score"}}
+BEFORE_UMDA: dict[str, Any] = {"model": BEFORE_2}
 _FROM_DATA = ("views", "tasks", "metadata")  # fields of a model's configuration that the data decides
 
 
@@ -354,7 +356,7 @@ def load_config(
     overrides: Iterable[str] = (),
     values: Mapping[str, Any] | None = None,
     *,
-    under: Mapping[str, Any] | None = None,
+    recorded: bool = False,
 ) -> RunConfig:
     """The configuration in the YAML file at `path` (None: all defaults), then `values`, then `--set`-style
     `overrides`.
@@ -363,7 +365,7 @@ def load_config(
         path: a YAML file with any part of a `RunConfig`.
         overrides: strings `dotted.key=value`, the value read as YAML.
         values: nested plain values laid over the file's.
-        under: nested plain values that the file is laid over, in place of defaults.
+        recorded: whether a run wrote the file: keys that it lacks came later, see `complete_run_config`.
 
     Raises:
         ConfigError: the file is missing or no YAML, or a key or value is wrong.
@@ -380,8 +382,7 @@ def load_config(
             loaded = {}
         if not isinstance(loaded, Mapping):
             raise ConfigError(f"{path}: expected sections with keys, got {type(loaded).__name__}")
-    merged: dict[str, Any] = _mutable(under or {})
-    _merge(merged, loaded)
+    merged: dict[str, Any] = _recorded(loaded) if recorded else _mutable(loaded)
     _merge(merged, values or {})
     known = known_keys()
     for override in overrides:
@@ -409,7 +410,17 @@ def load_run_config(path: str | os.PathLike[str], values: Mapping[str, Any] | No
     Raises:
         ConfigError: as `load_config`.
     """
-    return load_config(path, values=values, under=BEFORE)
+    return load_config(path, values=values, recorded=True)
+
+
+def _recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` laid over what a run did that lacks some keys."""
+    merged: dict[str, Any] = _mutable(BEFORE)
+    model = values.get("model") or {}
+    if isinstance(model, Mapping) and model.get("architecture", "umda") == "umda":
+        _merge(merged, BEFORE_UMDA)
+    _merge(merged, values)
+    return merged
 
 
 def complete_run_config(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -418,9 +429,7 @@ def complete_run_config(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: a key is no more.
     """
-    merged = _mutable(BEFORE)
-    _merge(merged, values)
-    return as_dict(make_config(merged))
+    return as_dict(make_config(_recorded(values)))
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:
