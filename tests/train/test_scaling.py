@@ -97,7 +97,7 @@ def test_only_the_views_that_are_named() -> None:
 def made_up(instances: int = 600, seed: int = 0) -> dict[str, np.ndarray]:
     """Views of every kind that is told apart."""
     rng = np.random.default_rng(seed)
-    counts = rng.poisson(0.05, (instances, 30)).astype(float)
+    counts = rng.poisson(0.05, (instances, 30)) * rng.choice([-1.0, 1.0], 30)  # hashed words have signs
     counts /= np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1.0)
     plain = rng.normal(3.0, 2.0, (instances, 12))
     plain[:, 0] = 1e6 * (1 + 1e-8 * rng.normal(size=instances))  # varies by rounding only

@@ -21,7 +21,7 @@ INSTANCES = 50_000
 SAMPLE = 1 << 22
 """Values of a view of which quartiles and rows are taken: of its first instances read."""
 SPARSE = 0.8
-"""Share of zeros from which a view without negative values is taken for counts."""
+"""Share of zeros from which a view is taken for counts, hashed with signs perhaps."""
 HEAVY = 3.0
 """Standard deviations in one of a normal distribution with the same quartiles, from which a feature has heavy tails."""
 QUARTILES = 1.349  # standard deviations between the quartiles of a normal distribution
@@ -36,9 +36,9 @@ class ViewScaling:
         view: its name.
         shift, scale: float64 [width]; 0 and 1 where they are left as they are.
         standardised: whether they are, feature by feature.
-        sparse: whether it was taken for counts (or weights of words): most values zero, none negative. All its
-            features are then divided by the root mean square of the values that are not zero, which keeps zeros zero
-            and rare features as loud as frequent ones.
+        sparse: whether it was taken for counts (or weights of words): most values zero. All its features are then
+            divided by the root mean square of the values that are not zero, which keeps zeros zero and rare features
+            as loud as frequent ones.
         constant: features that do not vary, of the others that are centred only.
         heavy: features with heavy tails, scaled by median and quartiles.
         zeros: share of the values that are zero.
@@ -69,14 +69,13 @@ class ViewScaling:
 
 
 class _Seen:
-    """Moments, zeros, signs and the first rows of a view's features."""
+    """Moments, zeros and the first rows of a view's features."""
 
     def __init__(self, width: int) -> None:
         self.count = 0
         self.mean = torch.zeros(width, dtype=torch.float64)
         self.square = torch.zeros(width, dtype=torch.float64)
         self.zeros = 0
-        self.negative = False
         self.first: list[Tensor] = []
         self._missing = max(1, SAMPLE // width)
 
@@ -92,7 +91,6 @@ class _Seen:
         self.square = self.square + (rows - own).square().sum(0) + apart.square() * (self.count * new / total)
         self.count = total
         self.zeros += int((rows == 0).sum())
-        self.negative |= bool((rows < 0).any())
         if self._missing > 0:
             self.first.append(rows[: self._missing].float())
             self._missing -= new
@@ -176,7 +174,7 @@ def _plain(view: str, seen: _Seen, standardised: bool) -> ViewScaling:
 
 def _decide(view: str, seen: _Seen) -> ViewScaling:
     rows, zeros = seen.rows, seen.zero_share
-    if seen.count and not seen.negative and zeros >= SPARSE:
+    if seen.count and zeros >= SPARSE:
         total = float((seen.square + seen.count * seen.mean.square()).sum())
         size = (total / max(1, seen.count * len(seen.mean) - seen.zeros)) ** 0.5 or 1.0
         shift, scale = torch.zeros_like(seen.mean), torch.full_like(seen.mean, size)
