@@ -16,7 +16,7 @@ from umda_fast.data import BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import decode
 from umda_fast.runtime.fabric import make_fabric
-from umda_fast.score import evaluation as evaluation_module
+from umda_fast.score import inference
 from umda_fast.score.collect import collect
 from umda_fast.score.metrics import TaskMetrics
 from umda_fast.train import Run, evaluate, load_ensemble, load_run, predict, train
@@ -78,11 +78,11 @@ def test_evaluate_measures_the_mean(runs: list[Path], tmp_path: Path) -> None:
 def test_large_bags_go_through_members_in_chunks(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     ensemble = load_ensemble(runs[:2])
     whole = evaluate(ensemble, progress=False)
-    monkeypatch.setattr(evaluation_module, "LARGE", 8)
+    monkeypatch.setattr(inference, "LARGE", 8)
     called = []
-    chunked = evaluation_module.forward_chunked
+    chunked = inference.forward_chunked
     monkeypatch.setattr(
-        evaluation_module, "forward_chunked", lambda model, **kwargs: called.append(model) or chunked(model, **kwargs)
+        inference, "forward_chunked", lambda model, **kwargs: called.append(model) or chunked(model, **kwargs)
     )
     assert evaluate(ensemble, progress=False).losses == pytest.approx(whole.losses, rel=1e-4)
     assert {id(model) for model in called} == {id(member.model) for member in ensemble.members}

@@ -24,7 +24,7 @@ from umda_fast.model import UMDA
 from umda_fast.parity.rule import GRADIENT_FACTOR, allowed_error
 from umda_fast.runtime.rundir import read_metrics
 from umda_fast.runtime.together import label_counts, penalty_counts
-from umda_fast.score import evaluation
+from umda_fast.score import inference
 from umda_fast.train import (
     NonFiniteError,
     RunConfig,
@@ -67,7 +67,7 @@ def in_float64() -> None:
 
     build = run.build_model
     run.build_model = lambda *args: build(*args).double()  # type: ignore[assignment]
-    step.to_device = evaluation.to_device = wide  # type: ignore[assignment]
+    step.to_device = inference.to_device = wide  # type: ignore[assignment]
 
 
 def runs(place: str, names: list[str], resume: bool, wide: bool = True) -> list[dict[str, Any]]:

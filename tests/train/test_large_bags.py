@@ -15,7 +15,7 @@ from umda_fast.model import penalty_loss
 from umda_fast.model.chunked import forward_chunked
 from umda_fast.parity.rule import GRADIENT_FACTOR, assert_close
 from umda_fast.runtime.rundir import read_metrics
-from umda_fast.score import evaluation
+from umda_fast.score import inference
 from umda_fast.train import ConfigError, evaluate, load_run, predict, train
 
 SIZES = (40, 0, 1, 75, 23)
@@ -230,8 +230,8 @@ class TestRuns:
             asked.append(len(next(iter(views.values()))))
             return forward_chunked(model, views, *args, **options, chunk=7)
 
-        monkeypatch.setattr(evaluation, "LARGE", 10)
-        monkeypatch.setattr(evaluation, "forward_chunked", chunked)
+        monkeypatch.setattr(inference, "LARGE", 10)
+        monkeypatch.setattr(inference, "forward_chunked", chunked)
         pieces = predictions()
         assert sum(asked) == int(datasets["test"].sizes.sum())
         for one, other in zip(whole, pieces, strict=True):

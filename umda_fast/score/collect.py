@@ -12,7 +12,7 @@ from umda_fast.data import BagDataset
 from umda_fast.model import TaskSpec
 from umda_fast.runtime.config import DataConfig
 from umda_fast.score.calibration import Calibration, fit_calibration
-from umda_fast.score.evaluation import outputs_in_order
+from umda_fast.score.inference import evaluating, outputs_in_order
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -54,14 +54,12 @@ def collect(
     Raises:
         DataError: a feature or a label is NaN or infinite; names bag, view and instance.
     """
-    was_training = model.training
-    model.eval()
     names = [task.name for task in dataset.tasks]
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
-    for host, _, out in outputs_in_order(model, dataset, fabric, data, title=title, progress=progress):
-        for name in names:
-            parts[name].append((out.logits[name].float().cpu(), host.labels[name], host.label_mask[name]))
-    model.train(was_training)
+    with evaluating(model):
+        for host, _, out in outputs_in_order(model, dataset, fabric, data, title=title, progress=progress):
+            for name in names:
+                parts[name].append((out.logits[name].float().cpu(), host.labels[name], host.label_mask[name]))
     logits, labels, masks = (
         {name: torch.cat([columns[column] for columns in parts[name]]) for name in names} for column in range(3)
     )

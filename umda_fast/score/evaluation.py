@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
-from umda_fast.model import UMDA, Ensemble, TaskSpec, task_losses
-from umda_fast.model.chunked import forward_chunked
+from umda_fast.data import BagBatch, BagDataset
+from umda_fast.model import TaskSpec, task_losses
 from umda_fast.runtime.config import DataConfig
 from umda_fast.runtime.fabric import processes_of
 from umda_fast.runtime.guard import check_batch
 from umda_fast.runtime.progress import ProgressReport
 from umda_fast.runtime.together import label_counts, penalty_counts
+from umda_fast.score.inference import batches_in_order, evaluating, infer, sampler_in_order
 from umda_fast.score.metrics import TaskMetrics, mean_score
-from umda_fast.sgl.distributed import Processes
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["SplitResult", "batches_in_order", "evaluate_dataset", "infer", "outputs_in_order", "to_device"]
-
-# Batches of more instances go through the model in chunks.
-LARGE = 32_768
-
+__all__ = ["SplitResult", "evaluate_dataset"]
 
 @dataclass
 class SplitResult:
@@ -70,61 +65,6 @@ class _Mean:
 
     def value(self) -> Tensor | None:
         return None if self.total is None else (self.total / self.weight).cpu()
-
-
-def batches_in_order(
-    dataset: BagDataset, data: DataConfig, processes: Processes | None = None
-) -> Iterable[BagBatch]:
-    """All bags of `dataset` in its order, batched by `data.budget`; this process's share of each batch."""
-    return make_loader(dataset, _sampler(dataset, data, processes), workers=data.workers)
-
-
-def _sampler(dataset: BagDataset, data: DataConfig, processes: Processes | None) -> InstanceBudgetSampler:
-    size, rank = (1, 0) if processes is None else (processes.size, processes.rank)
-    return InstanceBudgetSampler(dataset.sizes, data.budget, shuffle=False, replicas=size, rank=rank)
-
-
-def to_device(host: BagBatch, fabric: Fabric) -> BagBatch:
-    """`host` on `fabric`'s device, features in float32, however compactly they are stored."""
-    batch = host.to(fabric.device, non_blocking=fabric.device.type == "cuda")
-    batch.views = {name: features.float() for name, features in batch.views.items()}
-    return batch
-
-
-@torch.no_grad()
-def infer(model: nn.Module, host: BagBatch, fabric: Fabric) -> tuple[BagBatch, Any]:
-    """`host` on `fabric`'s device and the output of `model`, which is in evaluation mode.
-
-    More than `LARGE` instances go through a `UMDA` in chunks, their features staying as compact as they are stored;
-    not so with encoders of the user's own, which might look across instances.
-    """
-    if isinstance(model, Ensemble):
-        found = [infer(member, host, fabric) for member in model.members]
-        return found[0][0], model.combine([out for _, out in found])
-    if isinstance(model, UMDA) and host.num_instances > LARGE and not model.encoders.custom:
-        batch = host.to(fabric.device)
-        with fabric.autocast():
-            return batch, forward_chunked(model, **batch.inputs())
-    batch = to_device(host, fabric)
-    with fabric.autocast():
-        return batch, model(**batch.inputs())
-
-
-def outputs_in_order(
-    model: nn.Module, dataset: BagDataset, fabric: Fabric, data: DataConfig, *, title: str, progress: bool = False
-) -> Iterator[tuple[BagBatch, BagBatch, Any]]:
-    """Every batch of `dataset` in its order, on the host and on `fabric`'s device, and what `model` makes of it.
-
-    Raises:
-        DataError: a feature or a label is NaN or infinite; names bag, view and instance.
-    """
-    done = 0
-    with ProgressReport(title, device=fabric.device, enabled=progress) as report:
-        for host in batches_in_order(dataset, data):
-            check_batch(host)
-            yield host, *infer(model, host, fabric)
-            done += len(host)
-            report.update(done / max(len(dataset), 1), instances=host.num_instances)
 
 
 # Logits, labels and label masks of some bags, each task -> [B, ...].
@@ -209,13 +149,7 @@ def _in_order(indices: Sequence[int], outputs: Sequence[_Outputs], batches: Sequ
 
 @torch.no_grad()
 def evaluate_dataset(
-    model: nn.Module,
-    dataset: BagDataset,
-    fabric: Fabric,
-    data: DataConfig,
-    *,
-    title: str = "evaluate",
-    progress: bool = False,
+    model: nn.Module, dataset: BagDataset, fabric: Fabric, data: DataConfig, *, progress: bool = False
 ) -> SplitResult:
     """Run `model` in evaluation mode over `dataset` on `fabric`'s device.
 
@@ -227,12 +161,11 @@ def evaluate_dataset(
     """
     tasks = dataset.tasks
     processes = processes_of(fabric)
-    was_training = model.training
-    model.eval()
     metrics = TaskMetrics(tasks).to(fabric.device)
     found = _Found(tasks)
     outputs: list[_Outputs] = []
-    with ProgressReport(title, device=fabric.device, enabled=progress and fabric.is_global_zero) as report:
+    shown = progress and fabric.is_global_zero
+    with evaluating(model), ProgressReport("evaluate", device=fabric.device, enabled=shown) as report:
         for host in batches_in_order(dataset, data, processes):
             if len(host) == 0:
                 continue
@@ -246,10 +179,9 @@ def evaluate_dataset(
                 logits = {name: value.float().cpu() for name, value in out.logits.items()}
                 outputs.append((logits, host.labels, host.label_mask))
             report.update(found.bags / max(len(dataset), 1), instances=host.num_instances)
-    model.train(was_training)
     if processes is None:
         return found.result(metrics.compute())
-    indices = [index for batch in _sampler(dataset, data, processes).batches(0) for index in batch]
+    indices = [index for batch in sampler_in_order(dataset, data, processes).batches(0) for index in batch]
     parts = processes.objects((indices, outputs, found.state()))
     result: SplitResult | None = None
     if processes.rank == 0:
@@ -260,7 +192,7 @@ def evaluate_dataset(
         merged = _in_order(
             [index for rows, *_ in parts for index in rows],
             [output for _, part, _ in parts for output in part],
-            [len(batch) for batch in _sampler(dataset, data, None).batches(0)],
+            [len(batch) for batch in sampler_in_order(dataset, data, None).batches(0)],
         )
         for logits, labels, label_mask in merged:
             moved = ({name: value.to(fabric.device) for name, value in x.items()} for x in (logits, labels, label_mask))

@@ -23,7 +23,7 @@ from umda_fast.files import atomic_file
 from umda_fast.model import TaskSpec, decode
 from umda_fast.runtime.rundir import RunDirectory
 from umda_fast.score.calibration import Calibration, confidence
-from umda_fast.score.evaluation import outputs_in_order
+from umda_fast.score.inference import outputs_in_order
 from umda_fast.tasks import kind_of
 from umda_fast.train.data import model_data
 from umda_fast.train.loading import Run

@@ -220,20 +220,13 @@ def _heatmap(
     figure.colorbar(image, ax=axis, label=unit, shrink=0.85)
 
 
-def _matrix(
-    values: np.ndarray,
-    names: Sequence[str],
-    *,
-    title: str,
-    row: str,
-    column: str,
-    unit: str,
-) -> Figure:
+def _shares(values: np.ndarray, names: Sequence[str], title: str, row: str, column: str) -> Figure:
+    """A matrix whose rows sum to 1."""
     side = max(4.5, 0.5 * len(names) + 2.5)
     figure = Figure(figsize=(side + 1.0, side), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
-    _heatmap(figure, axis, values, names, names, low=0.0, high=1.0, colours="viridis", unit=unit)
+    _heatmap(figure, axis, values, names, names, low=0.0, high=1.0, colours="viridis", unit="share (rows sum to 1)")
     axis.set(title=title, xlabel=column, ylabel=row)
     return figure
 
@@ -254,23 +247,13 @@ def plot_run(
         if any(key.startswith("cosine/") for record in guided for key in record["sgl"]):
             figures["task_gradient_cosines"] = plot_cosines(guided, tasks)
     if result.view_mass is not None:
-        figures["view_mass"] = _matrix(
-            result.view_mass.numpy(),
-            [view.name for view in views],
-            title="View mass: how much a view listens to each view",
-            row="listening view",
-            column="view listened to",
-            unit="share (rows sum to 1)",
-        )
+        title = "View mass: how much a view listens to each view"
+        names = [view.name for view in views]
+        figures["view_mass"] = _shares(result.view_mass.numpy(), names, title, "listening view", "view listened to")
     if result.influence is not None:
-        figures["influence"] = _matrix(
-            result.influence.numpy(),
-            [task.name for task in tasks],
-            title="Influence: whose private path a task's branch uses",
-            row="task",
-            column="task whose path is used",
-            unit="share (rows sum to 1)",
-        )
+        title = "Influence: whose private path a task's branch uses"
+        names = [task.name for task in tasks]
+        figures["influence"] = _shares(result.influence.numpy(), names, title, "task", "task whose path is used")
     os.makedirs(run.plots, exist_ok=True)
     written = []
     for name, figure in figures.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from umda_fast.data import BagDataset
 from umda_fast.errors import DataError
-from umda_fast.model import FeatureEncoder, ViewEncoders
+from umda_fast.train.sampling import feature_encoders, sampled_rows
 
 __all__ = ["Scaling", "ViewScaling", "feature_moments", "scale_inputs", "view_scalings"]
 
@@ -110,23 +110,10 @@ class _Seen:
 
 
 def _see(dataset: BagDataset, seed: int, instances: int) -> dict[str, _Seen]:
-    """View -> what its instances are like, of bags in a random order until `instances` instances are read: a large
-    source is not read twice."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    """View -> what its instances are like, of those that `sampled_rows` gives."""
     seen = {view.name: _Seen(view.width) for view in dataset.views}
-    read = 0
-    for index in order:
-        bag = dataset[index]
-        read += len(bag)
-        for column, view in enumerate(dataset.views):
-            if view.name not in bag.views:  # the whole bag lacks it
-                continue
-            rows = bag.views[view.name]
-            rows = (rows if bag.mask is None else rows[bag.mask[:, column]]).double()
-            if len(rows):
-                seen[view.name].add(rows)
-        if read >= instances:
-            break
+    for view, rows in sampled_rows(dataset, instances, seed):
+        seen[view].add(rows.double())
     return seen
 
 
@@ -200,13 +187,7 @@ def scale_inputs(model: nn.Module, dataset: BagDataset, scaling: Scaling = "auto
     Raises:
         DataError: `scaling` names a view that `dataset` does not have.
     """
-    encoders = [
-        (view.name, encoder)
-        for module in model.modules()
-        if isinstance(module, ViewEncoders)
-        for view, encoder in zip(module.views, module.encoders, strict=True)
-        if isinstance(encoder, FeatureEncoder)
-    ]
+    encoders = feature_encoders(model)
     if not encoders:
         return []
     found = {one.view: one for one in view_scalings(dataset, scaling, seed)}

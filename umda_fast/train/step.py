@@ -19,7 +19,7 @@ from umda_fast.data import BagBatch
 from umda_fast.model import TaskSpec, penalty_loss, task_losses
 from umda_fast.runtime.config import RunConfig, as_dict
 from umda_fast.runtime.guard import NonFiniteError, explain_non_finite
-from umda_fast.score.evaluation import to_device
+from umda_fast.score.inference import to_device
 from umda_fast.train.gradients import make_gradients
 from umda_fast.train.optim import WeightAverage, make_optimizer, set_learning_rate
 from umda_fast.train.share import Share, processes_for
