@@ -15,7 +15,8 @@ from umda_fast.data.draws import Stream, generator, permutation
 from umda_fast.model import TaskSpec
 from umda_fast.model.baselines.linear import Linear, LinearConfig
 from umda_fast.runtime.guard import check_batch
-from umda_fast.score.evaluation import SplitResult, batches_in_order, evaluate_dataset
+from umda_fast.score.evaluation import SplitResult, evaluate_dataset
+from umda_fast.score.inference import batches_in_order
 from umda_fast.tasks import kind_of
 
 if TYPE_CHECKING:
