@@ -12,25 +12,31 @@ from umda_fast.files import write_json
 from umda_fast.runtime.rundir import RunDirectory
 from umda_fast.score.evaluation import SplitResult
 from umda_fast.sgl import SelfGuided
+from umda_fast.tasks import kind_of
 from umda_fast.train.checkpoint import TrainingState
 from umda_fast.train.summary import outliers, summary, versions
 
+DATA = small_data()
+TASKS = DATA["train"].tasks
 RESULT = SplitResult(
-    tasks={"has_nine": {"auroc": 0.75, "accuracy": float("nan")}},
+    tasks={task.name: {kind_of(task).primary: 0.75, "other": float("nan")} for task in TASKS},
     mean_score=0.75,
-    losses={},
+    losses={task.name: 0.1 for task in TASKS},
     bags=16,
     instances=100,
     view_consistency=0.5,
     view_mass=None,
     influence=None,
 )
+LINEAR = {"mean_score": 0.25}
 
 
 def made(run: RunDirectory, guided: SelfGuided | None = None) -> dict[str, Any]:
     state = TrainingState(instances=300, train_seconds=2.0, total_seconds=3.0)
-    more: dict[str, Any] = {"scaling": ["view a: as it is"], "guided": guided, "processes": 2, "peak_memory": 123.0}
-    found = summary(small_config(seed=5), small_data(), "test", RESULT, run, state, **more)
+    more: dict[str, Any] = {"scaling": ["view a: as it is"], "guided": guided, "linear": LINEAR}
+    found = summary(
+        small_config(seed=5), DATA, "test", RESULT, run, state, **more, processes=2, peak_memory=123.0
+    )
     write_json(run.metrics, found)
     content: dict[str, Any] = json.loads(run.metrics.read_text())
     return content
@@ -50,12 +56,14 @@ def test_figures_of_the_steps_are_averaged_over_the_log(tmp_path: Path) -> None:
     assert (found["gradient_variance"], found["conflict_share"]) == (3.0, 0.375)
     assert (found["seconds"], found["instances_per_second"]) == (3.0, 150.0)
     assert (found["seed"], found["processes"], found["peak_memory_mb"]) == (5, 2, 123.0)
-    assert found["tasks"] == {"has_nine": {"auroc": 0.75, "accuracy": None}}
-    data = small_data()
+    assert found["tasks"]["has_nine"] == {"auroc": 0.75, "other": None}
+    assert found["linear"] == LINEAR
+    assert found["skill"]["tasks"].keys() == {task.name for task in TASKS}
+    assert 0 < found["skill"]["mean"] < 1
     assert found["data"]["scaling"] == ["view a: as it is"]
     assert found["data"]["bags"] == {"train": 40, "val": 16, "test": 16}
-    assert found["data"]["instances"] == {name: int(part.sizes.sum()) for name, part in data.items()}
-    assert found["data"]["views"] == {view.name: view.width for view in data["train"].views}
+    assert found["data"]["instances"] == {name: int(part.sizes.sum()) for name, part in DATA.items()}
+    assert found["data"]["views"] == {view.name: view.width for view in DATA["train"].views}
     assert found["versions"]["torch"] == torch.__version__
 
 
@@ -89,6 +97,6 @@ def test_it_always_has_the_same_keys(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.log.write_text("")
     assert list(made(run)) == [
-        "seed", "data", "tasks", "mean_score", "view_consistency", "gradient_variance", "conflict_share",
-        "outlier_tasks", "seconds", "instances_per_second", "peak_memory_mb", "processes", "versions", "backend",
+        "seed", "data", "tasks", "mean_score", "skill", "view_consistency", "gradient_variance", "conflict_share",
+        "outlier_tasks", "linear", "seconds", "instances_per_second", "peak_memory_mb", "processes", "versions", "backend",
     ]  # fmt: skip
