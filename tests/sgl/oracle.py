@@ -65,12 +65,12 @@ class SlowSGL:
         if self.project and count > 1:
             projected[:] = 0
             for t in range(count):
-                coefficient = np.eye(count)[t]
-                for s in sorted(range(count), key=lambda s: (cosine[t, s], s)):
-                    inner = coefficient @ gram[:, s]
-                    if s != t and cosine[t, s] < 0 and inner < 0:
-                        coefficient[s] -= inner / gram[s, s]
-                projected += strength[t] * coefficient
+                coefficient = np.eye(count)[t]  # of the unit gradients
+                for _ in range(count):
+                    against = [max(0.0, -coefficient @ cosine[:, s]) if s != t else 0.0 for s in range(count)]
+                    squares, length = np.dot(against, against), against @ cosine @ against
+                    coefficient = coefficient + min(1.0, squares / length if length > 0 else 1.0) * np.array(against)
+                projected += strength[t] * coefficient * norm[t] / norm
             projected = np.minimum(projected, self.clip * strength)
         new = count * projected / projected.sum()
         for row, weight in zip(rows, new, strict=True):

@@ -13,11 +13,10 @@ from torch.nn import Parameter
 from tests.sgl.oracle import TwoHeads
 from umda_fast import sgl
 from umda_fast.sgl import BALANCERS, Balancer, SelfGuided, StatefulBalancer, make_balancer, solvers
-from umda_fast.sgl.balancers import conflict_coefficients
-from umda_fast.sgl.gram_balancers import AlignedMTL
+from umda_fast.sgl.conflicts import freed_coefficients
 
 #: Read no task gradient; every property of gradients is met by them trivially or not at all.
-OF_LOSSES = {"equal", "uncertainty", "dwa", "rlw", "stch", "famo"}
+OF_LOSSES = {"equal", "uncertainty", "dwa", "rlw", "stch", "famo", "geometric_mean", "imtl_l", "ldc_mtl", "pbi"}
 OF_GRAM = sorted(set(BALANCERS) - OF_LOSSES)
 #: Claim an update that conflicts with no task.
 WITHOUT_CONFLICT = ["upgrad", "dualproj", "mgda", "nash_mtl", "fairgrad"]
@@ -195,11 +194,11 @@ def test_pcgrad_against_the_gradients(seed: int) -> None:
     )
 
 
-def test_conflict_coefficients_with_a_threshold_leave_mild_conflicts() -> None:
+def test_freed_coefficients_with_a_threshold_leave_mild_conflicts() -> None:
     rows = torch.tensor([[1.0, 0.0], [-0.1, 1.0], [-1.0, 0.2]], dtype=torch.float64)
     gram = rows @ rows.T
-    assert torch.equal(conflict_coefficients(gram, -0.99), torch.eye(3, dtype=torch.float64))
-    found = conflict_coefficients(gram, -0.5)
+    assert torch.equal(freed_coefficients(gram, -0.99), torch.eye(3, dtype=torch.float64))
+    found = freed_coefficients(gram, -0.5)
     assert float(found[0, 1]) == 0
     assert float(found[0, 2]) == pytest.approx(1 / 1.04)
     assert bool((found >= 0).all())
@@ -420,8 +419,7 @@ def test_in_a_step_with_missing_tasks_and_resumed(name: str, monkeypatch: pytest
 
 
 def test_who_synchronizes_is_known() -> None:
-    assert [name for name in BALANCERS if make_balancer(name).synchronizes] == ["aligned_mtl"]
-    assert AlignedMTL.synchronizes
+    assert {name for name in BALANCERS if make_balancer(name).synchronizes} == {"aligned_mtl", "config", "imtl_g"}
 
 
 @pytest.mark.parametrize(
@@ -442,6 +440,15 @@ def test_who_synchronizes_is_known() -> None:
         lambda: sgl.GradNorm(lr=0.0),
         lambda: sgl.STCH(mu=0.0),
         lambda: sgl.FAMO(lr=-1.0),
+        lambda: sgl.ConicGrad(0.0),
+        lambda: sgl.ConicGrad(1.0),
+        lambda: sgl.ExcessMTL(lr=0.0),
+        lambda: sgl.ExcessMTL(warmup=0),
+        lambda: sgl.PBI(-1.0),
+        lambda: sgl.PBI(preference=[1.0, 0.0]),
+        lambda: sgl.LDCMTL(-0.1),
+        lambda: sgl.LDCMTL(lr=0.0),
+        lambda: sgl.IMTLL(lr=0.0),
         lambda: make_balancer("best"),
     ],
 )

@@ -91,7 +91,7 @@ def test_dual_cone_projections_agree(seed: int) -> None:
 
 def test_scalarizers_agree() -> None:
     losses = losses_for(3)
-    gram = torch.zeros(3, 3, dtype=torch.float64)
+    gram = NO_GRAM
     uncertainty = TorchJDBalancer(scalarization.UW(3).double(), scale=2.0)
     torch.testing.assert_close(sgl.Uncertainty().weights(gram, losses), uncertainty.weights(gram, losses))
     smooth = TorchJDBalancer(scalarization.STCH(0.3)).weights(gram, losses)
@@ -124,3 +124,84 @@ def test_objects_of_torchjd_are_balancers_as_they_are() -> None:
     plain = SelfGuided([shared], ["a", "b"], balancer=scalarization.STCH(1.0))
     assert not plain.statistics
     plain.backward({"a": shared.sum(), "b": 3 * shared.sum()})
+
+
+NO_GRAM = torch.zeros(3, 3, dtype=torch.float64)
+
+
+def tensor64(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# -- scalarizers
+
+
+def scalarizers() -> dict[str, object]:
+    preference = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    return {
+        "geometric_mean": scalarization.GeometricMean(),
+        "imtl_l": scalarization.IMTLL(3).double(),
+        "pbi": scalarization.PBI(2.0, preference),
+        "cosmos": scalarization.COSMOS(1.0, preference),
+        "mean": scalarization.Mean(),
+        "sum": scalarization.Sum(),
+        "constant": scalarization.Constant(preference),
+        "stch": scalarization.STCH(0.5),
+        "uw": scalarization.UW(3).double(),
+        "dwa": scalarization.DWA(),
+        "famo": scalarization.FAMO(3).double(),
+        "random": scalarization.Random(),
+    }
+
+
+@pytest.mark.parametrize("name", scalarizers())
+def test_every_scalarizer_of_torchjd_through_the_adapter(name: str) -> None:
+    """Its update is that of `backward` on its scalar."""
+    shared = Parameter(torch.tensor([1.0, -0.5], dtype=torch.float64))
+
+    def losses() -> list[Tensor]:
+        return [shared.square().sum(), (shared - 2).square().sum(), shared.exp().sum()]
+
+    for_us, for_torch = scalarizers()[name], scalarizers()[name]
+    torch.manual_seed(0)
+    balanced = SelfGuided([shared], ["a", "b", "c"], balancer=for_us, variance_window=0)  # type: ignore[arg-type]
+    balanced.backward(dict(zip("abc", losses(), strict=True)))
+    ours, shared.grad = shared.grad, None
+    torch.manual_seed(0)
+    for_torch(torch.stack(losses())).backward()  # type: ignore[operator]
+    torch.testing.assert_close(ours, shared.grad)
+    for mine, theirs in zip(for_us.parameters(), for_torch.parameters(), strict=True):  # type: ignore[attr-defined]
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_ours_agree_with_torchjd() -> None:
+    found = scalarizers()
+    losses = tensor64(0.2, 3.0, 1.5)
+    mean = TorchJDBalancer(found["geometric_mean"]).weights(NO_GRAM, losses)
+    torch.testing.assert_close(sgl.GeometricMean().weights(NO_GRAM, losses), 3 * mean / mean.sum())
+    theirs = TorchJDBalancer(found["pbi"]).weights(NO_GRAM, losses)
+    p = tensor64(1, 2, 0.5)
+    mine = sgl.PBI(2.0, preference=(1, 2, 0.5), relative=False).weights(NO_GRAM, losses)
+    torch.testing.assert_close(mine, 3 / (p / p.norm()).sum() * theirs)
+    learned = TorchJDBalancer(found["imtl_l"]).weights(NO_GRAM, losses)
+    torch.testing.assert_close(sgl.IMTLL().weights(NO_GRAM, losses), learned)
+
+
+def test_a_learned_scalarizer_learns_in_the_callers_optimiser() -> None:
+    scalarizer = scalarizers()["imtl_l"]
+    optimizer = torch.optim.SGD(scalarizer.parameters(), lr=0.1)  # type: ignore[attr-defined]
+    adapter = TorchJDBalancer(scalarizer)
+    mine = sgl.IMTLL(lr=0.1)
+    for losses in (tensor64(0.2, 3.0, 1.5), tensor64(0.3, 2.0, 1.0), tensor64(0.3, 2.0, 1.0)):
+        optimizer.zero_grad()
+        torch.testing.assert_close(adapter.weights(NO_GRAM, losses), mine.weights(NO_GRAM, losses))
+        optimizer.step()
+
+
+def test_what_reads_more_than_inner_products_is_refused() -> None:
+    for source in (aggregation.ExcessMTL(), aggregation.ExcessMTLWeighting(), aggregation.MoDoWeighting(0.1)):
+        with pytest.raises(TypeError, match=r"^source: expected weights that depend on inner products"):
+            TorchJDBalancer(source)
+    # A weighting of the matrix that depends on them alone gets a root of the Gram matrix.
+    rows = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert TorchJDBalancer(aggregation.SumWeighting()).weights(rows @ rows.T, tensor64(1, 1, 1)).tolist() == [1, 1, 1]

@@ -8,6 +8,7 @@ from umda_fast.sgl.gram_balancers import (
     AlignedMTL,
     CAGrad,
     ConFIG,
+    ConicGrad,
     DualProj,
     FairGrad,
     GradVac,
@@ -16,7 +17,8 @@ from umda_fast.sgl.gram_balancers import (
     Rotation,
     UPGrad,
 )
-from umda_fast.sgl.loss_balancers import DWA, FAMO, RLW, STCH, GradNorm, Uncertainty
+from umda_fast.sgl.loss_balancers import DWA, FAMO, IMTLL, LDCMTL, PBI, RLW, STCH, GeometricMean, Uncertainty
+from umda_fast.sgl.norm_balancers import DBMTL, ExcessMTL, GradNorm
 from umda_fast.sgl.registry import BALANCERS, make_balancer
 from umda_fast.sgl.scopes import Scope
 from umda_fast.sgl.self_guided import SelfGuided
@@ -25,20 +27,27 @@ from umda_fast.sgl.torchjd_adapter import TorchJDBalancer
 
 __all__ = [
     "BALANCERS",
+    "DBMTL",
     "DWA",
     "FAMO",
     "IMTLG",
+    "IMTLL",
+    "LDCMTL",
     "MGDA",
+    "PBI",
     "RLW",
     "STCH",
     "AlignedMTL",
     "Balancer",
     "CAGrad",
     "ConFIG",
+    "ConicGrad",
     "DualProj",
     "Equal",
+    "ExcessMTL",
     "FairGrad",
     "FunctionBalancer",
+    "GeometricMean",
     "GradNorm",
     "GradVac",
     "NashMTL",

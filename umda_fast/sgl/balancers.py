@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from umda_fast.sgl.conflicts import freed_coefficients
 from umda_fast.sgl.telemetry import cosine_matrix
 
 
@@ -111,53 +112,21 @@ class Equal(Balancer):
         return torch.ones_like(losses)
 
 
-def conflict_coefficients(gram: Tensor, threshold: float | None = None) -> Tensor:
-    """Coefficients A [T, T] of the gradients freed from conflict, `g~_t = sum_s A_ts g_s`.
-
-    `g~_t` starts as `g_t` and meets the other gradients one after the other, the most opposed first (lowest
-    cosine with `g_t`; ties to the lower index). Where `<g~_t, g_s> < 0` the conflicting component goes:
-    `g~_t <- g~_t - <g~_t, g_s> / ||g_s||^2 g_s`, that is `A_ts <- A_ts - (A G)_ts / G_ss`. The order depends
-    on nothing but the Gram matrix, so the result is deterministic and does not depend on how tasks are
-    numbered. Coefficients only ever grow: all are >= 0.
-
-    Args:
-        gram: [T, T].
-        threshold: only gradients whose cosine with `g_t` lies below it are met; None: all.
-    """
-    count = gram.shape[0]
-    norms, cosines = cosine_matrix(gram)
-    # In units of its own gradient each row is of order 1, whatever the ratio of the norms.
-    order = torch.argsort(cosines, dim=1, stable=True)
-    identity = torch.eye(count, dtype=gram.dtype, device=gram.device)
-    coefficients = identity
-    for position in range(count):
-        other = order[:, position]
-        inner = (coefficients * cosines.index_select(0, other)).sum(1)
-        conflict = inner < 0
-        if threshold is not None:
-            conflict &= cosines.gather(1, other[:, None]).squeeze(1) < threshold
-        step = torch.where(conflict, -inner, torch.zeros_like(inner))
-        coefficients = coefficients.scatter_add(1, other[:, None], step[:, None])
-    inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-    scaled = coefficients * norms[:, None] * inverse[None, :]
-    return torch.where(identity.bool(), coefficients, scaled)
-
-
 class SGLBalancer(StatefulBalancer):
     """Self-guided learning: gradient strength, learning speed and alignment (docs/model.md, section 4).
 
     With `n_t = sqrt(G_tt)`, `C_st = G_st / (n_s n_t)`, `nbar = mean_s n_s` over the T tasks present:
 
     - learning speed `rate_t = (Lema_t / L0_t) / mean_s (Lema_s / L0_s)`, where `L0_t` is the first loss seen
-      and `Lema_t <- loss_beta Lema_t + (1 - loss_beta) L_t` starts at it. Losses are held above 1e-12: a loss
-      at or below zero says nothing about speed by its ratio.
+      and `Lema_t <- loss_beta Lema_t + (1 - loss_beta) L_t` starts at it. Losses are held above 1e-12: one that
+      falls below zero has come as far as a ratio can say. If `L0_t` was not above it, the ratio says nothing: 1.
     - `scale_t = clip(nbar rate_t^alpha / n_t, 1/clip, clip)`; a zero gradient gets the limit, `clip`, and
       when all gradients are zero every scale is 1.
     - `align_t = 1 + alignment * mean_{s != t} C_st` (1 for a single task).
-    - `u_t = scale_t align_t`, and with the conflict coefficients A of `conflict_coefficients` at
-      `conflict_threshold`: `v_s = min(sum_t A_ts u_t, clip u_s)`. The default threshold is 0, where the
-      projection is continuous: a pair just below it is hardly changed. None switches the projection off. The
-      bound is met only by gradients whose norms differ more than `clip` allows for: without it the head of a
+    - `u_t = scale_t align_t`, and with the coefficients A of `freed_coefficients` at `conflict_threshold`:
+      `v_s = min(sum_t A_ts u_t, clip u_s)`. The default threshold is 0, where A is continuous: a pair just below
+      it is hardly changed, and gradients of one direction share what one of them would get. None switches it off.
+      The bound is met only by gradients whose norms differ more than `clip` allows for: without it the head of a
       task with a vanishing gradient would take the whole sum.
     - `w_t = T v_t / sum_s v_s`, smoothed by `SelfGuided` with `weight_beta`, starting at 1.
 
@@ -216,7 +185,7 @@ class SGLBalancer(StatefulBalancer):
 
         count = gram.shape[0]
         norms, cosines = cosine_matrix(gram)
-        progress = (smoothed / first).to(gram.dtype)
+        progress = torch.where(first > self._FLOOR, smoothed / first, torch.ones_like(first)).to(gram.dtype)
         rate = progress / progress.mean()
         mean_norm = norms.mean()
         scale = (mean_norm * rate.pow(self.alpha) / norms).clamp(1 / self.clip, self.clip)
@@ -224,7 +193,7 @@ class SGLBalancer(StatefulBalancer):
         align = 1 + self.alignment * (cosines.sum(1) - cosines.diagonal()) / max(count - 1, 1)
         strength = scale * align
         if self.conflict_threshold is not None and count > 1:
-            projected = strength @ conflict_coefficients(gram, self.conflict_threshold)
+            projected = strength @ freed_coefficients(gram, self.conflict_threshold).to(strength.dtype)
             strength = torch.minimum(projected, self.clip * strength)
         return count * strength / strength.sum()
 

@@ -2,26 +2,40 @@
 
 All work on the correlation matrix `C_st = G_st / (n_s n_t)` and the norms `n_t` where the method allows it,
 so that a task whose gradient is 10^8 times larger than another's costs no accuracy.
+
+Gradients may lack rank: more tasks than dimensions, one direction twice, opposed, zero. Of several solutions the
+shortest is taken, so that gradients of one direction share, and how tasks are numbered plays no part. With a float32
+Gram matrix the update is that of the published method on the gradients in float64 within 0.1 %, whatever their
+condition, but for the three whose docstrings say from which condition number on it is not (measured in
+tests/sgl/test_degenerate.py).
 """
 
 import torch
 from torch import Tensor
 
 from umda_fast.sgl import solvers
-from umda_fast.sgl.balancers import Balancer, StatefulBalancer, conflict_coefficients
+from umda_fast.sgl.balancers import Balancer, StatefulBalancer
+from umda_fast.sgl.conflicts import conflict_coefficients, in_gradients, inverse_norms, resolution, share, tied
 from umda_fast.sgl.telemetry import cosine_matrix
-
-
-def _inverse(norms: Tensor) -> Tensor:
-    """1 / n, and 0 for a zero gradient, which no weight can make matter."""
-    return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
 
 
 def _correlation(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Norms [T] and the slightly regularised correlation matrix [T, T] in float64."""
     norms, cosines = cosine_matrix(gram.double())
-    ridge = solvers.RIDGE * torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
-    return norms, cosines + ridge
+    identity = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+    return norms, cosines + solvers.ridge(gram) * identity
+
+
+def _around_the_mean(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The regularised Gram matrix in units of the mean gradient's length, the weights 1 / T that make the mean, and
+    whether there is one: gradients that cancel to rounding are met with their plain sum."""
+    count = gram.shape[0]
+    norms, cosines = _correlation(gram)
+    exact = cosines * norms[:, None] * norms[None, :]
+    mean = torch.full_like(norms, 1 / count)
+    squared = mean @ gram.double() @ mean
+    usable = squared > solvers.ridge(gram) * exact.diagonal().sum() / count**2
+    return exact / torch.where(usable, squared, torch.ones_like(squared)), mean, usable
 
 
 class PCGrad(Balancer):
@@ -30,12 +44,12 @@ class PCGrad(Balancer):
     Every gradient in turn is projected onto the normal plane of each other gradient it conflicts with,
     `g~_t <- g~_t - min(0, <g~_t, g_s>) / ||g_s||^2 g_s`, and the results are added. The paper visits the
     others in random order; here the most opposed comes first (`conflict_coefficients`), which makes it
-    deterministic. Weights are at least 1, and 1 each without conflict.
+    deterministic; what is equally opposed is met at once. Weights are at least 1, and 1 each without conflict.
     """
 
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         """Column sums of the coefficient matrix."""
-        return conflict_coefficients(gram).sum(0)
+        return conflict_coefficients(gram).sum(0).to(gram.dtype)
 
 
 class GradVac(StatefulBalancer):
@@ -44,7 +58,8 @@ class GradVac(StatefulBalancer):
     With `phi` the cosine of `g~_t` and `g_s` and `target_ts` its running mean: where `phi < target_ts`,
     `g~_t <- g~_t + ||g~_t|| (target sqrt(1 - phi^2) - phi sqrt(1 - target^2)) / (||g_s|| sqrt(1 - target^2))
     g_s`, after which the cosine is the target. Then `target_ts <- (1 - beta) target_ts + beta phi`. The order
-    is that of `conflict_coefficients`. Weights are 1 each when nothing lies below its target.
+    is that of `conflict_coefficients`, what is equally opposed is met at once. Weights are 1 each when nothing lies
+    below its target.
 
     Args:
         beta: rate of the running mean.
@@ -66,31 +81,27 @@ class GradVac(StatefulBalancer):
         """Column sums of the coefficient matrix."""
         rows = self._read(gram, losses, tasks)["target"]
         target = rows if tasks is None else rows.index_select(1, tasks)
-        count = gram.shape[0]
-        norms, cosines = cosine_matrix(gram)
-        order = torch.argsort(cosines, dim=1, stable=True)
-        own = torch.arange(count, device=gram.device)
+        norms, cosines = cosine_matrix(gram.double())
+        count, turns = len(norms), tied(cosines, resolution(gram.dtype))
+        own = torch.eye(count, dtype=torch.bool, device=gram.device)
+        goal = target.to(cosines.dtype)
+        sine_goal = (1 - goal**2).clamp_min(0).sqrt()
+        seen = goal.clone()
         # Coefficients on the unit gradients, each row in units of its own gradient's norm.
-        unit = torch.eye(count, dtype=gram.dtype, device=gram.device)
-        for position in range(count):
-            other = order[:, position]
-            index = other[:, None]
-            columns = cosines.index_select(0, other)
-            length = ((unit @ cosines) * unit).sum(1).clamp_min(0).sqrt()
-            phi = (unit * columns).sum(1) / (length + self._EPS)
-            goal = target.gather(1, index).squeeze(1)
-            sine, goal_sine = (1 - phi**2).clamp_min(0).sqrt(), (1 - goal**2).clamp_min(0).sqrt()
-            step = length * (goal * sine - phi * goal_sine) / (goal_sine + self._EPS)
-            is_other = other != own
-            step = torch.where((phi < goal) & is_other, step, torch.zeros_like(step))
-            unit = unit.scatter_add(1, index, step[:, None])
-            moved = torch.where(is_other, (1 - self.beta) * goal + self.beta * phi, goal)
-            target = target.scatter(1, index, moved[:, None])
-        new = target if tasks is None else rows.index_copy(1, tasks, target)
-        self._write(tasks, target=new)
-        return (unit * norms[:, None] * _inverse(norms)[None, :]).masked_fill_(
-            torch.eye(count, dtype=torch.bool, device=gram.device), 0
-        ).sum(0) + unit.diagonal()
+        unit = own.to(cosines.dtype)
+        for turn in range(count):
+            inner = unit @ cosines
+            length = (inner * unit).sum(1, keepdim=True).clamp_min(0).sqrt()
+            phi = inner / (length + self._EPS)
+            sine = (1 - phi**2).clamp_min(0).sqrt()
+            met = (turns == turn) & ~own
+            step = length * (goal * sine - phi * sine_goal) / (sine_goal + self._EPS)
+            step = torch.where(met & (phi < goal), step, torch.zeros_like(step))
+            unit = unit + share(step, cosines) * step
+            seen = torch.where(met, (1 - self.beta) * goal + self.beta * phi, seen)
+        new = seen.to(rows.dtype)
+        self._write(tasks, target=new if tasks is None else rows.index_copy(1, tasks, new))
+        return in_gradients(unit, norms).sum(0).to(gram.dtype)
 
 
 class Rotation(Balancer):
@@ -101,7 +112,8 @@ class Rotation(Balancer):
     `g_s` in their plane until the cosine is `target`:
     `g~_t <- a g~_t + ||g_t|| (target - c a) g_s / ||g_s||`, `a = sqrt(1 - target^2) / sqrt(1 - c^2)`.
     Exactly opposed gradients have no plane; such a `g~_t` is dropped, as a projection would. The order is
-    that of `conflict_coefficients`. Weights are 1 each when nothing lies below the target.
+    that of `conflict_coefficients`; what comes at once is added up, then the length restored. Weights are 1 each when
+    nothing lies below the target.
 
     Args:
         target: the cosine to reach, in (-1, 1).
@@ -114,25 +126,23 @@ class Rotation(Balancer):
 
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         """Column sums of the coefficient matrix."""
-        count = gram.shape[0]
         norms, cosines = cosine_matrix(gram.double())
-        order = torch.argsort(cosines, dim=1, stable=True)
-        unit = torch.eye(count, dtype=cosines.dtype, device=gram.device)
-        kept = (1 - self.target**2) ** 0.5
-        for position in range(count):
-            other = order[:, position]
-            cosine = (unit * cosines.index_select(0, other)).sum(1).clamp(-1, 1)
+        turns = tied(cosines, resolution(gram.dtype))
+        own = torch.eye(len(norms), dtype=torch.bool, device=gram.device)
+        unit = own.to(cosines.dtype)
+        slope = self.target / (1 - self.target**2) ** 0.5
+        for turn in range(len(norms)):
+            cosine = (unit @ cosines).clamp(-1, 1)
             sine = (1 - cosine**2).sqrt()
-            plane = sine > 1e-6
-            stretch = torch.where(plane, kept / sine, torch.zeros_like(sine))
-            along = torch.where(plane, self.target - cosine * stretch, torch.zeros_like(sine))
-            turn = cosine < self.target
-            stretch = torch.where(turn, stretch, torch.ones_like(stretch))
-            along = torch.where(turn, along, torch.zeros_like(along))
-            unit = (unit * stretch[:, None]).scatter_add(1, other[:, None], along[:, None])
-        scaled = unit * norms[:, None] * _inverse(norms)[None, :]
-        identity = torch.eye(count, dtype=torch.bool, device=gram.device)
-        return torch.where(identity, unit, scaled).sum(0).to(gram.dtype)
+            # g~ + step g_s has the direction of the rotated g~.
+            met = (turns == turn) & ~own & (cosine < self.target)
+            step = torch.where(met, slope * sine - cosine, torch.zeros_like(cosine))
+            step = share(step, cosines) * step
+            along = (step * cosine).sum(1, keepdim=True)
+            length = (1 + 2 * along + ((step @ cosines) * step).sum(1, keepdim=True)).clamp_min(0).sqrt()
+            moved = torch.where(length > 1e-6, (unit + step) / length, torch.zeros_like(unit))
+            unit = torch.where(step.any(1, keepdim=True), moved, unit)
+        return in_gradients(unit, norms).sum(0).to(gram.dtype)
 
 
 class UPGrad(Balancer):
@@ -150,7 +160,7 @@ class UPGrad(Balancer):
         norms, cosines = _correlation(gram)
         # In units of its own norm, row t is the problem v >= e_t of the correlation matrix.
         added = solvers.nonnegative_qp(cosines, cosines)
-        moved = (added * norms[:, None] * _inverse(norms)[None, :]).sum(0)
+        moved = (added * norms[:, None] * inverse_norms(norms)[None, :]).sum(0)
         return (moved + torch.ones(count, dtype=torch.float64, device=gram.device)).to(gram.dtype)
 
 
@@ -168,7 +178,7 @@ class DualProj(Balancer):
         largest = norms.amax()
         relative = torch.where(largest > 0, norms / largest, norms)
         added = solvers.nonnegative_qp(cosines, (cosines @ relative)[None])[0]
-        return (1 + added * _inverse(relative)).to(gram.dtype)
+        return (1 + added * inverse_norms(relative)).to(gram.dtype)
 
 
 class MGDA(Balancer):
@@ -200,16 +210,13 @@ class CAGrad(Balancer):
 
     The direction d with the best worst improvement `min_t <d, g_t>` in a ball of radius `k = c ||g0||` around
     the mean gradient g0. The paper's dual is the minimum of `<g_w, g0> + k ||g_w||` over the simplex, `g_w =
-    sum_t w_t g_t`, and `d = g0 + k g_w / ||g_w||`. Here `||g_w||` is written as the minimum of `(||g_w||^2 /
-    r + r) / 2` over r > 0, which is jointly convex and smooth, and `d = g0 + k g_w / r`: the same, and still
-    the solution where `||g_w||` tends to 0 and the paper's quotient is undefined. Weights are times T, so
-    that `c = 0` is the plain sum.
+    sum_t w_t g_t`, and `d = g0 + k g_w / ||g_w||`; here with r in place of `||g_w||` (`solvers.norm_on_simplex`):
+    the same, and still the solution where `||g_w||` tends to 0 and the paper's quotient is undefined. Weights are
+    times T, so that `c = 0` is the plain sum.
 
     Args:
         c: radius, 0 <= c < 1 for the paper's guarantees.
     """
-
-    _SHORTEST = 1e-5
 
     def __init__(self, c: float = 0.5) -> None:
         if c < 0:
@@ -218,48 +225,67 @@ class CAGrad(Balancer):
 
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         """One convex problem on the simplex."""
+        scaled, mean, usable = _around_the_mean(gram)
+        w, r = solvers.norm_on_simplex(scaled, scaled @ mean, torch.ones_like(mean), mean, factor=self.c)
+        found = 1 + gram.shape[0] * self.c * w / r
+        return torch.where(usable, found, torch.ones_like(found)).to(gram.dtype)
+
+
+class ConicGrad(Balancer):
+    """Conic gradients (Hassanpour et al., arXiv:2502.00217).
+
+    The direction d with the best worst improvement `min_t <d, g_t>` in the cone `<d, g0> >= c ||d|| ||g0||` around the
+    mean gradient g0. With `||d|| <= ||g0||` and `<d, g0> >= c ||g0||^2`, a convex set inside the cone, the dual is the
+    minimum of `||g_w + m g0|| - c m ||g0||` over the simplex and `m >= 0`, and d goes with `g_w + m g0`: of g0's
+    length, or of less, down to c of it, where no direction of the cone improves all tasks. The paper follows w by
+    gradient steps and gives the direction a length of its own; here the problem is solved, as in `CAGrad`. A zero
+    gradient, which nothing improves, is left out. Weights are times T, so that `c = 1` would be the plain sum.
+
+    Args:
+        c: cosine of the cone's angle, 0 < c < 1.
+    """
+
+    def __init__(self, c: float = 0.5) -> None:
+        if not 0 < c < 1:
+            raise ValueError(f"c: expected 0 < c < 1, got {c}")
+        self.c = c
+
+    def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
+        """One convex problem on the simplex."""
         count = gram.shape[0]
-        exact = gram.double()
-        mean = torch.full((count,), 1 / count, dtype=torch.float64, device=gram.device)
-        squared = mean @ exact @ mean
-        # In units of ||g0||. A zero mean (or gradients that cancel to rounding) is met with the plain sum.
-        usable = squared > 1e-24 * exact.diagonal().sum()
-        scaled = exact / torch.where(usable, squared, torch.ones_like(squared))
-        inner = scaled @ mean
-
-        def derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
-            w, r = x[:-1], x[-1] + self._SHORTEST
-            product = scaled @ w / r
-            ratio = w @ product / r
-            gradient = torch.cat([inner + self.c * product, (self.c * (1 - ratio) / 2)[None]])
-            side = -product / r
-            top = torch.cat([scaled / r, side[:, None]], 1)
-            hessian = torch.cat([top, torch.cat([side, (ratio / r)[None]])[None]])
-            return gradient, self.c * hessian
-
-        ones = torch.ones_like(mean)
-        normal, start = torch.cat([ones, 0 * ones[:1]]), torch.cat([mean, ones[:1]])
-        x = solvers.simplex_minimum(derivatives, normal, start, iterations=60)
-        w = x[:-1]
-        # At the solution r >= ||g_w||. Where the iterations ran out before it, the direction stays in the
-        # ball.
-        r = torch.maximum(x[-1] + self._SHORTEST, (w @ scaled @ w).clamp_min(0).sqrt())
-        found = 1 + count * self.c * w / r
+        scaled, mean, usable = _around_the_mean(gram)
+        # Variables w and m; in units of ||g0|| the mean is a unit vector.
+        to_mean = scaled @ mean
+        one = mean @ to_mean
+        quadratic = torch.cat([torch.cat([scaled, to_mean[:, None]], 1), torch.cat([to_mean, one[None]])[None]])
+        size = scaled.diagonal().amax().sqrt()
+        linear = torch.cat([torch.where(gram.diagonal() > 0, 0.0, 10 * size), -self.c * one[None]])
+        normal, start = torch.cat([torch.ones_like(mean), 0 * mean[:1]]), torch.cat([mean, one[None]])
+        x, r = solvers.norm_on_simplex(quadratic, linear, normal, start)
+        found = (count * x[:-1] + x[-1]) / r
         return torch.where(usable, found, torch.ones_like(found)).to(gram.dtype)
 
 
 class IMTLG(Balancer):
     """Impartial multi-task learning, gradient part (Liu et al., ICLR 2021).
 
-    The update has the same projection on every task's unit gradient: `w ~ G^-1 n`, that is
-    `w_t ~ (C^-1 1)_t / n_t`, normalised to sum to T (weights may be negative). All 0 when they would sum to
-    0.
+    The update has the same projection on every task's unit gradient: `w ~ G^-1 n`, that is `w_t ~ x_t / n_t`,
+    `C x = 1`, normalised to sum to T (weights may be negative). All 0 when they would sum to 0.
+
+    Without full rank: x is the shortest where there is one. Where there is none, the only common projection is 0, and
+    x is the part of 1 that C maps to 0: the update vanishes, as the paper's formula has it. In float32 within 0.1 % up
+    to a condition number of C of 10^6, beyond within some 1 %.
     """
 
+    synchronizes = True  # torch.linalg.eigh reads LAPACK's error code
+
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
-        """One linear system."""
-        norms, cosines = _correlation(gram)
-        found = solvers.solve(cosines, torch.ones_like(norms)) * _inverse(norms)
+        """One eigendecomposition."""
+        norms, cosines = cosine_matrix(gram.double())
+        ones = torch.ones_like(norms)
+        x, left = solvers.shortest_solution(cosines, ones, gram.dtype)
+        mapped_to_nothing = left.norm() > torch.finfo(gram.dtype).eps ** 0.5 * ones.norm()
+        found = torch.where(mapped_to_nothing, left, x) * inverse_norms(norms)
         total = found.sum()
         usable = total.abs() > 1e-12 * found.abs().sum()
         scaled = gram.shape[0] * found / torch.where(usable, total, torch.ones_like(total))
@@ -269,22 +295,26 @@ class IMTLG(Balancer):
 class ConFIG(Balancer):
     """Conflict-free inverse gradients (Liu, Chu and Thuerey, ICLR 2025, arXiv:2408.11104).
 
-    The direction u has equal cosines with all gradients, `u ~ U^+ 1` for the matrix U of unit gradients, and
-    the update is `(sum_t <g_t, u>) u`. In the correlation matrix, `x = C^-1 1`, `u = sum_t x_t g_t / n_t /
-    sqrt(x^T C x)`. Identical gradients get weights that sum to T.
+    The direction u has equal cosines with all gradients, `u ~ U^+ 1` with the pseudo-inverse of the matrix U of unit
+    gradients (of several directions that are equally near to that, the shortest), and the update is
+    `(sum_t <g_t, u>) u`. In the correlation matrix, `x = C^+ 1`, `u = sum_t x_t g_t / n_t / sqrt(x^T C x)`. Identical
+    gradients get weights that sum to T. In float32 up to a condition number of C of 10^6; beyond, what can no longer be
+    told from linear dependence is taken for it, and the update is another.
     """
 
+    synchronizes = True  # torch.linalg.eigh reads LAPACK's error code
+
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
-        """One linear system."""
-        norms, cosines = _correlation(gram)
+        """One eigendecomposition."""
+        norms, cosines = cosine_matrix(gram.double())
         some = norms > 0
         # A zero gradient has no direction to agree with; it must not turn the others'.
-        x = solvers.solve(cosines, some.double())
+        x, _ = solvers.shortest_solution(cosines, some.double(), gram.dtype)
         x = torch.where(some, x, torch.zeros_like(x))
         squared = x @ cosines @ x
         x = x / torch.where(squared > 0, squared, torch.ones_like(squared)).sqrt()
         length = norms @ (cosines @ x)
-        return (length * x * _inverse(norms)).to(gram.dtype)
+        return (length * x * inverse_norms(norms)).to(gram.dtype)
 
 
 class FairGrad(Balancer):
@@ -342,7 +372,8 @@ class AlignedMTL(Balancer):
 
     `w = B 1`, `B = sqrt(lambda_min) V Lambda^(-1/2) V^T` from `G = V Lambda V^T` without the eigenvalues
     below `T eps lambda_max`: the principal components of the gradients all get the length of the smallest.
-    Orthogonal gradients of the same norm get 1 each.
+    Orthogonal gradients of the same norm get 1 each. In float32 up to a condition number of G of 10^5 (lengths count:
+    the square of their ratio); beyond, the smallest eigenvalue is rounding, or is left out.
     """
 
     synchronizes = True  # torch.linalg.eigh reads LAPACK's error code

@@ -5,6 +5,7 @@ from typing import Any
 
 from umda_fast.sgl import gram_balancers as of_gram
 from umda_fast.sgl import loss_balancers as of_losses
+from umda_fast.sgl import norm_balancers as of_norms
 from umda_fast.sgl.balancers import Balancer, Equal, FunctionBalancer, SGLBalancer
 from umda_fast.sgl.torchjd_adapter import TorchJDBalancer
 
@@ -16,12 +17,19 @@ BALANCERS: dict[str, Callable[..., Balancer]] = {
     "rlw": of_losses.RLW,
     "stch": of_losses.STCH,
     "famo": of_losses.FAMO,
-    "gradnorm": of_losses.GradNorm,
+    "geometric_mean": of_losses.GeometricMean,
+    "imtl_l": of_losses.IMTLL,
+    "ldc_mtl": of_losses.LDCMTL,
+    "pbi": of_losses.PBI,
+    "gradnorm": of_norms.GradNorm,
+    "db_mtl": of_norms.DBMTL,
+    "excess_mtl": of_norms.ExcessMTL,
     "mgda": of_gram.MGDA,
     "pcgrad": of_gram.PCGrad,
     "gradvac": of_gram.GradVac,
     "rotation": of_gram.Rotation,
     "cagrad": of_gram.CAGrad,
+    "conicgrad": of_gram.ConicGrad,
     "imtl_g": of_gram.IMTLG,
     "config": of_gram.ConFIG,
     "nash_mtl": of_gram.NashMTL,

@@ -5,20 +5,44 @@ method takes the place of a stopping test, which would wait for the device at ev
 solved by `solve_ex`, which does not read its error code back. Everything is float64.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-#: Added to the diagonal of correlation matrices: gradients in exact linear dependence then have one solution,
-#: the shortest, and it moves by about this much, relatively.
+#: The least that is added to the diagonal of a correlation matrix.
 RIDGE = 1e-9
+
+
+def ridge(gram: Tensor) -> float:
+    """What is added to the diagonal of the correlation matrix of `gram` [T, T].
+
+    Gradients in exact linear dependence then have one solution, the shortest, and it moves by about this much,
+    relatively. Rounding of the entries makes eigenvalues that are 0 a little negative: not more than this.
+    """
+    return max(RIDGE, math.sqrt(gram.shape[0]) * torch.finfo(gram.dtype).eps)
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
     """`matrix^-1 right` for `right` [..., T], without reading the error code."""
     solution: Tensor = torch.linalg.solve_ex(matrix, right.unsqueeze(-1))[0]
     return solution.squeeze(-1)
+
+
+def shortest_solution(matrix: Tensor, right: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`matrix^+ right`, and the part of `right` that `matrix` maps to 0.
+
+    Args:
+        matrix: float64 [T, T], symmetric, positive semidefinite but for rounding in `dtype`: eigenvalues up to
+            `T eps` of the largest count as 0.
+        right: float64 [T].
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > values[-1] * len(right) * torch.finfo(dtype).eps
+    along = right @ vectors
+    solution = vectors @ torch.where(kept, along / values, torch.zeros_like(values))
+    return solution, vectors @ torch.where(kept, torch.zeros_like(values), along)
 
 
 def _finished(flag: Tensor) -> bool:
@@ -123,6 +147,40 @@ def simplex_minimum(
         dx, dy = torch.nan_to_num(dx), torch.nan_to_num(dy)
         x, y, level = x + step * dx, y + step * dy, level + step * torch.nan_to_num(solution[count:])
     return x
+
+
+#: Least r of `norm_on_simplex`: where the norm tends to 0 the Hessian stays finite.
+_SHORTEST = 1e-5
+
+
+def norm_on_simplex(
+    quadratic: Tensor, linear: Tensor, normal: Tensor, start: Tensor, *, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`argmin <q, x> + factor ||x||` over `x >= 0, <normal, x> = 1` with `||x||^2 = x^T S x`, and r, the norm there.
+
+    The norm is written as the minimum of `(||x||^2 / r + r) / 2` over r > 0, which is jointly convex and smooth.
+
+    Args:
+        quadratic: S float64 [T, T], positive definite. linear: q float64 [T].
+        normal, start: as of `simplex_minimum`.
+        factor: 0 or more.
+    """
+
+    def derivatives(y: Tensor) -> tuple[Tensor, Tensor]:
+        x, r = y[:-1], y[-1] + _SHORTEST
+        product = quadratic @ x / r
+        ratio = x @ product / r
+        gradient = torch.cat([linear + factor * product, (factor * (1 - ratio) / 2)[None]])
+        side = -product / r
+        top = torch.cat([quadratic / r, side[:, None]], 1)
+        hessian = torch.cat([top, torch.cat([side, (ratio / r)[None]])[None]])
+        return gradient, factor * hessian
+
+    zero, one = torch.zeros_like(start[:1]), torch.ones_like(start[:1])
+    y = simplex_minimum(derivatives, torch.cat([normal, zero]), torch.cat([start, one]), iterations=60)
+    x = y[:-1]
+    # At the solution r >= ||x||; also where the iterations ran out before it.
+    return x, torch.maximum(y[-1] + _SHORTEST, (x @ quadratic @ x).clamp_min(0).sqrt())
 
 
 def power_equilibrium(quadratic: Tensor, right: Tensor, power: float, iterations: int = 60) -> Tensor:
