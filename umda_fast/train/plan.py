@@ -1,7 +1,6 @@
 """How long a training is and how large its batches are: as it is said, or chosen from the number of bags.
 
-Few updates are why a default fails: what an epoch is depends on the bags, and a set of 92 bags in batches of 512
-instances gets 40 updates from 20 epochs, where its error still falls at 400.
+What an epoch is depends on the bags: a number of epochs that is right for one set is far too few updates for another.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FEW_UPDATES", "Plan", "batch_bags", "default_updates", "make_plan"]
 
-# Below this a training is likely to end before it has learnt.
+# Below this a training is warned about: it may end before it has learnt.
 FEW_UPDATES = 200
 
 
 def default_updates(bags: int) -> int:
     """Updates for so many training bags: `400 (bags / 150)^(1/3)`, within 400 and 1200, in tens.
 
-    Films (2500 bags) go on learning up to 1200 updates, sets of 100 to 200 bags up to 400; the root goes through both.
+    A choice, not a law: 400 for 150 bags and about 1000 for 2500, with the root between them (docs/training.md).
     """
     return round(min(max(400.0 * math.cbrt(bags / 150.0), 400.0), 1200.0) / 10.0) * 10
 
@@ -86,7 +85,7 @@ class Plan:
         if self.updates >= FEW_UPDATES:
             return None
         return (
-            f"{self.updates} updates are few: models are still learning at {FEW_UPDATES} "
+            f"{self.updates} updates are few: expected at least {FEW_UPDATES} "
             "(raise train.steps or train.epochs, or lower data.bags)"
         )
 

@@ -1,4 +1,5 @@
-"""One step of training: forward, losses, gradients, clipping, one host synchronisation, and the update.
+"""One step of training: forward, losses, gradients, clipping, and the update. It waits for the device twice:
+`task_losses` reads which labels there are, and all that decides whether the weights may be touched is read at once.
 
 The model is called itself, inside `fabric.autocast()`, and not through Fabric's module wrapper: the wrapper casts every
 output, which would cut `representation` out of the graph that self-guided learning differentiates, and wraps gradients
@@ -140,7 +141,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.gradients.backward(forward.losses, forward.penalty, forward.out, share)
         norm = self._clip()
-        # The one synchronisation (but for that of `task_losses`): all that decides whether the weights may be touched.
+        # One wait for the device for all that decides whether the weights may be touched.
         values = share.read(norm, forward.losses, forward.penalty)
         if not all(map(math.isfinite, values.values())):
             raise self._non_finite(batch, forward, values, share, number)
