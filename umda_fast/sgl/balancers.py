@@ -75,9 +75,7 @@ class StatefulBalancer(Balancer):
     def _read(self, gram: Tensor, losses: Tensor, tasks: Tensor | None) -> dict[str, Tensor]:
         if not self._state:
             if tasks is not None:
-                raise ValueError(
-                    "tasks: call setup(count, device, dtype) before weights for a part of the tasks"
-                )
+                raise ValueError("tasks: call setup(count, device, dtype) before weights for a part of the tasks")
             self.setup(losses.shape[0], losses.device, losses.dtype)
         if tasks is None:
             return dict(self._state)
@@ -89,6 +87,17 @@ class StatefulBalancer(Balancer):
                 self._state[name] = value
             else:
                 self._state[name] = self._state[name].index_copy(0, tasks, value)
+
+    def remembered(self) -> dict[str, Tensor]:
+        """The state at present, for `forget`."""
+        return dict(self._state)
+
+    def forget(self, before: dict[str, Tensor], tasks: Tensor) -> None:
+        """Puts the state of the tasks that bool [T] names back to what `remembered` gave."""
+        for name, old in before.items():
+            new = self._state[name]
+            if new is not old:
+                self._state[name] = torch.where(tasks.view(-1, *[1] * (old.dim() - 1)), old, new)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes from step to step."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 NO_FLOAT16 = (
-    "its gradients need a loss scale, which running averages would keep from one step to the next; use bfloat16"
+    "it overflows under the loss scale that its gradients need; use float32 (under autocast too: loss.float(), and "
+    "backward(..., scaler=)) or bfloat16"
 )
 
 
@@ -94,12 +95,23 @@ class Batch:
         losses: for each of them this process's part of its loss, None where it has none.
         penalty: this process's part of the penalty.
         penalized: whether some process has a penalty.
+        scale: of a loss scaler: what backward passes start from is multiplied by it, and so is `.grad` afterwards.
     """
 
     present: Present
     losses: list[Tensor | None]
     penalty: Tensor | None
     penalized: bool
+    scale: Tensor | None = None
+
+    def scaled(self, value: Tensor) -> Tensor:
+        """`value` times the scale, if there is one."""
+        return value if self.scale is None else value * self.scale
+
+    def unscale_(self, gradients: Tensor, power: int = 1) -> None:
+        """Takes the scale out of gradients, or, with `power` 2, of their products."""
+        if self.scale is not None:
+            gradients.mul_(self.scale.double().pow(-power).to(gradients.dtype))
 
     @property
     def own(self) -> list[tuple[int, Tensor]]:
@@ -112,19 +124,42 @@ class Batch:
         return torch.stack([zero if loss is None else loss.detach().to(dtype) for loss in self.losses])
 
     def total(self, weights: Tensor) -> Tensor | None:
-        """The weighted sum of this process's losses and its penalty; None where it has neither.
+        """The weighted sum of this process's losses and its penalty, scaled; None where it has neither.
 
         Args:
             weights: [A].
         """
         own = self.own
         if not own:
-            return self.penalty
+            return None if self.penalty is None else self.scaled(self.penalty)
         losses = torch.stack([loss.to(weights.dtype) for _, loss in own])
         if len(own) < len(self.losses):
             weights = torch.stack([weights[position] for position, _ in own])
         total = (losses * weights).sum()
-        return total if self.penalty is None else total + self.penalty.reshape(()).to(total.dtype)
+        return self.scaled(total if self.penalty is None else total + self.penalty.reshape(()).to(total.dtype))
+
+
+class Scaler(Protocol):
+    """What is asked of a loss scaler; `torch.amp.GradScaler` has it."""
+
+    def is_enabled(self) -> bool:
+        """Whether it scales at all."""
+
+    def scale(self, outputs: Tensor) -> Tensor:
+        """`outputs` times the scale."""
+
+
+def loss_scale(scaler: Scaler | None, device: torch.device) -> Tensor | None:
+    """The scale at present, on the device; None where there is none.
+
+    Raises:
+        TypeError: not a scaler.
+    """
+    if scaler is None:
+        return None
+    if not hasattr(scaler, "is_enabled") or not hasattr(scaler, "scale"):
+        raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
+    return scaler.scale(torch.ones((), device=device)) if scaler.is_enabled() else None
 
 
 def check_losses(

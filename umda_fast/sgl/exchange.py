@@ -30,12 +30,12 @@ class Totals(NamedTuple):
 
     Attributes:
         losses: [A] of the tasks present.
-        gram: [T, T], None where none is asked for.
+        squares: [T] or [T, T], None where none are asked for.
         flags: true where one is in some process.
     """
 
     losses: Tensor
-    gram: Tensor | None
+    squares: Tensor | None
     flags: list[bool]
 
 
@@ -57,7 +57,11 @@ class Exchange(ABC):
 
     @abstractmethod
     def batch(
-        self, losses: Mapping[str, Tensor], counts: Mapping[str, float] | None, penalty: Tensor | None
+        self,
+        losses: Mapping[str, Tensor],
+        counts: Mapping[str, float] | None,
+        penalty: Tensor | None,
+        scale: Tensor | None,
     ) -> Batch:
         """What all processes have of a batch, given what this one has."""
 
@@ -70,8 +74,13 @@ class Exchange(ABC):
         """Parameters outside the shared ones whose gradients have to be asked for."""
 
     @abstractmethod
-    def totals(self, values: Tensor, gram: Tensor | None, flags: Sequence[bool]) -> Totals:
-        """Sums over the processes, from this one's part of the losses [A], of the Gram matrix and its flags."""
+    def totals(self, values: Tensor, squares: Tensor | None, flags: Sequence[bool]) -> Totals:
+        """Sums over the processes, from this one's part of the losses [A] and of inner products of gradients, and its
+        flags."""
+
+    @abstractmethod
+    def total(self, gram: Tensor) -> Tensor:
+        """Sum over the processes of a Gram matrix."""
 
     @abstractmethod
     def agreed(self, weights: Tensor) -> Tensor:
@@ -96,12 +105,16 @@ class Alone(Exchange):
     penalty_in_rows = False
 
     def batch(
-        self, losses: Mapping[str, Tensor], counts: Mapping[str, float] | None, penalty: Tensor | None
+        self,
+        losses: Mapping[str, Tensor],
+        counts: Mapping[str, float] | None,
+        penalty: Tensor | None,
+        scale: Tensor | None,
     ) -> Batch:
         """The losses in the order of the tasks."""
         rows = tuple(row for row, task in enumerate(self._tasks) if task in losses)
         parts: list[Tensor | None] = [losses[self._tasks[row]].reshape(()) for row in rows]
-        return Batch(self.sets(rows), parts, penalty, penalty is not None)
+        return Batch(self.sets(rows), parts, penalty, penalty is not None, scale)
 
     def rows(self, layout: FlatLayout, count: int, backend: str | None) -> Rows:
         """All columns."""
@@ -111,9 +124,13 @@ class Alone(Exchange):
         """Those listed, else those found."""
         return self._parameters.unshared(dict(zip(batch.present.rows, (loss for _, loss in batch.own), strict=True)))
 
-    def totals(self, values: Tensor, gram: Tensor | None, flags: Sequence[bool]) -> Totals:
+    def totals(self, values: Tensor, squares: Tensor | None, flags: Sequence[bool]) -> Totals:
         """As they are."""
-        return Totals(values, gram, list(flags))
+        return Totals(values, squares, list(flags))
+
+    def total(self, gram: Tensor) -> Tensor:
+        """As it is."""
+        return gram
 
     def agreed(self, weights: Tensor) -> Tensor:
         """As they are."""
@@ -148,7 +165,11 @@ class Together(Exchange):
         self._reducer = GradientReducer(parameters.groups(), processes, overlap=not parameters.sharded)
 
     def batch(
-        self, losses: Mapping[str, Tensor], counts: Mapping[str, float] | None, penalty: Tensor | None
+        self,
+        losses: Mapping[str, Tensor],
+        counts: Mapping[str, float] | None,
+        penalty: Tensor | None,
+        scale: Tensor | None,
     ) -> Batch:
         """Each loss as this process's part of that of the whole batch; one exchange of T + 1 numbers."""
         own = [0.0 if task not in losses else 1.0 if counts is None else float(counts[task]) for task in self._tasks]
@@ -160,7 +181,7 @@ class Together(Exchange):
             parts.append(None if loss is None else loss.reshape(()) * (own[row] / totals[row]))
         outputs = {row: part for row, part in zip(rows, parts, strict=True) if part is not None}
         self._parameters.check_reached(outputs if penalty is None else {**outputs, -1: penalty})
-        return Batch(self.sets(rows), parts, penalty, penalized > 0)
+        return Batch(self.sets(rows), parts, penalty, penalized > 0, scale)
 
     def rows(self, layout: FlatLayout, count: int, backend: str | None) -> Rows:
         """This process's columns of the sum over all; the gradients themselves are autograd's."""
@@ -170,17 +191,21 @@ class Together(Exchange):
         """Those listed."""
         return self._parameters.groups()[1]
 
-    def totals(self, values: Tensor, gram: Tensor | None, flags: Sequence[bool]) -> Totals:
+    def totals(self, values: Tensor, squares: Tensor | None, flags: Sequence[bool]) -> Totals:
         """One exchange; it waits for the device where there are flags."""
         small = [values.double(), torch.tensor(list(flags), dtype=torch.float64, device=values.device)]
-        if gram is not None:
-            small.append(gram.double().reshape(-1))
+        if squares is not None:
+            small.append(squares.double().reshape(-1))
         total = self._processes.total(torch.cat(small))
         losses, raised, products = total.split([len(values), len(flags), len(total) - len(values) - len(flags)])
         everywhere: list[bool] = (raised > 0).tolist() if flags else []
-        if gram is not None:
-            gram = products.view_as(gram).to(gram.dtype)
-        return Totals(losses.to(values.dtype), gram, everywhere)
+        if squares is not None:
+            squares = products.view_as(squares).to(squares.dtype)
+        return Totals(losses.to(values.dtype), squares, everywhere)
+
+    def total(self, gram: Tensor) -> Tensor:
+        """One exchange."""
+        return self._processes.total(gram).to(gram.dtype)
 
     def agreed(self, weights: Tensor) -> Tensor:
         """Those of process 0: all have the same Gram matrix, but their arithmetic, and a balancer that draws, may

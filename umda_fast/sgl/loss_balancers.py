@@ -418,7 +418,7 @@ class FAMO(StatefulBalancer):
     def _moved(self, state: dict[str, Tensor], after: Tensor) -> dict[str, Tensor]:
         """The state after an Adam step of the tasks whose losses before are known, which are used up."""
         before, logits = state["before"], state["logits"]
-        known = (before > 0) & (after > _TINY)
+        known = (before > 0) & (after > _TINY) & after.isfinite()
         held = torch.where(known, after, torch.ones_like(after))
         change = torch.where(known, torch.where(known, before, held).log() - held.log(), torch.zeros_like(held))
         z = torch.softmax(logits, 0)

@@ -23,16 +23,16 @@ alone and does not count. A balancer of losses only (`Equal` too) makes every st
 Gradients are added to `.grad`, as `Tensor.backward` does; the caller zeroes it. A shared parameter that no task has
 reached so far keeps its `.grad` as it was. In the exact scope a missing `.grad` becomes a view of a buffer that the
 next call reuses (keep a clone, not the tensor), and with micro-batches each call is one step of the average. A step
-reads nothing back from the device, unless the balancer says so (`Balancer.synchronizes`). float16 is refused.
+reads nothing back from the device, unless the balancer says so (`Balancer.synchronizes`). What is not finite enters no
+average and no weight. float16 parameters and losses are refused; float16 autocast goes with `scaler=`.
 
 Formulas are in docs/model.md, section 4, and at the head of each file of `scopes`; several processes
-(`process_group=`), FSDP2 and half precision in docs/distributed.md.
+(`process_group=`) and FSDP2 in docs/distributed.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -41,40 +41,18 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from umda_fast.sgl.balancers import Balancer, StatefulBalancer
-from umda_fast.sgl.batch import Present, SGLStep, check_losses
+from umda_fast.sgl.batch import Scaler, SGLStep, check_losses, loss_scale
 from umda_fast.sgl.buffers import FlatLayout
 from umda_fast.sgl.distributed import Processes, is_sharded
 from umda_fast.sgl.exchange import Alone, Exchange, Together
 from umda_fast.sgl.parameters import ParameterLists
 from umda_fast.sgl.registry import as_balancer
-from umda_fast.sgl.scopes import SCOPES, Direction, GradientScope, Representation, Scope, Setting, Unmeasured
+from umda_fast.sgl.running import Running
+from umda_fast.sgl.scopes import SCOPES, Direction, Representation, Scope, Setting, Unmeasured
 from umda_fast.sgl.statistics import GramStatistics, TaskWeights
-from umda_fast.sgl.telemetry import gram_metrics
 from umda_fast.sgl.variance import UpdateTelemetry
 
 __all__ = ["Direction", "Representation", "SGLStep", "Scope", "SelfGuided"]
-
-
-@dataclass(frozen=True)
-class _Running:
-    """What is made at the first call, on the device of the parameters."""
-
-    exchange: Exchange
-    statistics: GramStatistics
-    weights: TaskWeights
-    scope: GradientScope
-    telemetry: UpdateTelemetry
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a state holds beside the averages of the scope."""
-        statistics = self.statistics
-        return {
-            "weights": self.weights.running,
-            "gram": statistics.gram,
-            "cosine_ema": statistics.cosine_ema,
-            "counts": statistics.counts,
-            "pair_counts": statistics.pair_counts,
-        }
 
 
 class SelfGuided:
@@ -148,7 +126,7 @@ class SelfGuided:
         processes = None if process_group is None else Processes(process_group)
         self._processes = None if processes is None or processes.size == 1 else processes
         self._calls = 0
-        self._running: _Running | None = None
+        self._running: Running | None = None
 
     def _check_options(self) -> None:
         """ValueError for an argument out of range."""
@@ -192,7 +170,7 @@ class SelfGuided:
 
     # -- state ---------------------------------------------------------------------------------------------
 
-    def _setup(self) -> _Running:
+    def _setup(self) -> Running:
         """Allocates everything. At the first call and not before, so that the model may still be moved."""
         if self._running is not None:
             return self._running
@@ -216,7 +194,7 @@ class SelfGuided:
             count, lists, layout, scoped, exchange, statistics, self.direction, self.control, self.backend
         )
         telemetry = UpdateTelemetry(lists.shared, layout, self.variance_window, self.control)
-        self._running = _Running(exchange, statistics, weights, kind(setting), telemetry)
+        self._running = Running(self.balancer, exchange, statistics, weights, kind(setting), telemetry)
         return self._running
 
     @property
@@ -230,19 +208,10 @@ class SelfGuided:
         With a process group every process calls it, and what comes out fits any number of processes.
         `keep=False` is for those that do not save it: they help to gather it, and get nothing.
         """
-        running = self._setup()
-        averages = running.scope.state(keep=keep)
+        state = self._setup().state(keep=keep)
         if not keep:
             return {}
-        return {
-            "tasks": list(self.tasks),
-            "scope": self.scope,
-            "calls": self._calls,
-            "reached": list(running.scope.reached),
-            "tensors": {name: value.clone() for name, value in {**running.tensors(), **averages}.items()},
-            "variance": running.telemetry.state_dict(),
-            "balancer": self.balancer.state_dict() if isinstance(self.balancer, StatefulBalancer) else {},
-        }
+        return {"tasks": list(self.tasks), "scope": self.scope, "calls": self._calls, **state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts back what `state_dict` gave.
@@ -254,22 +223,7 @@ class SelfGuided:
         for name, here in (("tasks", list(self.tasks)), ("scope", self.scope)):
             if state[name] != here:
                 raise ValueError(f"state_dict: expected {name} {here}, got {state[name]}")
-        tensors = running.tensors()
-        expected = {name: tuple(value.shape) for name, value in tensors.items()} | running.scope.shapes()
-        found = {name: tuple(value.shape) for name, value in state["tensors"].items()}
-        if expected != found:
-            raise ValueError(f"state_dict: expected tensors of shapes {expected}, got {found}")
-        running.telemetry.load_state_dict(state["variance"])
-        for name, value in state["tensors"].items():
-            if name in tensors:
-                tensors[name].copy_(value)
-            else:
-                running.scope.load(name, value)
-        running.weights.forget()
-        running.statistics.derive()
-        running.scope.restore(state["reached"])
-        if isinstance(self.balancer, StatefulBalancer):
-            self.balancer.load_state_dict(state["balancer"])
+        running.load(state)
         self._calls = state["calls"]
 
     # -- the step ------------------------------------------------------------------------------------------
@@ -281,6 +235,7 @@ class SelfGuided:
         counts: Mapping[str, float] | None = None,
         penalty: Tensor | None = None,
         representation: Tensor | Representation | None = None,
+        scaler: Scaler | None = None,
     ) -> SGLStep:
         """Adds the gradient of the balanced total loss to `.grad` of every parameter it reaches.
 
@@ -293,9 +248,11 @@ class SelfGuided:
             representation: the tensor, of any shape, through which the tasks reach the trunk, or an object
                 that knows the gradients on it in a shorter way (`UMDAOutput.instances`); that scope
                 only.
+            scaler: a `torch.amp.GradScaler`, with losses that it has not scaled. What is added to `.grad` is scaled, as
+                `scaler.step` expects it; weights, averages and figures are of what is not.
 
         Raises:
-            TypeError: a loss or the penalty is not a Tensor.
+            TypeError: a loss or the penalty is not a Tensor, the scaler not a scaler.
             ValueError: an unknown task, a loss that is not a scalar, is float16 or has no gradient, a count
                 that is missing or not positive, a missing or constant representation, a loss that reaches a parameter
                 in neither list (exact scope, or several processes).
@@ -306,46 +263,27 @@ class SelfGuided:
         if missing:
             raise ValueError(missing)
         running = self._setup()
-        statistics, scope = running.statistics, running.scope
-        batch = running.exchange.batch(losses, counts, penalty if penalty is None or penalty.requires_grad else None)
+        scope = running.scope
+        scale = loss_scale(scaler, running.weights.running.device)
+        learned = penalty if penalty is None or penalty.requires_grad else None
+        batch = running.exchange.batch(losses, counts, learned, scale)
         present = batch.present
         if not present.rows:
-            running.exchange.backward(batch.penalty)
-            return self._step(running, torch.zeros_like(running.weights.running), present)
+            running.exchange.backward(batch.total(running.weights.running))
+            return running.step(torch.zeros_like(running.weights.running), present)
 
         self._calls += 1
         if (self._calls - 1) % self.every:
             weights, everyone = running.weights.of_step(present)
             running.exchange.backward(batch.total(weights))
-            return self._step(running, everyone, present)
+            return running.step(everyone, present)
         running.telemetry.begin()
         measured = scope.measure(batch, representation)
-        if measured.gram is not None:
-            statistics.remember(measured.gram, present)
-        new = self._balance(statistics.gram, measured.losses, present)
-        running.weights.update(running.exchange.agreed(new), present)
+        running.balance(measured, present)
         weights, everyone = running.weights.of_step(present)
         scope.apply(measured, batch, weights, everyone)
-        running.telemetry.end(scope.added(), scope.control)
-        return self._step(running, everyone, present)
-
-    def _balance(self, gram: Tensor, losses: Tensor, present: Present) -> Tensor:
-        """The balancer's weights [A] of the tasks present."""
-        gram = present.take(gram, 0, 1)
-        if isinstance(self.balancer, StatefulBalancer):
-            new = self.balancer.weights(gram, losses, None if present.everyone else present.index)
-        else:
-            new = self.balancer.weights(gram, losses)
-        if new.shape != losses.shape:
-            name = type(self.balancer).__name__
-            got = tuple(new.shape)
-            raise ValueError(f"balancer: expected {losses.shape[0]} weights of {name}, got shape {got}")
-        return new
-
-    @staticmethod
-    def _step(running: _Running, weights: Tensor, present: Present) -> SGLStep:
-        statistics = running.statistics
-        return SGLStep(weights, statistics.gram, statistics.cosine, statistics.norms, present.mask)
+        running.telemetry.end(scope.added(), scope.control, batch.scale)
+        return running.step(everyone, present)
 
     # -- telemetry -----------------------------------------------------------------------------------------
 
@@ -354,25 +292,10 @@ class SelfGuided:
         """Figures for a log, of the last statistics step and the last window of updates (waits for the
         device).
 
-        Keys: `weight/<task>`; with a variance window `gradient_variance` and `gradient_variance_matched` (see
-        `variance.DirectionVariance`), with `control` the same two with the prefix `control_`; with task
-        gradients `gradient_norm/<task>`, `cosine/<task>/<task>` for every pair, and the figures of
-        `telemetry.gram_metrics`, all over the tasks seen so far. A figure that has no value yet is nan.
+        Keys: `weight/<task>`; `skipped/<task>`, the statistics steps on which its loss or gradient was not finite; with
+        a variance window `gradient_variance` and `gradient_variance_matched` (see `variance.DirectionVariance`), with
+        `control` the same two with the prefix `control_`; with task gradients `gradient_norm/<task>`,
+        `cosine/<task>/<task>` for every pair, and the figures of `telemetry.gram_metrics`, all over the tasks seen so
+        far. A figure that has no value yet is nan.
         """
-        running = self._setup()
-        statistics = running.statistics
-        weights = running.weights.used(running.exchange.sets(tuple(range(len(self.tasks))))).tolist()
-        result = {f"weight/{task}": weight for task, weight in zip(self.tasks, weights, strict=True)}
-        result.update(running.telemetry.figures())
-        seen = statistics.counts.nonzero().flatten()
-        if not len(seen):
-            return result
-        gram = statistics.gram[seen][:, seen]
-        result.update(gram_metrics(gram, running.weights.running[seen]))
-        names = [self.tasks[row] for row in seen.tolist()]
-        norms, cosines = statistics.norms[seen].tolist(), statistics.cosine[seen][:, seen].tolist()
-        for row, name in enumerate(names):
-            result[f"gradient_norm/{name}"] = norms[row]
-            for column in range(row + 1, len(names)):
-                result[f"cosine/{name}/{names[column]}"] = cosines[row][column]
-        return result
+        return self._setup().metrics(self.tasks)

@@ -20,6 +20,8 @@ class GramStatistics:
         cosine_ema: [T, T] their running mean, not bias-corrected.
         counts: int64 [T], updates of each task.
         pair_counts: int64 [T, T], updates with both tasks of a pair.
+        skipped: int64 [T], steps on which a task was present, but its loss or gradient not finite.
+        last_loss: [T], the last finite one. known: bool [T], whether there was one.
     """
 
     def __init__(self, count: int, beta: float, device: torch.device, dtype: torch.dtype) -> None:
@@ -28,6 +30,9 @@ class GramStatistics:
         self.cosine_ema = torch.zeros_like(self.gram)
         self.counts = torch.zeros(count, device=device, dtype=torch.int64)
         self.pair_counts = torch.zeros(count, count, device=device, dtype=torch.int64)
+        self.skipped = torch.zeros_like(self.counts)
+        self.last_loss = torch.zeros(count, device=device, dtype=dtype)
+        self.known = torch.zeros(count, device=device, dtype=torch.bool)
         self.derive()
 
     def derive(self) -> None:
@@ -39,11 +44,32 @@ class GramStatistics:
         mixed = self.beta * mean + (1 - self.beta) * new
         mean.copy_(torch.where(pairs, mixed, mean))
 
-    def remember(self, gram: Tensor, present: Present) -> None:
-        """Keeps the Gram matrix of a step and takes its cosines into their running mean."""
+    def judge(self, losses: Tensor, squares: Tensor | None, present: Present) -> Tensor:
+        """The tasks present that count in this step, bool [T]: loss and gradient are finite. No wait for the device.
+
+        Args:
+            losses: [A].
+            squares: [T] squared lengths of the gradients, None: there are none.
+        """
+        sound = torch.zeros_like(present.mask).index_copy(0, present.index, losses.isfinite())
+        if squares is not None:
+            sound = sound & squares.isfinite()
+        self.skipped += present.mask & ~sound
+        return sound
+
+    def finite_losses(self, losses: Tensor, sound: Tensor, present: Present) -> tuple[Tensor, Tensor]:
+        """The losses [A], in place of what is not `sound` [T] the last that was; and whether each task had one."""
+        usable = present.take(sound, 0)
+        held = torch.where(usable, losses, present.take(self.last_loss, 0))
+        self.known = self.known | sound
+        self.last_loss = self.last_loss.index_copy(0, present.index, held)
+        return held, present.take(self.known, 0).all()
+
+    def remember(self, gram: Tensor, sound: Tensor) -> None:
+        """Keeps the Gram matrix of a step and takes its cosines, of the tasks that count, into their running mean."""
         self.gram = gram
         self.derive()
-        pairs = present.pairs
+        pairs = sound[:, None] & sound[None, :]
         self.pair_counts += pairs
         self.average(self.cosine_ema, self.cosine, pairs)
 
@@ -71,10 +97,11 @@ class TaskWeights:
         self.running = torch.ones(count, device=device, dtype=dtype)
         self._held: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def update(self, new: Tensor, present: Present) -> None:
-        """Smooths new weights [A] of the tasks present into the running ones."""
+    def update(self, new: Tensor, present: Present, taken: Tensor) -> None:
+        """Smooths new weights [A] of the tasks present into the running ones, where `taken` [T] holds."""
         old = present.take(self.running, 0)
         mixed = self.beta * old + (1 - self.beta) * new.to(old.dtype)
+        mixed = torch.where(present.take(taken, 0), mixed, old)
         self.running = self.running.index_copy(0, present.index, mixed)
         self.forget()
 

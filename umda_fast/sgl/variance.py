@@ -20,6 +20,8 @@ class DirectionVariance:
     - `matched`: the same with every d scaled to norm 1 first. Two methods whose updates have different or
       drifting lengths can be compared by it: it sees the fluctuation of the direction alone.
 
+    An update that is not finite has its place in the window, and no part in the figures.
+
     Windows follow each other without overlap. The figures are those of the last full window, or of the
     running one while there is no full window and it holds at least two updates. The sums are float32
     (float64 for float64 parameters), so a V below about 1e-6 cannot be told from 0.
@@ -32,17 +34,26 @@ class DirectionVariance:
         self._unit_sum = layout.zeros()
         self._square = torch.zeros((), dtype=torch.float64, device=layout.device)
         self._units = torch.zeros((), dtype=torch.float64, device=layout.device)
+        self._taken = torch.zeros((), dtype=torch.float64, device=layout.device)
         self._count = 0
         self._last = torch.full((2,), math.nan, dtype=torch.float64, device=layout.device)
 
-    def update(self, direction: Tensor) -> None:
-        """Takes one update direction [P]; no wait for the device."""
+    def update(self, direction: Tensor, scale: Tensor | None = None) -> None:
+        """Takes one update direction [P], which is `scale` times too long; no wait for the device."""
         norm = torch.linalg.vector_norm(direction)
+        finite = norm.isfinite()
+        direction = torch.where(finite, direction, torch.zeros_like(norm))
+        norm = torch.where(finite, norm, torch.zeros_like(norm))
         inverse = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
-        self._sum.add_(direction)
         self._unit_sum.addcmul_(direction, inverse)
+        if scale is None:
+            self._sum.add_(direction)
+        else:
+            self._sum.addcdiv_(direction, scale)
+            norm = norm / scale
         self._square.add_(norm.double().square())
         self._units.add_(norm > 0)
+        self._taken.add_(finite)
         self._count += 1
         if self._count >= self._window:
             self._last = self._figures()
@@ -50,11 +61,12 @@ class DirectionVariance:
             self._unit_sum.zero_()
             self._square.zero_()
             self._units.zero_()
+            self._taken.zero_()
             self._count = 0
 
     def _figures(self) -> Tensor:
         """[2]: variance and matched variance of the running window."""
-        count = self._count
+        count = self._taken
         figures = []
         for total, square in ((self._sum, self._square), (self._unit_sum, self._units)):
             squared_sum = torch.linalg.vector_norm(total).double().square()
@@ -77,17 +89,20 @@ class DirectionVariance:
             "unit_sum": self._unit_sum.clone(),
             "square": self._square.clone(),
             "units": self._units.clone(),
+            "taken": self._taken.clone(),
             "last": self._last.clone(),
             "count": self._count,
         }
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Puts back what `state_dict` gave."""
+        """Puts back what `state_dict` gave; before version 0.2 every update was finite."""
+        state = {"taken": torch.tensor(state["count"]), **state}
         for name, target in (
             ("sum", self._sum),
             ("unit_sum", self._unit_sum),
             ("square", self._square),
             ("units", self._units),
+            ("taken", self._taken),
             ("last", self._last),
         ):
             value = state[name]
@@ -128,20 +143,21 @@ class UpdateTelemetry:
         if any(parameter.grad is not None for parameter in self._parameters):
             self._before = [None if p.grad is None else p.grad.clone() for p in self._parameters]
 
-    def end(self, added: Tensor | None, control: Tensor | None) -> None:
+    def end(self, added: Tensor | None, control: Tensor | None, scale: Tensor | None = None) -> None:
         """Takes what the call has added.
 
         Args:
             added: [P], where it is at hand.
             control: [P] what equal weights would have added, less that; is increased by it.
+            scale: by which both are too long.
         """
         if not self.variances:
             return
         direction = self._added() if added is None else added
         self._before = None
-        self.variances["gradient_variance"].update(direction)
+        self.variances["gradient_variance"].update(direction, scale)
         if control is not None:
-            self.variances["control_gradient_variance"].update(control.add_(direction))
+            self.variances["control_gradient_variance"].update(control.add_(direction), scale)
 
     def _added(self) -> Tensor:
         if self._observed is None:

@@ -1,7 +1,7 @@
 """What the scopes on parameters share: a row of gradients for each task, averaged from step to step.
 
-    m_t  <- beta m_t + (1 - beta) g_t          mhat_t = m_t / (1 - beta^k_t)        k_t: updates of task t
-    G    =  Mhat Mhat^T                        [T, T]
+m_t  <- beta m_t + (1 - beta) g_t          mhat_t = m_t / (1 - beta^k_t)        k_t: updates of task t
+G    =  Mhat Mhat^T                        [T, T]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from umda_fast.sgl import _gradients
-from umda_fast.sgl.batch import Batch, Present
+from umda_fast.sgl.batch import Batch
 from umda_fast.sgl.buffers import FlatLayout
 from umda_fast.sgl.linear import LinearUse
 from umda_fast.sgl.scopes.base import GradientScope, Setting
@@ -72,23 +72,24 @@ class AveragedScope(GradientScope):
         passes = Passes(self.scoped, uses, others)
         last = -1 if keep_graph or not own else own[-1][0]
         for position, (row, loss) in enumerate(zip(batch.present.rows, batch.losses, strict=True)):
-            found = passes.gradients(loss, position, retain=position != last)
+            output = None if loss is None else batch.scaled(loss)
+            found = passes.gradients(output, position, retain=position != last)
             self.rows.put(row, found, uses)
             self.reached = [old or grad is not None for old, grad in zip(self.reached, found, strict=True)]
         return passes
 
-    def smoothed_gram(self, present: Present) -> Tensor:
-        """Averages the rows into the running ones; Gram matrix [T, T] of these, of this process's columns."""
+    def squares(self, batch: Batch) -> Tensor:
+        """Takes the scale out of the complete rows; their squared lengths [T], of this process's columns."""
+        batch.unscale_(self.gradients)
+        lengths: Tensor = torch.linalg.vector_norm(self.gradients, dim=1)
+        return lengths.square()
+
+    def smoothed_gram(self, sound: Tensor) -> Tensor:
+        """Averages the rows of the tasks that count, bool [T], into the running ones; Gram matrix [T, T] of these."""
         setting, statistics = self._setting, self._setting.statistics
-        statistics.counts += present.mask
-        return _gradients.smooth(
-            [self.gradients],
-            self.ema,
-            statistics.counts,
-            None if present.everyone else present.mask,
-            statistics.beta,
-            setting.backend,
-        )
+        statistics.counts += sound
+        part = _gradients.smooth([self.gradients], self.ema, statistics.counts, sound, statistics.beta, setting.backend)
+        return setting.exchange.total(part)
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages, this process's columns."""

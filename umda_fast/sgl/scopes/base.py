@@ -68,12 +68,16 @@ class Measured:
     Attributes:
         gram: [T, T]; None where no gradients are taken.
         losses: [A] of the tasks present, detached.
+        sound: bool [T], the tasks present whose loss and gradient are finite. Only these enter averages.
+        broken: bool [T], in the exact scope, the tasks whose gradient is not.
         unshared: in the exact scope, gradients of all other parameters in this process: (parameter, position of the
             task among those present, gradient), -1 for the penalty.
     """
 
     gram: Tensor | None
     losses: Tensor
+    sound: Tensor
+    broken: Tensor | None = None
     unshared: Sequence[tuple[Parameter, int, Tensor]] = ()
 
 
@@ -148,5 +152,6 @@ class Unmeasured(GradientScope):
 
     def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
         """The losses."""
-        losses, _, _ = self._setting.exchange.totals(batch.values(self._setting.layout.dtype), None, ())
-        return Measured(None, losses)
+        setting = self._setting
+        losses, _, _ = setting.exchange.totals(batch.values(setting.layout.dtype), None, ())
+        return Measured(None, losses, setting.statistics.judge(losses, None, batch.present))

@@ -31,8 +31,9 @@ class LastSharedLayerScope(AveragedScope):
 
     def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
         """Gram matrix of the averages."""
+        setting = self._setting
         self.fill(batch, (), keep_graph=True)
         self.rows.wait()
-        part = self.smoothed_gram(batch.present)
-        losses, gram, _ = self._setting.exchange.totals(batch.values(self._setting.layout.dtype), part, ())
-        return Measured(gram, losses)
+        losses, squares, _ = setting.exchange.totals(batch.values(setting.layout.dtype), self.squares(batch), ())
+        sound = setting.statistics.judge(losses, squares, batch.present)
+        return Measured(self.smoothed_gram(sound), losses, sound)

@@ -46,11 +46,13 @@ class RepresentationScope(GradientScope):
         part = self._part(batch, representation)
         losses, gram, _ = setting.exchange.totals(batch.values(setting.layout.dtype), part, ())
         assert gram is not None
-        statistics.counts += batch.present.mask
-        pairs = batch.present.pairs
+        batch.unscale_(gram, 2)
+        sound = statistics.judge(losses, gram.diagonal(), batch.present)
+        statistics.counts += sound
+        pairs = sound[:, None] & sound[None, :]
         statistics.average(self._gram_ema, gram, pairs)
         correction = _gradients.bias_correction(statistics.pair_counts + pairs, statistics.beta, gram.dtype)
-        return Measured(self._gram_ema * correction, losses)
+        return Measured(self._gram_ema * correction, losses, sound)
 
     def _part(self, batch: Batch, representation: Tensor | Representation | None) -> Tensor:
         """Gram matrix [T, T] of the gradients on this process's instances, zeros where it has none."""
@@ -60,7 +62,7 @@ class RepresentationScope(GradientScope):
             return full
         assert representation is not None
         here = self._setting.exchange.sets(tuple(batch.present.rows[position] for position, _ in own))
-        gram = self._gram([loss for _, loss in own], representation)
+        gram = self._gram([batch.scaled(loss) for _, loss in own], representation)
         if here.everyone:
             return gram
         wide = torch.zeros_like(full[here.index]).index_copy(1, here.index, gram)

@@ -15,6 +15,7 @@ Gradients of the other parameters are weighted, then summed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,37 +40,50 @@ class SharedParametersScope(AveragedScope):
         # in any process, nobody asks any more.
         self._penalized = [False] * len(self.scoped)
         self._all_reached = False
+        self._filled: set[int] = set()  # rows that may hold gradients
         if setting.control:
             self.control = self.layout.zeros()
 
     def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
         """Gram matrix of the averages, and the gradients of all other parameters."""
-        exchange = self._setting.exchange
+        setting, exchange = self._setting, self._setting.exchange
         others = exchange.unshared(batch)
+        for row in self._filled.difference(batch.present.rows):
+            self.gradients[row].zero_()  # of weight 0 in the combination, to which 0 * inf would be NaN
+        self._filled = set(batch.present.rows)
         passes = self.fill(batch, others, keep_graph=batch.penalty is not None)
         if exchange.penalty_in_rows:
             self._penalized = [False] * len(self.scoped)
             if batch.penalized:
-                found = passes.gradients(batch.penalty, -1, retain=False)
+                output = None if batch.penalty is None else batch.scaled(batch.penalty)
+                found = passes.gradients(output, -1, retain=False)
                 self._penalized = [grad is not None for grad in found]
-                self.rows.put(self._setting.tasks, found, [None] * len(found))
+                self.rows.put(setting.tasks, found, [None] * len(found))
         self.rows.wait()
-        part = self.smoothed_gram(batch.present)
         flags = [] if self._all_reached else [*self.reached, *self._penalized]
-        losses, gram, flags = exchange.totals(batch.values(self._setting.layout.dtype), part, flags)
+        losses, squares, flags = exchange.totals(batch.values(setting.layout.dtype), self.squares(batch), flags)
         if flags:
             count = len(self.reached)
             self.reached, self._penalized = flags[:count], flags[count:]
             self._all_reached = all(self.reached)
-        return Measured(gram, losses, passes.kept)
+        assert squares is not None
+        sound = setting.statistics.judge(losses, squares, batch.present)
+        broken = batch.present.mask & ~squares.isfinite()
+        return Measured(self.smoothed_gram(sound), losses, sound, broken, passes.kept)
 
     def apply(self, measured: Measured, batch: Batch, weights: Tensor, everyone: Tensor) -> None:
         """Combines the rows and adds everything to `.grad`."""
         exchange, statistics = self._setting.exchange, self._setting.statistics
         if self._setting.direction == "average":
             rows, factor = self.ema, _gradients.bias_correction(statistics.counts, statistics.beta, weights.dtype)
+            # A task that does not count has no part in the direction; whoever guards the optimiser is to see a gradient
+            # that is not finite.
+            factor = factor * measured.sound
+            if measured.broken is not None:
+                factor = factor.masked_fill(measured.broken, math.nan)
         else:
             rows, factor = self.gradients, torch.ones_like(everyone)
+        factor = batch.scaled(factor)
         unshared: list[Gradients] = []
         for position in range(-1, len(batch.present.rows)):
             of = [(parameter, grad) for parameter, at, grad in measured.unshared if at == position]
@@ -83,7 +97,7 @@ class SharedParametersScope(AveragedScope):
         reached = [task or penalty for task, penalty in zip(self.reached, self._penalized, strict=True)]
         parameters = [p for p, seen in zip(self.scoped, reached, strict=True) if seen]
         accumulate(parameters, [view for view, seen in zip(self._views, reached, strict=True) if seen])
-        exchange.finish(unshared, batch.penalty)
+        exchange.finish(unshared, None if batch.penalty is None else batch.scaled(batch.penalty))
 
     def restore(self, reached: Sequence[bool]) -> None:
         """Puts `reached` back."""
