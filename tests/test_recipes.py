@@ -175,8 +175,8 @@ def test_a_task_kind(
     assert call("predict", run, *data, "--out", table, "--refer-below", 0.5, "--quiet") == 0
     with open(table, newline="") as stream:
         lines = list(csv.DictReader(stream))
-    columns = ["bag", "events", "site_probability", "site_predicted"]
-    assert list(lines[0]) == [*columns, "events_low", "events_high", "site_confidence", "refer"]
+    columns = ["bag", "events", "site_probability_b", "site_predicted"]
+    assert list(lines[0]) == [*columns, "events_low", "events_high", "site_confidence", "refer", "reason"]
     with np.load(events) as arrays:
         found = arrays["y_events"]
     there = ~np.isnan(found)

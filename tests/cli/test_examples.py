@@ -15,5 +15,5 @@ def test_own_data(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert set(metrics["tasks"]) == {"tumour", "log_size"}
     predictions = (tmp_path / "run" / "predictions.csv").read_text().splitlines()
-    assert predictions[0] == "bag,tumour_probability,tumour_predicted,log_size"
+    assert predictions[0] == "bag,tumour_probability_1,tumour_predicted,log_size,refer,reason"
     assert len(predictions) == 6

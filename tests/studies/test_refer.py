@@ -38,17 +38,21 @@ def test_training_leaves_a_calibration(run: Run) -> None:
 def test_the_tasks_below_are_named(run: Run, tmp_path: Path) -> None:
     plain = predicted(run, tmp_path / "plain.csv", None)
     lines = predicted(run, tmp_path / "referred.csv", 0.6)
-    assert [{key: line[key] for key in plain[0]} for line in lines] == plain
+    shown = [key for key in plain[0] if key not in ("refer", "reason")]
+    for line, before in zip(lines, plain, strict=True):
+        assert {key: line[key] for key in shown} == {key: before[key] for key in shown}
+    assert {line["refer"] + line["reason"] for line in plain} == {""}
     added = [key for key in lines[0] if key not in plain[0]]
     classified = ["has_nine", "largest", "present"]
-    assert added == [*(f"{task}_confidence" for task in classified), "mean_low", "mean_high", "refer"]
+    assert added == [*(f"{task}_confidence" for task in classified), "mean_low", "mean_high"]
     fitted = Calibration.load(run.directory / "calibration.json")
     referred = set()
     for line in lines:
         below = [task for task in classified if float(line[f"{task}_confidence"]) < 0.6]
         assert line["refer"] == ";".join(below)
+        assert line["reason"] == ("confidence below 0.6" if below else "")
         referred |= set(below)
-        probability = torch.tensor(float(line["has_nine_probability"]), dtype=torch.float64)
+        probability = torch.tensor(float(line["has_nine_probability_yes"]), dtype=torch.float64)
         calm = decode(run.model.config.tasks[0], (probability.logit() / fitted.temperatures["has_nine"])[None, None])
         assert float(line["has_nine_confidence"]) == pytest.approx(max(float(calm), 1 - float(calm)), abs=1e-4)
         middle = (float(line["mean_low"]) + float(line["mean_high"])) / 2

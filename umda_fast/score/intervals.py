@@ -1,7 +1,12 @@
-"""Confidence intervals of scores, by resampling bags (percentile bootstrap, Efron and Tibshirani 1993, chapter 13)."""
+"""Confidence intervals of scores.
+
+By resampling bags, or patients (percentile bootstrap, Efron and Tibshirani 1993, chapter 13), beside the intervals of
+`umda_fast.tasks.few_units`, which are right for few bags too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,12 +33,26 @@ def primary_score(task: TaskSpec, prediction: Array, target: Array) -> float:
 
 
 def bootstrap_interval(
-    task: TaskSpec, logits: Tensor, target: Tensor, *, level: float = 0.95, samples: int = 1000, seed: int = 0
+    task: TaskSpec,
+    logits: Tensor,
+    target: Tensor,
+    *,
+    groups: Sequence[str] | None = None,
+    level: float = 0.95,
+    samples: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """An interval for `primary_score` from `samples` draws of B bags with replacement.
+    """An interval for `primary_score`: from `samples` draws of bags with replacement, and never narrower than what as
+    many independent units can say.
+
+    Draws of few bags are too much alike: of ten bags that are all predicted rightly every draw scores 1, which would
+    read as certainty. So the interval also holds all values with which so few units would have given the score
+    (`TaskKind.few_units`: Wilson's interval for a share, Newcombe's for an AUROC).
 
     Args:
         logits: [B, outputs]. target: [B] or, multilabel, [B, classes]; every bag has its label.
+        groups: [B], the patient of every bag: patients are drawn, with all their bags; None: each bag is one of its
+            own.
         level: share of the draws inside.
 
     Returns:
@@ -42,10 +61,24 @@ def bootstrap_interval(
     prediction, truth = decode(task, logits.double()).numpy(), target.double().numpy()
     if not len(truth):
         return float("nan"), float("nan")
-    draws = np.random.default_rng(seed).integers(0, len(truth), (samples, len(truth)))
-    scores = np.array([primary_score(task, prediction[rows], truth[rows]) for rows in draws])
+    members = _members(len(truth), groups)
+    draws = np.random.default_rng(seed).integers(0, len(members), (samples, len(members)))
+    drawn = (np.concatenate([members[unit] for unit in units]) for units in draws)
+    scores = np.array([primary_score(task, prediction[rows], truth[rows]) for rows in drawn])
     defined = scores[~np.isnan(scores)]
     if len(defined) < 0.9 * samples:
         return float("nan"), float("nan")
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    score = primary_score(task, prediction, truth)
+    firsts = truth[[rows[0] for rows in members]]
+    few = kind_of(task).few_units(task, score, firsts, level)
+    ends = (float(low), float(high))
+    return ends if few is None else (min(ends[0], few[0]), max(ends[1], few[1]))
+
+
+def _members(bags: int, groups: Sequence[str] | None) -> list[npt.NDArray[np.intp]]:
+    """Rows of every unit that is drawn."""
+    if groups is None:
+        return list(np.arange(bags)[:, None])
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    return [np.flatnonzero(group == unit) for unit in range(int(group.max()) + 1)]

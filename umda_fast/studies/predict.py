@@ -8,8 +8,10 @@ import csv
 import io
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -28,53 +30,79 @@ from umda_fast.tasks import kind_of
 from umda_fast.train.data import model_data
 from umda_fast.train.loading import Run
 
-__all__ = ["predict", "predict_batches"]
+__all__ = ["PredictionTable", "predict", "predict_batches"]
+
+NO_INSTANCES = "no instances"
 
 
-def columns(tasks: Sequence[TaskSpec]) -> list[str]:
-    """The header of predictions.csv."""
-    return ["bag", *(column for task in tasks for column in kind_of(task).columns(task))]
+@dataclass(frozen=True)
+class PredictionTable:
+    """predictions.csv, batch by batch.
 
+    The last two columns are there always: `refer`, tasks that a human should decide, and `reason`. A bag without
+    instances says nothing about its label: its predictions are blank, and it is referred whatever `refer_below` is.
 
-def confidence_columns(tasks: Sequence[TaskSpec], calibration: Calibration) -> list[str]:
-    """What `refer_below` adds to the header."""
-    header = []
-    for task in tasks:
-        if kind_of(task).calibration == "temperature":
-            header.append(f"{task.name}_confidence")
-        elif task.name in calibration.half_widths:
-            header += [f"{task.name}_low", f"{task.name}_high"]
-    return [*header, "refer"]
+    Attributes:
+        tasks: that are predicted.
+        calibration: adds confidences and ends of intervals; None adds nothing.
+        refer_below: with a calibration, the confidence below which a task is referred.
+    """
 
+    tasks: Sequence[TaskSpec]
+    calibration: Calibration | None = None
+    refer_below: float = 0.0
 
-def confidence_rows(
-    tasks: Sequence[TaskSpec], logits: Mapping[str, Tensor], calibration: Calibration, refer_below: float
-) -> list[list[str]]:
-    """The cells under `confidence_columns` for the bags of a batch."""
-    calibrated = calibration.apply({name: value.float().cpu() for name, value in logits.items()})
-    lines: list[list[str]] = [[] for _ in range(len(next(iter(calibrated.values()))))]
-    refer: list[list[str]] = [[] for _ in lines]
-    for task in tasks:
-        if kind_of(task).calibration == "temperature":
-            sure = confidence(task, calibrated[task.name]).tolist()
-            for line, referred, value in zip(lines, refer, sure, strict=True):
-                line.append(f"{value:.6g}")
-                referred += [task.name] * (value < refer_below)
-        elif task.name in calibration.half_widths:
-            half = calibration.half_widths[task.name]
-            for line, value in zip(lines, decode(task, calibrated[task.name])[:, 0].tolist(), strict=True):
-                line += [f"{value - half:.6g}", f"{value + half:.6g}"]
-    return [[*line, ";".join(referred)] for line, referred in zip(lines, refer, strict=True)]
+    def header(self) -> list[str]:
+        """Names of the columns."""
+        header = ["bag", *(column for task in self.tasks for column in kind_of(task).columns(task))]
+        for task in [] if self.calibration is None else self.tasks:
+            if kind_of(task).calibration == "temperature":
+                header.append(f"{task.name}_confidence")
+            elif self._half_width(task) is not None:
+                header += [f"{task.name}_low", f"{task.name}_high"]
+        return [*header, "refer", "reason"]
 
+    def lines(self, names: Sequence[str], sizes: Sequence[int], logits: Mapping[str, Tensor]) -> list[list[str]]:
+        """Lines for the bags of a batch, which have so many instances."""
+        width = len(self.header()) - 3
+        every = ";".join(task.name for task in self.tasks)
+        host = {name: value.float().cpu() for name, value in logits.items()}
+        predicted = self._predictions(host)
+        referred: list[list[str]] = [[] for _ in names]
+        if self.calibration is not None:
+            for line, more in zip(predicted, self._certainties(host, self.calibration, referred), strict=True):
+                line += more
+        return [
+            [name, *cells, ";".join(tasks), f"confidence below {self.refer_below:g}" if tasks else ""]
+            if size
+            else [name, *[""] * width, every, NO_INSTANCES]
+            for name, size, cells, tasks in zip(names, sizes, predicted, referred, strict=True)
+        ]
 
-def rows(names: Sequence[str], tasks: Sequence[TaskSpec], logits: Mapping[str, Tensor]) -> list[list[str]]:
-    """Lines of predictions.csv for the bags of a batch, under the header of `columns`."""
-    lines = [[name] for name in names]
-    for task in tasks:
-        prediction = decode(task, logits[task.name].float()).cpu()
-        for line, cells in zip(lines, kind_of(task).cells(task, prediction), strict=True):
-            line += cells
-    return lines
+    def _half_width(self, task: TaskSpec) -> float | None:
+        return None if self.calibration is None else self.calibration.half_widths.get(task.name)
+
+    def _predictions(self, logits: Mapping[str, Tensor]) -> list[list[str]]:
+        columns = [kind_of(task).cells(task, decode(task, logits[task.name])) for task in self.tasks]
+        return [[cell for cells in row for cell in cells] for row in zip(*columns, strict=True)]
+
+    def _certainties(
+        self, logits: Mapping[str, Tensor], calibration: Calibration, referred: list[list[str]]
+    ) -> list[list[str]]:
+        """Cells of confidences and intervals; tasks that are not sure are added to `referred`, bag by bag."""
+        calibrated = calibration.apply(logits)
+        lines: list[list[str]] = [[] for _ in referred]
+        for task in self.tasks:
+            half = self._half_width(task)
+            if kind_of(task).calibration == "temperature":
+                sure = confidence(task, calibrated[task.name]).tolist()
+                for line, tasks, value in zip(lines, referred, sure, strict=True):
+                    line.append(f"{value:.6g}")
+                    tasks += [task.name] * (value < self.refer_below)
+            elif half is not None:
+                for line, value in zip(lines, decode(task, calibrated[task.name])[:, 0].tolist(), strict=True):
+                    line += [f"{value - half:.6g}", f"{value + half:.6g}"]
+        return lines
 
 
 @torch.no_grad()
@@ -108,18 +136,19 @@ def predict(
 
     Several runs (`load_ensemble`) predict the mean of what they predict.
 
-    The CSV holds the bag's name and, for each task, the probabilities (of label 1 for a binary task, of every
-    class otherwise) and the class predicted, classes joined by `;` for a multilabel task; for a regression
-    the value in original units. The HDF5 holds a group for each bag, named as the bag with `/` written as
-    `%2F` and its plain name in the attribute `name`: `attention` [n, T], `view_weights` [n, V] (models with
-    several views) and `coords` [n, 2] if the data has them; the file's attributes `tasks` and `views` name
-    the columns. Where the data knows, the attributes of `coords` say what it means: `unit` (um or px),
-    `patch_size` in that unit, `pixel_size` in micrometres per level-0 pixel.
+    The CSV holds the bag's name and, for each task, the probabilities, each in a column with the class it is of (for a
+    binary task one, of the positive class), and the class predicted, classes joined by `;` for a multilabel task; for a
+    regression the value in original units. Its last columns are `refer`, tasks joined by `;` that a human should
+    decide, and `reason`; a bag without instances has no predictions and is always referred.
+
+    The HDF5 holds a group for each bag, named as the bag with `/` written as `%2F` and its plain name in the attribute
+    `name`: `attention` [n, T], `view_weights` [n, V] (models with several views) and `coords` [n, 2] if the data has
+    them; the file's attributes `tasks` and `views` name the columns. Where the data knows, the attributes of `coords`
+    say what it means: `unit` (um or px), `patch_size` in that unit, `pixel_size` in micrometres per level-0 pixel.
 
     With `refer_below`, a number between 0 and 1, the CSV further holds each task's calibrated confidence (see
-    `calibration.confidence`), the ends of a regression's interval, and in its last column `refer` the tasks, joined by
-    `;`, whose confidence is below that number: a human should look at those. This needs the calibration.json that
-    training writes when it has a validation split.
+    `calibration.confidence`) and the ends of a regression's interval, and `refer` names the tasks whose confidence is
+    below that number. This needs the calibration.json that training writes when it has a validation split.
 
     Returns:
         The number of bags.
@@ -144,18 +173,20 @@ def predict(
         text = io.TextIOWrapper(table, encoding="utf-8", newline="", write_through=True)
         stack.callback(text.detach)
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns(tasks) + ([] if calibration is None else confidence_columns(tasks, calibration)))
+        predictions = PredictionTable(tasks, calibration, 0.0 if refer_below is None else refer_below)
+        writer.writerow(predictions.header())
         store = stack.enter_context(_attention_file(attention, run)) if attention is not None else None
+        empty = 0
         for batch, result in predict_batches(run, dataset, fabric, progress=progress):
-            lines = rows(batch.names, tasks, result.logits)
-            if calibration is not None and refer_below is not None:
-                more = confidence_rows(tasks, result.logits, calibration, refer_below)
-                lines = [line + cells for line, cells in zip(lines, more, strict=True)]
-            writer.writerows(lines)
+            sizes = batch.ptr.diff().tolist()
+            writer.writerows(predictions.lines(batch.names, sizes, result.logits))
+            empty += sizes.count(0)
             if store is not None:
                 _write_attention(store, batch, result)
         if store is not None:
             _write_positions(store, dataset)
+    if empty:
+        print(f"{empty} of {len(dataset)} bags have no instances: not predicted, but referred", file=sys.stderr)
     return len(dataset)
 
 

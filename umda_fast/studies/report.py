@@ -180,7 +180,7 @@ def _header(run: Run, dataset: BagDataset, split: str, files: RunDirectory) -> s
         ("data", f"{dataset.name}, split {split}"),
         ("bags, instances", f"{len(dataset):,}, {int(dataset.sizes.sum()):,}"),
         ("views", ", ".join(f"{view.name} ({view.width})" for view in dataset.views)),
-        ("tasks", ", ".join(f"{task.name} ({task.kind})" for task in dataset.tasks)),
+        ("tasks", ", ".join(_described(task) for task in dataset.tasks)),
         ("model", f"{run.config.model['architecture']}, {parameters:,} parameters"),
     ]
     if "versions" in metrics:  # not of a model with new heads
@@ -192,6 +192,11 @@ def _header(run: Run, dataset: BagDataset, split: str, files: RunDirectory) -> s
     style = ' style="text-align:left"'
     body = body.replace("<td>", f"<td{style}>")
     return f"<h1>{escape(run.directory.name)}</h1>\n<table>{body}</table>"
+
+
+def _described(task: TaskSpec) -> str:
+    positive = kind_of(task).positive(task)
+    return f"{task.name} ({task.kind}{'' if positive is None else f', probability of {positive}'})"
 
 
 def _scores(tasks: Sequence[TaskSpec], found: Predictions, samples: int) -> str:
@@ -216,8 +221,9 @@ def _scores(tasks: Sequence[TaskSpec], found: Predictions, samples: int) -> str:
     return (
         f"<h2>Scores</h2>\n<p>mean_score <strong>{mean}</strong></p>\n"
         + _table(["task", "labelled bags", "metric", "score", f"{_LEVEL:.0%} interval", "other metrics"], rows)
-        + _note(f"Intervals: percentile bootstrap over bags, {samples} draws; they say how much the score would vary "
-                "with other bags, not with another training.")
+        + _note(f"Intervals: percentile bootstrap over bags, {samples} draws, and at least as wide as so few bags "
+                "allow (of an AUROC by Newcombe's formula, else of classes by Wilson's); they say how much the score "
+                "would vary with other bags, not with another training.")
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from umda_fast.tasks.classes import THRESHOLD, OneClass, predicted_labels
 from umda_fast.tasks.columns import as_numbers
+from umda_fast.tasks.few_units import auroc_interval
 from umda_fast.tasks.kind import Array, FloatArray, TaskSpec
 
 if TYPE_CHECKING:
@@ -64,5 +65,14 @@ class Binary(OneClass):
 
         return float(roc_auc_score(target, prediction[:, 0])) if 0 < target.sum() < len(target) else float("nan")
 
+    def few_units(self, task: TaskSpec, score: float, target: Array, level: float) -> tuple[float, float] | None:
+        positives = int(target.sum())
+        if not 0 < positives < len(target):
+            return None
+        return auroc_interval(score, len(target) - positives, positives, level)
+
+    def positive(self, task: TaskSpec) -> str:
+        return task.class_names[1]
+
     def columns(self, task: TaskSpec) -> list[str]:
-        return [f"{task.name}_probability", f"{task.name}_predicted"]
+        return [f"{task.name}_probability_{self.positive(task)}", f"{task.name}_predicted"]

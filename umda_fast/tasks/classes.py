@@ -14,6 +14,7 @@ from torch import Tensor
 
 from umda_fast.errors import DataError
 from umda_fast.tasks.columns import as_numbers, as_texts, by_name, distinct_texts, number_texts, some_text
+from umda_fast.tasks.few_units import wilson_interval
 from umda_fast.tasks.kind import Array, ClassWeights, FloatArray, TaskKind, TaskSpec
 from umda_fast.tasks.shown import Confusion, Shown
 
@@ -58,6 +59,10 @@ class Classes(TaskKind):
 
     def fit(self, task: TaskSpec, column: FloatArray, class_weights: ClassWeights = None) -> TaskSpec:
         return replace(task, class_weights=self.balanced(task, column)) if class_weights == "balanced" else task
+
+    def few_units(self, task: TaskSpec, score: float, target: Array, level: float) -> tuple[float, float] | None:
+        """Wilson's interval: exact in kind for an accuracy, and wide enough for other means of values in 0..1."""
+        return wilson_interval(score, len(target), level)
 
     def confidence(self, task: TaskSpec, probabilities: Tensor) -> Tensor:
         """That of the least certain label."""

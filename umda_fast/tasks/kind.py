@@ -320,6 +320,18 @@ class TaskKind(ABC):
     def primary_score(self, task: TaskSpec, prediction: Array, target: Array) -> float:
         """The metric `primary` by NumPy alone, many times as fast on few bags; NaN where undefined. B > 0."""
 
+    def few_units(
+        self, task: TaskSpec, score: float, target: Array, level: float
+    ) -> tuple[float, float] | None:
+        """Values with which few independent bags or patients would have given `primary_score` `score`, by a formula
+        that is right however few they are; None: the bootstrap alone has to do.
+
+        Args:
+            target: the labels, of a patient that of one bag.
+            level: of the interval, 0..1.
+        """
+        return None
+
     # ---- certainty, of a kind with probabilities
 
     def confidence(self, task: TaskSpec, probabilities: Tensor) -> Tensor:
@@ -336,6 +348,10 @@ class TaskKind(ABC):
         raise ValueError(f"task {task.name!r}: expected classes, got a {self.name}")
 
     # ---- shown
+
+    def positive(self, task: TaskSpec) -> str | None:
+        """The class that the one probability of a yes or no is of; None for a kind without such a class."""
+        return None
 
     @abstractmethod
     def columns(self, task: TaskSpec) -> list[str]:
