@@ -16,6 +16,7 @@ from umda_fast.runtime.fabric import make_fabric
 from umda_fast.score.collect import collect
 from umda_fast.score.evaluation import evaluate_dataset
 from umda_fast.score.inference import evaluating
+from umda_fast.tasks import kind_of
 
 DATA = datasets()["train"]
 FABRIC = make_fabric(small_config())
@@ -40,6 +41,7 @@ def test_batches_make_no_difference(budget: int) -> None:
     assert (found.bags, found.instances) == (whole.bags, whole.instances) == (len(DATA), int(DATA.sizes.sum()))
     assert flat(found.tasks) == pytest.approx(flat(whole.tasks), rel=1e-5, nan_ok=True)
     assert found.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert found.calibrated_losses == pytest.approx(whole.calibrated_losses, rel=1e-5)
     assert found.view_consistency == pytest.approx(whole.view_consistency, rel=1e-5)
     for name in ("view_mass", "influence"):
         torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
@@ -51,6 +53,12 @@ def test_losses_are_those_of_all_bags_at_once() -> None:
     expected = task_losses(TASKS, found.logits, found.labels, found.masks)
     result = evaluate_dataset(model, DATA, FABRIC, DataConfig(budget=24))
     assert result.losses == pytest.approx({name: float(loss) for name, loss in expected.items()}, rel=1e-5)
+    assert result.calibrated_losses["rare"] == result.losses["rare"]  # a regression
+    for task in TASKS[:2]:
+        logits, labels = found.of(task)
+        grid = [kind_of(task).loss(task, logits / 1.02**power, labels, None) for power in range(-300, 300)]
+        assert result.calibrated_losses[task.name] == pytest.approx(float(min(grid)), rel=1e-3)
+        assert result.calibrated_losses[task.name] < result.losses[task.name]
     logits, labels = found.of(TASKS[2])
     assert len(logits) == len(labels) == int(found.masks["rare"].sum()) < len(DATA)
 
@@ -59,6 +67,7 @@ def test_a_task_without_labels_has_no_figures() -> None:
     labelled = [index for index in range(len(DATA)) if "rare" not in DATA[index].labels]
     result = evaluate_dataset(make_model(), DATA.subset(labelled), FABRIC, DataConfig())
     assert math.isnan(result.losses["rare"])
+    assert math.isnan(result.calibrated_losses["rare"])
     assert all(math.isnan(value) for value in result.tasks["rare"].values())
     assert math.isfinite(result.mean_score)
 

@@ -9,6 +9,7 @@ import torch
 
 from umda_fast.data import BagDataset
 from umda_fast.model import TaskSpec, decode
+from umda_fast.score.calibration import best_temperature
 from umda_fast.score.evaluation import SplitResult
 from umda_fast.score.metrics import TaskMetrics
 from umda_fast.score.skill import SkillScale
@@ -51,14 +52,17 @@ def _data(*tasks: TaskSpec, seed: int = 0) -> BagDataset:
 
 def _result(data: BagDataset, logits: dict[str, torch.Tensor]) -> SplitResult:
     """As an evaluation finds it with these logits, [B, outputs] each."""
-    metrics, losses = TaskMetrics(data.tasks), {}
+    metrics, losses, calibrated = TaskMetrics(data.tasks), {}, {}
     labels = {name: torch.from_numpy(column) for name, column in data.labels.items()}
     mask = {name: ~(x.isnan() if x.ndim == 1 else x.isnan().any(1)) for name, x in labels.items()}
     given = {task.name: labels[task.name].nan_to_num().to(kind_of(task).label_dtype) for task in data.tasks}
     metrics.update(logits, given, mask)
     for task in data.tasks:
-        losses[task.name] = float(kind_of(task).loss(task, logits[task.name], labels[task.name], mask[task.name]))
-    return SplitResult(metrics.compute(), 0.0, losses, BAGS, BAGS, None, None, None)
+        kind, raw, keep = kind_of(task), logits[task.name], mask[task.name]
+        losses[task.name] = float(kind.loss(task, raw, labels[task.name], keep))
+        best = best_temperature(task, raw[keep], given[task.name][keep])
+        calibrated[task.name] = float(kind.loss(task, raw / best, labels[task.name], keep))
+    return SplitResult(metrics.compute(), 0.0, losses, calibrated, BAGS, BAGS, None, None, None)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
@@ -99,6 +103,19 @@ def test_skill_of_a_constant_is_0_of_the_labels_themselves_1(task: TaskSpec) -> 
     assert found.mean == found.tasks[task.name] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("task", TASKS[:-1], ids=lambda task: task.name)
+def test_skill_does_not_depend_on_how_sure_all_predictions_are(task: TaskSpec) -> None:
+    train, val = _data(task), _data(task, seed=1)
+    signal = torch.from_numpy(kind_of(task).linear_targets(task, np.nan_to_num(val.labels[task.name])))
+    seen = 0.5 * signal + torch.randn(signal.shape, generator=torch.Generator().manual_seed(0))
+    logits = torch.from_numpy(kind_of(task).constant(task, train.labels[task.name])) + seen  # log-odds by Bayes
+    scale = SkillScale(train)
+    plain, sure = (_result(val, {task.name: factor * logits}) for factor in (0.3, 3.0))
+    assert sure.losses[task.name] > 1.2 * sure.calibrated_losses[task.name]
+    assert scale(sure, val).mean == pytest.approx(scale(plain, val).mean, rel=1e-4)
+    assert sure.calibrated_losses[task.name] < scale.constant_losses(val)[task.name]
+
+
 def test_a_class_that_no_training_bag_has_leaves_the_constant_finite() -> None:
     for task in TASKS:
         column = np.zeros_like(_column(task))
@@ -113,7 +130,7 @@ def test_one_task_that_overfits_takes_its_own_share_and_no_more() -> None:
     data = _data(*tasks)
     scale = SkillScale(data)
     result = _result(data, {"b": torch.zeros(BAGS, 1), "r": torch.zeros(BAGS, 1)})
-    result = replace(result, tasks={"b": {"auroc": 0.9}, "r": {"r2": -50.0}}, losses={"b": 0.25, "r": 40.0})
+    result = replace(result, tasks={"b": {"auroc": 0.9}, "r": {"r2": -50.0}}, calibrated_losses={"b": 0.25, "r": 40.0})
     found = scale(result, data)
     assert found.tasks["r"] == 0.0
     assert found.mean == found.tasks["b"] / 2 > 0.2
@@ -124,9 +141,10 @@ def test_what_is_not_defined_is_left_out() -> None:
     data = _data(*tasks)
     scale, base = SkillScale(data), _result(data, {"b": torch.zeros(BAGS, 1), "r": torch.zeros(BAGS, 1)})
     reference = scale.constant_losses(data)["b"]
-    half = replace(base, tasks={"b": {"auroc": NAN}, "r": {"r2": NAN}}, losses={"b": reference / 2, "r": NAN})
+    losses = {"b": reference / 2, "r": NAN}
+    half = replace(base, tasks={"b": {"auroc": NAN}, "r": {"r2": NAN}}, calibrated_losses=losses)
     found = scale(half, data)
     assert found.mean == found.tasks["b"] == pytest.approx(0.5)
     assert math.isnan(found.tasks["r"])
-    none = scale(replace(half, losses={"b": NAN, "r": NAN}), data)
+    none = scale(replace(half, calibrated_losses={"b": NAN, "r": NAN}), data)
     assert math.isnan(none.mean)

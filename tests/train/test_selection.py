@@ -20,7 +20,7 @@ TASKS = (TaskSpec("b", "binary"), TaskSpec("r", "regression", mean=10.0, std=4.0
 def test_scores() -> None:
     tasks = {"b": {"auroc": 0.8, "accuracy": 0.7}, "r": {"mae": 2.5, "r2": 0.3}}
     losses = {"b": 0.25, "r": 1.5, "without labels": math.nan}
-    result = SplitResult(tasks, 0.4, losses, 9, 9, None, None, None)
+    result = SplitResult(tasks, 0.4, losses, losses, 9, 9, None, None, None)
     skill = Skill({"b": 0.7, "r": 0.5}, 0.6)
     selects = ("skill", "mean_score", "loss", "r/mae", "r/r2", "b/accuracy")
     found = {name: Selection(name, TASKS).score(result, skill) for name in selects}

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,12 +22,14 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from umda_fast.errors import DataError
 from umda_fast.files import write_json
-from umda_fast.model import TaskSpec, decode, task_losses
+from umda_fast.model import TaskSpec, decode
 from umda_fast.tasks import kind_of
 
-__all__ = ["Calibration", "calibration_error", "confidence", "fit_calibration", "risk_coverage"]
+__all__ = ["Calibration", "best_temperature", "calibration_error", "confidence", "fit_calibration", "risk_coverage"]
 
-_LOG_TEMPERATURE = 3.0  # temperatures in exp(-3) .. exp(3)
+# Logits are brought to sizes between exp(-7), nothing known, and exp(3), where labels that are told apart without a
+# mistake would have them beyond all bounds.
+_LOG_TEMPERATURES = (-3.0, 7.0)
 
 
 @dataclass(frozen=True)
@@ -107,20 +109,34 @@ def fit_calibration(
             if half is not None:
                 half_widths[task.name], bags[task.name] = half, len(target)
         elif certainty == "temperature" and bool((target != target[0]).any()):
-            temperatures[task.name], bags[task.name] = _temperature(task, raw, target), len(target)
+            plain = replace(task, class_weights=None)
+            temperatures[task.name], bags[task.name] = best_temperature(plain, raw, target), len(target)
     return Calibration(temperatures, half_widths, level, bags)
 
 
-def _temperature(task: TaskSpec, logits: Tensor, target: Tensor) -> float:
-    plain = TaskSpec(task.name, task.kind, task.classes)
+def best_temperature(task: TaskSpec, logits: Tensor, target: Tensor) -> float:
+    """The T with the least loss of `logits / T`; 1 for a kind whose logits no temperature divides.
+
+    It is looked for relative to the root mean square of the logits (of several classes, without what all of them
+    share), so logits times 10 get a T that is 10 times as large, within rounding.
+
+    Args:
+        task: class weights count.
+        logits: [B, outputs], B > 0. target: [B] or, multilabel, [B, classes]; every bag has its label.
+    """
+    kind, logits = kind_of(task), logits.double()
+    if kind.calibration != "temperature":
+        return 1.0
+    size = float(kind.centred(logits).square().mean().sqrt())
+    if not 0.0 < size < math.inf:
+        return 1.0
 
     def loss(log_temperature: float) -> float:
-        scaled = {task.name: logits / math.exp(log_temperature)}
-        return float(task_losses([plain], scaled, {task.name: target})[task.name])
+        return float(kind.loss(task, logits / (size * math.exp(log_temperature)), target, None))
 
-    # Convex in 1 / T, so there is one minimum.
-    best = minimize_scalar(loss, bounds=(-_LOG_TEMPERATURE, _LOG_TEMPERATURE), method="bounded")
-    return math.exp(float(best.x))
+    # Convex in 1 / T, so there is one minimum; 1e-3 off it costs a millionth part.
+    best = minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded", options={"xatol": 1e-3})
+    return size * math.exp(float(best.x))
 
 
 def _conformal_quantile(residuals: Tensor, level: float) -> float | None:

@@ -17,8 +17,10 @@ from umda_fast.runtime.fabric import processes_of
 from umda_fast.runtime.guard import check_batch
 from umda_fast.runtime.progress import ProgressReport
 from umda_fast.runtime.together import label_counts, penalty_counts
+from umda_fast.score.calibration import best_temperature
 from umda_fast.score.inference import batches_in_order, evaluating, infer, sampler_in_order
 from umda_fast.score.metrics import TaskMetrics, mean_score
+from umda_fast.tasks import kind_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -30,13 +32,16 @@ class SplitResult:
     """What `evaluate_dataset` found on a split.
 
     `tasks` is {task: {metric: value}}, NaN where a metric is undefined. `losses` are means over the bags that
-    carry the label (with class weights, weighted means). `view_consistency`, `view_mass` [V, V] (row: the view
-    that listens) and `influence` [T, T] are None for a model that has no such thing.
+    carry the label (with class weights, weighted means); `calibrated_losses` are what is left of them once each task's
+    logits are divided by the temperature that is best on these very bags, and the same for a kind that has none.
+    `view_consistency`, `view_mass` [V, V] (row: the view that listens) and `influence` [T, T] are None for a model
+    that has no such thing.
     """
 
     tasks: dict[str, dict[str, float]]
     mean_score: float
     losses: dict[str, float]
+    calibrated_losses: dict[str, float]
     bags: int
     instances: int
     view_consistency: float | None
@@ -113,8 +118,10 @@ class _Found:
         self.bags += bags
         self.instances += instances
 
-    def result(self, values: dict[str, dict[str, float]]) -> SplitResult:
+    def result(self, values: dict[str, dict[str, float]], outputs: Sequence[_Outputs]) -> SplitResult:
+        """`values` and `outputs`: metrics, and what they are of."""
         means = {name: mean.value() for name, mean in self.losses.items()}
+        losses = {name: math.nan if value is None else float(value) for name, value in means.items()}
         consistency = self.consistency.value()
         view_mass = None
         if self.mass_sum.total is not None and self.mass_rows.total is not None:
@@ -122,13 +129,24 @@ class _Found:
         return SplitResult(
             tasks=values,
             mean_score=mean_score(self.tasks, values),
-            losses={name: math.nan if value is None else float(value) for name, value in means.items()},
+            losses=losses,
+            calibrated_losses={task.name: _calibrated(task, losses[task.name], outputs) for task in self.tasks},
             bags=self.bags,
             instances=self.instances,
             view_consistency=None if consistency is None else float(consistency),
             view_mass=view_mass,
             influence=self.influence.value(),
         )
+
+
+def _calibrated(task: TaskSpec, loss: float, outputs: Sequence[_Outputs]) -> float:
+    """`loss`, which is of all `outputs` together, after the best temperature."""
+    kind = kind_of(task)
+    if kind.calibration != "temperature" or math.isnan(loss):
+        return loss
+    kept = [(out[task.name][mask[task.name]], labels[task.name][mask[task.name]]) for out, labels, mask in outputs]
+    logits, target = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return float(kind.loss(task, logits.double() / best_temperature(task, logits, target), target, None))
 
 
 def _in_order(indices: Sequence[int], outputs: Sequence[_Outputs], batches: Sequence[int]) -> list[_Outputs]:
@@ -175,12 +193,11 @@ def evaluate_dataset(
                 found.add(host, batch, out)
             if processes is None:
                 metrics.update(out.logits, batch.labels, batch.label_mask)
-            else:
-                logits = {name: value.float().cpu() for name, value in out.logits.items()}
-                outputs.append((logits, host.labels, host.label_mask))
+            logits = {name: value.float().cpu() for name, value in out.logits.items()}
+            outputs.append((logits, host.labels, host.label_mask))
             report.update(found.bags / max(len(dataset), 1), instances=host.num_instances)
     if processes is None:
-        return found.result(metrics.compute())
+        return found.result(metrics.compute(), outputs)
     indices = [index for batch in sampler_in_order(dataset, data, processes).batches(0) for index in batch]
     parts = processes.objects((indices, outputs, found.state()))
     result: SplitResult | None = None
@@ -197,6 +214,6 @@ def evaluate_dataset(
         for logits, labels, label_mask in merged:
             moved = ({name: value.to(fabric.device) for name, value in x.items()} for x in (logits, labels, label_mask))
             metrics.update(*moved)
-        result = found.result(metrics.compute())
+        result = found.result(metrics.compute(), merged)
     told: SplitResult = processes.object_from_first(result)
     return told

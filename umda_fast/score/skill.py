@@ -39,9 +39,11 @@ class SkillScale:
 
     The skill of a task is the mean of two parts, each cut off at 0: `1 - loss / loss_0`, where `loss_0` is the loss, on
     the bags that are scored, of the constant prediction that fits the training labels best; and
-    `(score - chance) / (1 - chance)` of the primary metric. Loss sees certainty, the score only what is decided; a part
-    that is not defined on the bags is left out, and so is the loss where `loss_0` is not above 0, as a log likelihood
-    without its constant may be.
+    `(score - chance) / (1 - chance)` of the primary metric. The score sees only what is decided, the loss what is
+    thought likely; of a task with temperatures it is the loss at the best one (`SplitResult.calibrated_losses`): how
+    sure all predictions are together is mended after the training by one number, and a model that still learns to tell
+    bags apart while it becomes too sure is not to be thrown away for it. A part that is not defined on the bags is left
+    out, and so is the loss where `loss_0` is not above 0, as a log likelihood without its constant may be.
 
     Method: Murphy, "Skill scores based on the mean square error", 1988, for any loss.
 
@@ -78,7 +80,7 @@ class SkillScale:
             score = result.tasks[task.name][kind_of(task).primary]
             loss_0 = reference[task.name]
             parts = [(score - chance) / (1.0 - chance)]
-            parts += [1.0 - result.losses[task.name] / loss_0] if loss_0 > 0.0 else []
+            parts += [1.0 - result.calibrated_losses[task.name] / loss_0] if loss_0 > 0.0 else []
             tasks[task.name] = _mean([min(max(part, 0.0), 1.0) for part in parts if math.isfinite(part)])
         return Skill(tasks, _mean([value for value in tasks.values() if math.isfinite(value)]))
 

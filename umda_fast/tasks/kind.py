@@ -227,6 +227,10 @@ class TaskKind(ABC):
         n is the kind's own choice; of the kinds here it is `outputs`.
         """
 
+    def centred(self, logits: Tensor) -> Tensor:
+        """Logits [B, outputs] without what a prediction does not depend on."""
+        return logits
+
     @abstractmethod
     def mean_logits(self, tasks: Sequence[TaskSpec], logits: Sequence[Tensor]) -> Tensor:
         """Logits [B, outputs] that `decode`, by the first spec, makes the mean of all predictions."""

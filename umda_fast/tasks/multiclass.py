@@ -37,6 +37,10 @@ class Multiclass(OneClass):
     def decode(self, task: TaskSpec, logits: Tensor) -> Tensor:
         return logits.softmax(-1)
 
+    def centred(self, logits: Tensor) -> Tensor:
+        """Without the mean over classes."""
+        return logits - logits.mean(-1, keepdim=True)
+
     def mean_logits(self, tasks: Sequence[TaskSpec], logits: Sequence[Tensor]) -> Tensor:
         return F.log_softmax(torch.stack(list(logits)), -1).logsumexp(0) - math.log(len(logits))
 

@@ -218,7 +218,7 @@ class Trainer:
             result = self.evaluate(self.val_set)
             skill = self.skill(result, self.val_set)
             score = self.selection.score(result, skill)
-            names = ("losses", "tasks", "mean_score", "view_consistency")
+            names = ("losses", "calibrated_losses", "tasks", "mean_score", "view_consistency")
             record["val"] = {name: getattr(result, name) for name in names} | {"skill": vars(skill)}
         better = state.offer(score, self.evaluated_model.state_dict())
         record["best_epoch"] = state.best_epoch
