@@ -31,6 +31,8 @@ NUMBERS = 10_000_000
 # `1 / C` of a logistic regression whose features are standardised, strongest first: each fit begins at the last one's.
 _PENALTIES = (1e4, 1e3, 1e2, 1e1, 1.0)
 _FOLDS = 3
+# Bags that penalties are chosen on, at most.
+_CHOOSING = 1200
 # A view is sparse, counts of words for example, where most of its values are 0.
 _SPARSE = 0.5
 
@@ -40,9 +42,9 @@ def fit_linear(model: Linear, dataset: BagDataset, data: DataConfig, seed: int =
     `NUMBERS` numbers, to as many of them, drawn at random.
 
     A task's head minimises the mean loss of its kind plus `penalty / (2 n) sum W^2`, n the bags with a label, by
-    L-BFGS; the penalty is the best of 5 by the loss in 3-fold cross-validation. Labels of a multilabel task are
-    balanced (the loss of positives times negatives / positives) unless the task has class weights of its own, so that
-    rare ones come above the threshold of 1/2.
+    L-BFGS; the penalty is the best of 5 by the loss in 3-fold cross-validation, of 1200 of the bags at most. Labels of
+    a multilabel task are balanced (the loss of positives times negatives / positives) unless the task has class weights
+    of its own, so that rare ones come above the threshold of 1/2.
 
     Means are standardised; those of a sparse view, most of whose values are 0, are divided by one number alone, by
     which their mean square length is the number of features that are not 0.
@@ -109,17 +111,45 @@ def _fit_task(task: TaskSpec, x: Tensor, column: Any, seed: int) -> tuple[Tensor
     if n < 2 * _FOLDS:
         constant = torch.from_numpy(kind.constant(task, column))
         return x.new_zeros(task.outputs, x.shape[1]), constant, math.inf
-    order = permutation(generator(Stream.LINEAR_FOLDS, seed, 0), n)
+    order = permutation(generator(Stream.LINEAR_FOLDS, seed, 0), n)[:_CHOOSING]
+    penalty = _best_penalty(task, x[order], column[order])
+    basis = _Basis(x)
+    weight, bias = _path(task, basis.rows, column, [penalty])[-1]
+    return basis.weight(weight), bias, penalty
+
+
+def _best_penalty(task: TaskSpec, x: Tensor, column: Any) -> float:
+    kind, rows, target = kind_of(task), _Basis(x).rows, torch.from_numpy(column)
     losses = torch.zeros(len(_PENALTIES), dtype=torch.float64)
-    target = torch.from_numpy(column)
     for fold in range(_FOLDS):
-        out = np.sort(order[fold::_FOLDS])
-        own = np.setdiff1d(order, out)
-        for index, (weight, bias) in enumerate(_path(task, x[own], column[own], _PENALTIES)):
-            losses[index] += kind.losses(task, x[out] @ weight.T + bias, target[out]).sum()
-    best = int(losses.nan_to_num(math.inf).argmin())
-    *_, (weight, bias) = _path(task, x, column, _PENALTIES[: best + 1])
-    return weight, bias, _PENALTIES[best]
+        out = np.arange(fold, len(x), _FOLDS)
+        own = np.setdiff1d(np.arange(len(x)), out)
+        for index, (weight, bias) in enumerate(_path(task, rows[own], column[own], _PENALTIES)):
+            losses[index] += kind.losses(task, rows[out] @ weight.T + bias, target[out]).sum()
+    return _PENALTIES[int(losses.nan_to_num(math.inf).argmin())]
+
+
+class _Basis:
+    """Rows with the inner products of `x` [n, F] and no more than n columns: what a ridge sees of many features.
+
+    `x x^T = L L^T` by Cholesky; the minimum of a loss of `L w` plus `|w|^2` is that of `x W` with `W = x^T L^-T w`,
+    which has the same length.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._x, self._wide = x, x.shape[1] > x.shape[0]
+        self.rows = x
+        if self._wide:
+            gram = x @ x.T
+            gram.diagonal().add_(1e-9 * gram.diagonal().mean().clamp_min(1e-300))
+            self.rows = torch.linalg.cholesky(gram)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """[outputs, F] of one for `rows`."""
+        if not self._wide:
+            return weight
+        found: Tensor = torch.linalg.solve_triangular(self.rows.T, weight.T, upper=True).T @ self._x
+        return found
 
 
 def _path(task: TaskSpec, x: Tensor, column: Any, penalties: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
