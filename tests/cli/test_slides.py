@@ -154,8 +154,35 @@ def test_no_labels(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[s
     (root / "labels.csv").rename(tmp_path / "elsewhere.csv")
     assert call("train", "--data", root, "--config", config, "--out", tmp_path / "run") == 2
     assert "expected labels of at least one task, got none" in capsys.readouterr().err
+    assert call("inspect", root, "--json", tmp_path / "report.json") == 2
+    (problem,) = json.loads((tmp_path / "report.json").read_text())["faults"]
+    assert f"the first: {problem}" in " ".join(capsys.readouterr().out.split())
     assert call("inspect", root, "--set", f"data.options.labels={tmp_path / 'elsewhere.csv'}") == 0
-    assert "labels from elsewhere.csv" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "labels from elsewhere.csv" in shown
+    assert "normal 8, tumour 8" in shown
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines()]
+    assert ["case_id", "patient", "its name"] in rows
+    assert ["age", "task (regression)", "its values are numbers"] in rows
+
+
+def test_a_split_that_parts_patients(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write(tmp_path / "stamp", "stamp")
+    columns = {
+        "case_id": [f"patient-{index // 2}" for index in range(16)],
+        "slide_id": NAMES,
+        "label": ["tumour" if index % 2 else "normal" for index in range(16)],
+        "split": ["train", "test"] * 8,
+    }
+    write_labels(root / "labels.csv", columns)
+    said = "patient patient-0: expected in one split, got train and test (8 of 8 are in several)"
+    assert call("inspect", root) == 2
+    assert said in " ".join(capsys.readouterr().out.split())
+    for command in ("train", "crossval"):
+        expected = 0 if command == "crossval" else 2  # its folds keep patients together
+        arguments = ["--data", root, "--config", config, "--out", tmp_path / command, "-q"]
+        assert call(command, *arguments, *(["--folds", 2] if command == "crossval" else [])) == expected
+        assert (said in capsys.readouterr().err) == (expected == 2)
 
 
 def test_the_example(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ _EXTRAS = {
     "typer": "train",
     "yaml": "train",
     "h5py": "io",
+    "openpyxl": "io",
     "pandas": "io",
     "torch_geometric": "graph",
     "torchjd": "balancers",

@@ -20,8 +20,9 @@ def inspect(
     skip_bad: SkipBad = False,
     json: JsonFile = None,
 ) -> None:
-    """Say what the data holds: bags, instances, views, tasks, what is missing, how `data.standardize=auto` scales the
-    features, and the first problem by name.
+    """Say what the data holds: bags, instances, views, tasks, what is missing, what each column of the table of labels
+    was taken for, how `data.standardize=auto` scales the features, and the first problem by name. The exit code is 2
+    for a problem that a training does not go on with.
     """
     from dataclasses import asdict
 
@@ -34,3 +35,5 @@ def inspect(
     scaling = [str(view) for view in view_scalings(splits["train"])]
     print_inspection(make_console(), report, scaling)
     save_json(json, {**asdict(report), "scaling": scaling})
+    if report.faults:
+        raise typer.Exit(2)

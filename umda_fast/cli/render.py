@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from umda_fast.tasks.metric_names import metric_name
@@ -156,14 +157,16 @@ def print_info(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def print_inspection(console: Console, report: Any, scaling: Sequence[str] = ()) -> None:
-    """Print a `umda_fast.data.SourceReport`: bags, views, tasks, and what is wrong; and how features are scaled, a line
-    for every view."""
-    console.print(f"[bold]{report.name}[/bold] ({report.format}): {report.description}", soft_wrap=True)
+    """Print a `umda_fast.data.SourceReport`: bags, views, tasks, columns of the table of labels, and what is wrong; and
+    how features are scaled, a line for every view."""
+    console.print(f"[bold]{escape(report.name)}[/bold] ({report.format}): {escape(report.description)}", soft_wrap=True)
     splits = list(report.bags)
 
     table = Table(title="Bags", title_justify="left")
     table.add_column("split")
-    for column in ("bags", "instances", "min", "q25", "median", "q75", "max", "mean"):
+    patients = report.patients
+    counted = ("bags", "patients", "instances") if patients else ("bags", "instances")
+    for column in (*counted, "min", "q25", "median", "q75", "max", "mean"):
         table.add_column(column, justify="right")
     for split in splits:
         sizes = report.instances_per_bag[split]
@@ -171,7 +174,8 @@ def print_inspection(console: Console, report: Any, scaling: Sequence[str] = ())
             f"{sizes[name]:g}" if name in sizes else "-" for name in ("min", "q25", "median", "q75", "max")
         ]
         average = f"{sizes['mean']:.1f}" if "mean" in sizes else "-"
-        table.add_row(split, f"{report.bags[split]:,}", f"{report.instances[split]:,}", *figures, average)
+        counts = (report.bags, *([patients] if patients else []), report.instances)
+        table.add_row(split, *(f"{count[split]:,}" for count in counts), *figures, average)
     table.caption = "min to mean: instances in a bag" + (
         "; instances have coordinates" if report.coords else ""
     )
@@ -184,18 +188,19 @@ def print_inspection(console: Console, report: Any, scaling: Sequence[str] = ())
         table.add_column(f"missing, {split}", justify="right")
     for view in report.views:
         shares = [view.missing[split] for split in splits]
-        table.add_row(view.name, str(view.width), *("-" if s is None else f"{s:.1%}" for s in shares))
+        table.add_row(escape(view.name), str(view.width), *("-" if s is None else f"{s:.1%}" for s in shares))
     console.print(table)
 
     table = Table(title="Tasks", title_justify="left")
-    for column in ("task", "kind", "classes"):
+    for column in ("task", "kind", "classes, with how many"):
         table.add_column(column, overflow="fold")
     for split in splits:
         table.add_column(f"labels, {split}", justify="right")
     for split in splits:
         table.add_column(f"missing, {split}", justify="right")
     for task in report.tasks:
-        classes = ", ".join(task.classes)
+        found = [sum(counts) for counts in zip(*task.counts.values(), strict=True)]
+        classes = ", ".join(f"{name} {count:,}" for name, count in zip(task.classes, found, strict=True))
         if splits[0] in task.values:
             lowest, highest, mean, std = (
                 task.values[splits[0]][key] for key in ("min", "max", "mean", "std")
@@ -203,9 +208,17 @@ def print_inspection(console: Console, report: Any, scaling: Sequence[str] = ())
             classes = f"{lowest:g} to {highest:g}, mean {mean:.3g}, std {std:.3g}"
         labelled = (f"{task.labelled[split]:,}" for split in splits)
         table.add_row(
-            task.name, task.kind, classes, *labelled, *(f"{task.missing[split]:,}" for split in splits)
+            escape(task.name), task.kind, escape(classes), *labelled, *(f"{task.missing[split]:,}" for split in splits)
         )
     console.print(table)
+
+    if report.columns:
+        table = Table(title="Columns of the table of labels", title_justify="left")
+        for column in ("column", "taken for", "why"):
+            table.add_column(column, overflow="fold")
+        for use in report.columns:
+            table.add_row(escape(use.name), escape(use.use), escape(use.why))
+        console.print(table)
 
     for line in scaling:
         console.print(line, soft_wrap=True)
@@ -213,9 +226,9 @@ def print_inspection(console: Console, report: Any, scaling: Sequence[str] = ())
         console.print("no problem found")
         return
     console.print(
-        f"[bold]{len(report.problems)} problem(s), the first: {report.problems[0]}[/bold]", soft_wrap=True
+        f"[bold]{len(report.problems)} problem(s), the first: {escape(report.problems[0])}[/bold]", soft_wrap=True
     )
     for problem in report.problems[1:20]:
-        console.print(f"  {problem}", soft_wrap=True)
+        console.print(f"  {escape(problem)}", soft_wrap=True)
     if len(report.problems) > 20:
         console.print(f"  and {len(report.problems) - 20} more (--json FILE lists all)")

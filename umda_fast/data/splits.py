@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from umda_fast.data.arrays import FloatArray, IntArray
+from umda_fast.data.columns import ColumnUse
 from umda_fast.data.dataset import BagDataset
 from umda_fast.data.draws import Stream, generator, permutation
 from umda_fast.data.labels import ClassWeights, fit_tasks
@@ -206,6 +207,23 @@ def k_fold(
     return result
 
 
+@dataclass(frozen=True)
+class About:
+    """How a source was understood.
+
+    Attributes:
+        columns: of its table of labels.
+        patients: split -> how many; None where nothing says whose the bags are.
+        faults: what a training must not go on with, worst first, one line each.
+        doubts: what was guessed and may be wrong, one line each.
+    """
+
+    columns: Sequence[ColumnUse] = ()
+    patients: Mapping[str, int] | None = None
+    faults: Sequence[str] = ()
+    doubts: Sequence[str] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Splits(Mapping[str, BagDataset]):
     """A source, split: `splits.train` or `splits["train"]`, the same for `val` and `test`; any may be empty.
@@ -216,6 +234,7 @@ class Splits(Mapping[str, BagDataset]):
         train, val, test: share views and tasks; regressions are standardised by the training labels.
         whole: all bags, in the source's order.
         fixed: options that a run keeps beside those it was given, so that its source is read alike later.
+        about: how the source was understood.
     """
 
     name: str
@@ -225,6 +244,7 @@ class Splits(Mapping[str, BagDataset]):
     test: BagDataset
     whole: BagDataset
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    about: About = field(default_factory=About)
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:
@@ -250,6 +270,11 @@ class Splits(Mapping[str, BagDataset]):
 
     def __len__(self) -> int:
         return len(SPLITS)
+
+    def check(self) -> None:
+        """Raise DataError if the source is nothing to train on (`About.faults`)."""
+        if self.about.faults:
+            raise DataError(self.about.faults[0])
 
     def fitted(self, class_weights: ClassWeights = None, keep: Sequence[str] = ()) -> Splits:
         """The same splits with task specs fitted to the training labels, but for the tasks in `keep`."""

@@ -120,6 +120,7 @@ def readapt(
         if source is None:
             raise DataError("source: expected the data with the new labels, got none")
         datasets = load_source(source, format=format, seed=data_seed(settings), **dict(options or {}))
+        datasets.check()
     if "train" not in datasets or not datasets["train"].tasks:
         raise DataError(f"{where}: expected a split 'train' with labels of at least one task")
     tasks = datasets["train"].tasks

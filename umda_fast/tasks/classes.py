@@ -111,18 +111,19 @@ class OneClass(Classes):
         return TaskSpec(name, self.name, classes, labels=tuple(distinct)), by_name(distinct, texts)
 
     def read_as(self, where: str, task: TaskSpec, array: Array) -> FloatArray:
-        """Class names where all labels are among them, else numbers."""
-        numbers = as_numbers(where, array)
+        """Class names where all labels are among them, as written or as whole numbers, else class numbers."""
+        numbers = as_numbers(where, array, said=True)
         if numbers is None or task.labels is not None:
             if task.labels is None:
                 raise DataError(f"{where}: expected class numbers, got text such as {some_text(array)!r}")
             whole = numbers is not None and (np.isnan(numbers) | (numbers == np.floor(numbers))).all()
-            texts = number_texts(numbers) if numbers is not None and whole else as_texts(array)
-            strange = [text for text in texts if text and text not in task.labels]
-            if not strange:
-                return by_name(task.labels, texts)
+            forms = [as_texts(array), *([number_texts(numbers)] if numbers is not None and whole else [])]
+            for texts in forms:
+                if all(text in task.labels for text in texts if text):
+                    return by_name(task.labels, texts)
             if numbers is None:
-                raise DataError(f"{where}: expected one of {', '.join(task.labels)}, got {strange[0]!r}")
+                strange = next(text for text in forms[0] if text and text not in task.labels)
+                raise DataError(f"{where}: expected one of {', '.join(task.labels)}, got {strange!r}")
         top = self.class_count(task) - 1
         wrong = ~np.isnan(numbers) & ~((numbers >= 0) & (numbers <= top) & (numbers == np.floor(numbers)))
         if wrong.any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +11,40 @@ import numpy.typing as npt
 
 from umda_fast.errors import DataError
 
-__all__ = ["as_numbers", "as_texts", "by_name", "distinct_texts", "expect_numbers", "number_texts", "some_text"]
+__all__ = [
+    "as_numbers",
+    "as_texts",
+    "by_name",
+    "distinct_texts",
+    "expect_numbers",
+    "number_texts",
+    "parse_number",
+    "some_text",
+]
 
 FloatArray = npt.NDArray[np.float64]
 
+# As a person or a program writes a number: no leading zero (0140 is a name), no `_`, no more digits than a float64
+# holds. Programs write exponents with a sign or after a point (1e-05, 2.5e6); 1e1 is a name.
+_WHOLE = r"(?:0|[1-9][0-9]{0,14})"
+_PLAIN = re.compile(
+    rf"[+-]?(?:{_WHOLE}(?:[eE][+-][0-9]+)?|(?:{_WHOLE}\.[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|inf|infinity)",
+    re.IGNORECASE,
+)
+_ANY = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?inf|[+-]?infinity", re.IGNORECASE)
 
-def as_numbers(where: str, array: npt.NDArray[Any]) -> FloatArray | None:
-    """The labels as numbers, NaN where missing; None if they are text.
+
+def parse_number(text: str, *, said: bool = False) -> float | None:
+    """The number that a text is, or None.
+
+    Args:
+        said: whether someone says that it is one: then leading zeros and 1e1 are numbers too.
+    """
+    return float(text) if (_ANY if said else _PLAIN).fullmatch(text) else None
+
+
+def as_numbers(where: str, array: npt.NDArray[Any], *, said: bool = False) -> FloatArray | None:
+    """The labels as numbers, NaN where missing; None if they are text. `said` as of `parse_number`.
 
     Raises:
         DataError: an infinite number, or a dtype that is neither.
@@ -24,10 +52,10 @@ def as_numbers(where: str, array: npt.NDArray[Any]) -> FloatArray | None:
     if array.dtype.kind in "fiub":
         numbers = array.astype(np.float64)
     elif array.dtype.kind in "OUS":
-        try:
-            numbers = np.array([float(text) if text else np.nan for text in as_texts(array)], dtype=np.float64)
-        except ValueError:
+        parsed = [parse_number(text, said=said) if text else np.nan for text in as_texts(array)]
+        if None in parsed:
             return None
+        numbers = np.array(parsed, dtype=np.float64)
     else:
         raise DataError(f"{where}: expected numbers or text, got dtype {array.dtype}")
     if np.isinf(numbers).any():
@@ -41,7 +69,7 @@ def expect_numbers(where: str, array: npt.NDArray[Any], what: str) -> FloatArray
     Raises:
         DataError: text; says that numbers are expected for `what`.
     """
-    numbers = as_numbers(where, array)
+    numbers = as_numbers(where, array, said=True)
     if numbers is None:
         raise DataError(f"{where}: expected numbers for {what}, got text such as {some_text(array)!r}")
     return numbers
@@ -60,15 +88,7 @@ def as_texts(array: npt.NDArray[Any]) -> list[str]:
 
 def some_text(array: npt.NDArray[Any]) -> str:
     """The first label that is no number."""
-
-    def is_number(text: str) -> bool:
-        try:
-            float(text)
-        except ValueError:
-            return False
-        return True
-
-    return next(text for text in as_texts(array) if text and not is_number(text))
+    return next(text for text in as_texts(array) if text and parse_number(text, said=True) is None)
 
 
 def number_texts(numbers: FloatArray) -> list[str]:
@@ -78,12 +98,9 @@ def number_texts(numbers: FloatArray) -> list[str]:
 
 def distinct_texts(texts: Sequence[str]) -> list[str]:
     """The distinct values, in numerical or else alphabetical order."""
-    distinct = list({text for text in texts if text})
-    try:
-        distinct.sort(key=float)
-    except ValueError:
-        distinct.sort()
-    return distinct
+    distinct = sorted({text for text in texts if text})
+    numbers = {text: parse_number(text) for text in distinct}
+    return distinct if None in numbers.values() else sorted(distinct, key=lambda text: numbers[text] or 0.0)
 
 
 def by_name(classes: Sequence[str], texts: Sequence[str]) -> FloatArray:

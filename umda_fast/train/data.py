@@ -50,6 +50,8 @@ def training_data(
         DataError: from the source; there is no split `train`, or it has no labels.
     """
     splits = load_data(config) if datasets is None else datasets
+    if isinstance(splits, Splits):
+        splits.check()
     if isinstance(splits, Splits) and splits.fixed:
         options = {**config.data.options, **splits.fixed}
         config = replace(config, data=replace(config.data, options=options))
@@ -74,6 +76,7 @@ def load_configured_folds(config: RunConfig, folds: int, repeats: int = 1) -> It
         data.source, folds=folds, repeats=repeats, seed=data_seed(config), format=data.format, **data.options
     )
     for number, splits in enumerate(all_folds):
+        splits.check()
         if number == 0:
             tell_skipped(splits["train"].skipped)
         yield splits

@@ -68,7 +68,8 @@ class TestRecognition:
 
 
 SLIDES = (
-    *("kinds", "labels", "tasks", "ignore", "metadata", "splits", "fold", "val_share", "test_share", "class_weights"),
+    *("kinds", "labels", "tasks", "ignore", "metadata", "patient", "missing"),
+    *("splits", "fold", "val_share", "test_share", "class_weights"),
     *("views", "mpp", "match", "tolerance", "skip_bad", "read_timeout"),
 )
 FILMS = (
@@ -83,7 +84,7 @@ OPTIONS = {
     "mmimdb": ("views", "kinds", "val_share", "test_share", "class_weights"),
     "slides": SLIDES,
 }
-LOCAL = {"slides": ("labels", "tasks", "ignore", "splits", "fold", "mpp"), "films": ("text",)}
+LOCAL = {"slides": ("labels", "tasks", "ignore", "patient", "splits", "fold", "mpp"), "films": ("text",)}
 LOCAL["pack"] = LOCAL["slides"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,6 @@ from umda_fast.data.files.bag_file import BagFile, Unit
 from umda_fast.data.files.file_options import FileOptions, Matching
 from umda_fast.data.files.isolated import IsolatedCalls
 from umda_fast.data.files.matching import match_rows
-from umda_fast.data.files.names import plain_name
 from umda_fast.data.files.readers import read_coords
 from umda_fast.data.files.skipped import Skipped
 from umda_fast.errors import DataError
@@ -42,13 +41,10 @@ class Slide:
         """Leave out a file that cannot be used."""
         self.files = {view: other for view, other in self.files.items() if other is not file}
 
-    def set_pixel_size(self, given: Mapping[str, float] | float | None) -> None:
-        """The pixel size given for all slides or for this one, else the one that a file of it says."""
-        number = given.get(plain_name(self.name), math.nan) if isinstance(given, Mapping) else given
-        if number is None or math.isnan(number):
-            known = (file.pixel_size for file in self.files.values() if not math.isnan(file.pixel_size))
-            number = next(known, math.nan)
-        self.pixel_size = number
+    def set_pixel_size(self, given: float) -> None:
+        """The pixel size given, or, for NaN, the one that a file of it says."""
+        known = (size for size in (given, *(file.pixel_size for file in self.files.values())) if not math.isnan(size))
+        self.pixel_size = next(known, math.nan)
 
     def patch_size(self, unit: Unit | None) -> float:
         """Edge of a patch in `unit`, as the first file says that knows it, else NaN."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from umda_fast.data.arrays import IntArray
 from umda_fast.data.files.file_options import FileOptions
 from umda_fast.data.files.header_fields import check_pixel_size
-from umda_fast.data.files.index import FileIndex, SlideIndex
-from umda_fast.data.files.labels_table import LabelTable, match_names, read_labels
-from umda_fast.data.files.names import plain_name
+from umda_fast.data.files.index import FileIndex, PixelSizes, SlideIndex
+from umda_fast.data.files.labels_table import LabelTable, match_names, read_labels, unmatched
+from umda_fast.data.files.layouts import files_below
+from umda_fast.data.files.names import BagFiles
 from umda_fast.data.files.packed import PackIndex, is_pack
 from umda_fast.data.files.skipped import Skipped
-from umda_fast.data.files.split_files import read_split, split_files
+from umda_fast.data.files.split_files import is_split, read_split, split_files
+from umda_fast.data.files.tables import SUFFIXES, read_table
 from umda_fast.data.labels import KindOverrides
 from umda_fast.data.options import as_names, option
 from umda_fast.errors import DataError
@@ -28,6 +31,7 @@ class OpenedSlides:
         path: as it was given.
         index: the bags.
         table, rows: the table of labels, if there is one, and for every bag its row or None.
+        no_table: why there is none.
         split_files: CLAM's split files.
         skipped: what has been skipped so far.
     """
@@ -36,6 +40,7 @@ class OpenedSlides:
     index: FileIndex | PackIndex
     table: LabelTable | None
     rows: list[int | None]
+    no_table: str
     split_files: list[Path]
     skipped: Skipped
 
@@ -47,7 +52,7 @@ class OpenedSlides:
 def find_labels(path: Path) -> list[Path]:
     """Tables of labels in a directory, or else beside it."""
     for directory in (path, path.parent):
-        found = [directory / f"labels{suffix}" for suffix in (".csv", ".tsv")]
+        found = [directory / f"labels{suffix}" for suffix in SUFFIXES]
         found = [file for file in found if file.is_file()]
         if found:
             return found
@@ -68,8 +73,10 @@ class LabelOptions:
 
     Attributes:
         kinds: as in `BagDataset.from_arrays`.
-        labels: the table, .csv or .tsv; None looks for labels.csv or labels.tsv in the directory, then beside it.
+        labels: the table, .csv, .tsv or .xlsx; None looks for labels.csv, ... in the directory, then beside it.
         tasks, ignore: columns of the table that are tasks, or that are not.
+        patient: the column of patients, where its name does not say so.
+        missing: texts that mean a missing value, beside those that always do (docs/data.md).
         metadata: columns of numbers that are known of a bag (an age, a magnification) and condition the model.
     """
 
@@ -78,6 +85,8 @@ class LabelOptions:
     tasks: Sequence[str] | None = option(None, local=True)
     ignore: Sequence[str] = option((), local=True)
     metadata: Sequence[str] = ()
+    patient: str | None = option(None, local=True)
+    missing: Sequence[str] = ()
 
 
 def open_slides(path: str, labels: LabelOptions, splits: str | None, files: FileOptions) -> OpenedSlides:
@@ -97,25 +106,48 @@ def open_slides(path: str, labels: LabelOptions, splits: str | None, files: File
     if not where.is_dir():
         raise DataError(f"{path}: expected a directory of bags, got {'a file' if where.exists() else 'nothing there'}")
     skipped = Skipped(files.skip_bad)
-    table, beside = _table(where, labels)
     index: FileIndex | PackIndex
     if is_pack(where):
         if files.mpp is not None:
             raise DataError(f"{path}: mpp: expected when packing; positions of a packed directory are settled")
         index = PackIndex(where, views=files.chosen_views, report=skipped, verify=files.skip_bad)
+        at = BagFiles([PurePath(name) for name in index.names])
+        table, beside = _table(where, labels, at)
     else:
-        index = FileIndex(where, files, _pixel_sizes(table, files.mpp), skipped)
+        at = BagFiles([file.relative_to(where) for file in files_below(where)])
+        table, beside = _table(where, labels, at)
+        index = FileIndex(where, files, _pixel_sizes(table, at, files.mpp), skipped)
     rows: list[int | None] = [None] * len(index.names)
+    no_table = "" if table is not None else _no_table(where)
     if table is not None:
-        # A table beside the directory may be another directory's.
-        if beside and all(row is None for row in match_names(table, index, Skipped(True))):
-            table = None
+        strangers = unmatched(table, index)
+        if strangers is None:
+            rows = match_names(table, index, at, skipped)
+        elif beside:
+            table, no_table = None, strangers  # of another directory's bags, it seems
         else:
-            rows = match_names(table, index, skipped)
-    return OpenedSlides(path, index, table, rows, _split_files(where, splits, index), skipped)
+            raise DataError(strangers)
+    return OpenedSlides(path, index, table, rows, no_table, _split_files(where, splits, index), skipped)
 
 
-def _table(path: Path, options: LabelOptions) -> tuple[LabelTable | None, bool]:
+def _no_table(path: Path) -> str:
+    """What to say of a directory without a table of labels, with tables of other names that are there."""
+    others = [
+        file
+        for directory in (path, path.parent)
+        for file in sorted(directory.glob("*"))
+        if file.suffix.lower() in (*SUFFIXES, ".xls", ".ods") and file.is_file() and not is_split(file)
+    ]
+    line = (
+        f"{path}: expected labels of at least one task, got none: there is no "
+        f"{' or '.join(f'labels{suffix}' for suffix in SUFFIXES)} in it or beside it"
+    )
+    if not others:
+        return line
+    return f"{line}; is it {others[0].name}? --set data.options.labels={others[0]}"
+
+
+def _table(path: Path, options: LabelOptions, bags: BagFiles) -> tuple[LabelTable | None, bool]:
     """The table of labels, and whether it was found beside the directory and not in it."""
     if options.labels is not None:
         file, beside = Path(options.labels), False
@@ -126,21 +158,41 @@ def _table(path: Path, options: LabelOptions) -> tuple[LabelTable | None, bool]:
         if not found:
             return None, False
         file, beside = found[0], found[0].parent != path
-    tasks = None if options.tasks is None else as_names(options.tasks)
-    ignore, metadata = as_names(options.ignore), as_names(options.metadata)
-    return read_labels(file, tasks=tasks, ignore=ignore, metadata=metadata), beside
+    kinds = options.kinds or {}
+    table = read_labels(
+        read_table(file),
+        bags,
+        tasks=None if options.tasks is None else as_names(options.tasks),
+        known=list(kinds) if isinstance(kinds, Mapping) else [spec.name for spec in kinds],
+        ignore=as_names(options.ignore),
+        metadata=as_names(options.metadata),
+        patient=options.patient,
+        missing=as_names(options.missing),
+    )
+    return table, beside
 
 
-def _pixel_sizes(table: LabelTable | None, mpp: float | None) -> dict[str, float] | float | None:
-    if mpp is not None:
-        return check_pixel_size("mpp", mpp)
-    if table is None or table.pixel_sizes is None:
-        return None
-    return {
-        plain_name(name): check_pixel_size(f"{table.path}: slide {name!r}: mpp", text)
-        for name, text in zip(table.names, table.pixel_sizes, strict=True)
-        if text
-    }
+@dataclass(frozen=True)
+class _Names:
+    names: Sequence[str]
+    absent: Sequence[str] = ()
+
+
+def _pixel_sizes(table: LabelTable | None, bags: BagFiles, mpp: float | None) -> PixelSizes:
+    """Micrometres per level-0 pixel of bags by name, NaN where nothing but their files says."""
+    given = None if mpp is None else check_pixel_size("mpp", mpp)
+
+    def sizes(names: Sequence[str]) -> list[float]:
+        if given is not None or table is None or table.pixel_sizes is None:
+            return [math.nan if given is None else given] * len(names)
+        said = [
+            check_pixel_size(f"{table.where}: slide {name!r}: mpp", text) if text else math.nan
+            for name, text in zip(table.names, table.pixel_sizes, strict=True)
+        ]
+        rows = match_names(table, _Names(names), bags, Skipped(True))
+        return [math.nan if row is None else said[row] for row in rows]
+
+    return sizes
 
 
 def _split_files(path: Path, given: str | None, index: SlideIndex) -> list[Path]:

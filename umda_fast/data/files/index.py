@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from umda_fast.data.files.views import read_views
 from umda_fast.data.metadata import Positions
 from umda_fast.errors import DataError
 from umda_fast.model.specs import ViewSpec
+
+PixelSizes: TypeAlias = Callable[[Sequence[str]], list[float]]
 
 
 class SlideIndex(Protocol):
@@ -57,7 +59,7 @@ class FileIndex:
     Args:
         path: the directory.
         options: how its files are read.
-        pixel_sizes: micrometres per level-0 pixel, of all slides or by name; None: as the files say.
+        pixel_sizes: micrometres per level-0 pixel of slides by name, NaN: as their files say.
         skipped: is told of what is not used.
 
     Raises:
@@ -68,7 +70,7 @@ class FileIndex:
         self,
         path: Path,
         options: FileOptions,
-        pixel_sizes: Mapping[str, float] | float | None,
+        pixel_sizes: PixelSizes,
         skipped: Skipped,
     ) -> None:
         options.check()
@@ -83,8 +85,8 @@ class FileIndex:
             ]
             if skipped.skip_bad:
                 slides = [slide for slide in slides if _verified(slide, skipped, isolated)]
-            for slide in slides:
-                slide.set_pixel_size(pixel_sizes)
+            for slide, size in zip(slides, pixel_sizes([slide.name for slide in slides]), strict=True):
+                slide.set_pixel_size(size)
             self._unit = common_unit(slides, options.match, skipped)
             self._slides = [slide for slide in slides if self._aligned(slide, options, skipped, isolated)]
         if not self._slides:

@@ -29,7 +29,7 @@ _DEPTH = 4  # levels of directories below a view that are looked at
 def is_slides(source: str) -> bool:
     """Whether `source` is a directory with files of bags somewhere below."""
     path = Path(source)
-    return path.is_dir() and not is_pack(source) and next(_files_below(path), None) is not None
+    return path.is_dir() and not is_pack(source) and next(files_below(path), None) is not None
 
 
 def _entries(directory: Path) -> tuple[list[Path], list[Path]]:
@@ -46,12 +46,13 @@ def _entries(directory: Path) -> tuple[list[Path], list[Path]]:
     return files, folders
 
 
-def _files_below(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
+def files_below(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    """Files that may be bags, in a directory and those below it."""
     files, folders = _entries(directory)
     yield from files
     if depth:
         for folder in folders:
-            yield from _files_below(folder, depth - 1)
+            yield from files_below(folder, depth - 1)
 
 
 def _clam_files(directory: Path) -> list[Path] | None:
@@ -66,7 +67,7 @@ def _clam_files(directory: Path) -> list[Path] | None:
 
 def _files_of(directory: Path) -> list[Path]:
     """All files of one view."""
-    return _clam_files(directory) or list(_files_below(directory))
+    return _clam_files(directory) or list(files_below(directory))
 
 
 def find_files(path: Path, isolated: IsolatedCalls) -> dict[str, list[Path]]:
@@ -117,4 +118,4 @@ def _one_view(groups: Sequence[Sequence[Path]], isolated: IsolatedCalls) -> bool
 def unread_folders(path: Path) -> list[str]:
     """Names of sub-directories with files that `find_files` leaves alone, as there are files beside them."""
     direct, folders = _entries(path)
-    return [folder.name for folder in folders if direct and next(_files_below(folder), None) is not None]
+    return [folder.name for folder in folders if direct and next(files_below(folder), None) is not None]

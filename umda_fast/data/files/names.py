@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath, PureWindowsPath
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 from umda_fast.data.files.readers import SUFFIXES
@@ -36,23 +39,101 @@ class NameIndex:
     """Finds the bag that a table means."""
 
     def __init__(self, bags: Bags) -> None:
-        self._rows = {name: row for row, name in enumerate(bags.names)}
-        self._plain: dict[str, int | None] = {}
+        self.names = bags.names
+        self._rows: dict[str, list[int]] = {}
         for row, name in enumerate(bags.names):
-            short = plain_name(name)
-            self._plain[short] = None if short in self._plain else row
-        self._absent = {name for bag in bags.absent for name in (bag, plain_name(bag))}
+            for form in _forms(name):
+                self._rows.setdefault(form, []).append(row)
+        self._absent = {form for bag in bags.absent for form in _forms(bag)}
 
     def find(self, text: str, missing: list[str]) -> int | None:
-        """The bag's index, by its exact name or else by that without folders and suffix.
+        """The bag's index: by its exact name, or else by that without suffix and with as many folders as are needed.
 
-        None if there is no such bag, which is added to `missing`, or if it is not used.
+        None if there is no such bag, or if there are several, which is added to `missing`; or if it is not used.
         """
-        row = self._rows.get(text)
-        row = self._plain.get(plain_name(text)) if row is None else row
-        if row is None and text not in self._absent and plain_name(text) not in self._absent:
+        for form in _forms(text):
+            rows = self._rows.get(form, ())
+            if len(rows) == 1:
+                return rows[0]
+            exact = [row for row in rows if self.names[row] == text]
+            if exact:
+                return exact[0]
+        if not self._absent.intersection(_forms(text)):
             missing.append(text)
-        return row
+        return None
+
+    def alike(self, text: str) -> list[str]:
+        """Names of the bags that a text without folders may mean."""
+        return [self.names[row] for row in self._rows.get(plain_name(text), ())]
+
+    def miswritten(self, text: str) -> str | None:
+        """The one bag whose name only differs in leading zeros, `.0`, case, blanks, `-`, `_` and `.`."""
+        found = self._simplified.get(_simplified(plain_name(text)), ())
+        return found[0] if len(found) == 1 else None
+
+    def nearest(self, text: str) -> str | None:
+        """The bag whose name is most like one that is none, if any is."""
+        return next(iter(difflib.get_close_matches(plain_name(text), self.names, n=1, cutoff=0.5)), None)
+
+    @functools.cached_property
+    def _simplified(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self.names:
+            found.setdefault(_simplified(plain_name(name)), []).append(name)
+        return found
+
+
+class BagFiles:
+    """Where the files of the bags are, below their directory: what a table may name before any file is read.
+
+    Args:
+        paths: of the files, relative.
+    """
+
+    def __init__(self, paths: Sequence[PurePath]) -> None:
+        self._folders: dict[str, set[str]] = {}
+        for path in paths:
+            for stem in {path.stem, plain_name(path.stem)}:
+                self._folders.setdefault(stem, set()).update(path.parts[:-1])
+        self._stems = {path.stem for path in paths}
+
+    def are_named(self, texts: Sequence[str]) -> int:
+        """How many of the texts name a bag."""
+        return sum(plain_name(text) in self._folders for text in texts if text)
+
+    def seem_named(self, texts: Sequence[str]) -> bool:
+        """Whether half of the texts, or of all bags, are named by the other."""
+        named = {plain_name(text) for text in texts if text}
+        return bool(named) and 2 * len(named & self._folders.keys()) >= min(len(named), len(self._stems))
+
+    def seem_grouped(self, texts: Sequence[str]) -> bool:
+        """Whether half of the texts, or of all bags, go together, as a patient and his slides do."""
+        owners = {text: row for row, text in enumerate(texts) if text}
+        found = [self.owner(stem, owners) for stem in self._stems]
+        bags, rows = sum(row is not None for row in found), len({row for row in found if row is not None})
+        return bags > 0 and (2 * bags >= len(self._stems) or 2 * rows >= len(owners))
+
+    def owner(self, bag: str, owners: Mapping[str, int]) -> int | None:
+        """The row of the patient whose slide a bag is: whose name is a folder of its file or, the longest, begins its
+        name and is followed by something else than a letter or digit."""
+        *folders, stem = bag.split("/")
+        for stop in range(len(stem), 0, -1):
+            if stem[:stop] in owners and not stem[stop : stop + 1].isalnum():
+                return owners[stem[:stop]]
+        return next((owners[name] for name in folders or sorted(self._folders.get(stem, ())) if name in owners), None)
+
+
+def _forms(name: str) -> list[str]:
+    """A name as it is, and without suffix: with all its folders, fewer of them, none."""
+    parts = (PureWindowsPath(name) if "\\" in name else PurePosixPath(name)).parts or ("",)
+    parts = (*parts[:-1], plain_name(parts[-1]))
+    return list(dict.fromkeys([name, *("/".join(parts[start:]) for start in range(len(parts)))]))
+
+
+def _simplified(name: str) -> str:
+    """A name without what programs change when they take it for a number, or people when they copy it."""
+    name = re.sub(r"(?<=[0-9])\.0+$", "", name.lower())
+    return re.sub(r"[\s_.-]", "", re.sub(r"(?<![0-9])0+(?=[0-9])", "", name))
 
 
 def some_names(names: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,9 +24,10 @@ import torch
 from umda_fast.data.files.directory import LabelOptions, OpenedSlides, open_slides
 from umda_fast.data.files.file_options import FileOptions, Matching
 from umda_fast.data.files.index import FileIndex
+from umda_fast.data.files.labels_table import LabelTable
 from umda_fast.data.files.layouts import is_slides
 from umda_fast.data.files.packed import COORDS, DTYPES, MANIFEST, MASK, VERSION, checksum, view_file
-from umda_fast.data.files.tables import read_rows
+from umda_fast.data.files.tables import with_points
 from umda_fast.data.splits import SPLITS
 from umda_fast.errors import DataError
 
@@ -258,12 +260,26 @@ def _append(file: BinaryIO, array: npt.NDArray[Any]) -> int:
     return checksum(array)
 
 
+def _write_labels(path: Path, labels: LabelTable, bags: Sequence[str], rows: Sequence[int | None]) -> None:
+    """The rows of a table that name a bag, one for each bag under its own name, also where the table has one for each
+    patient or leaves out folders."""
+    table = labels.table
+    own, patients = ("slide_id", "patient") if labels.by_patient else (table.header[labels.column],) * 2
+    columns = {own: list(bags)}
+    for number, name in enumerate(table.header):
+        title = patients if number == labels.column else name
+        if title and title not in columns:
+            texts = with_points(table, name, [row[number] for row in table.rows])[0]
+            columns[title] = ["" if row is None else texts[row] for row in rows]
+    named = [row is not None for row in rows]
+    kept = zip(*(compress(cells, named) for cells in columns.values()), strict=True)
+    _write_csv(path, [list(columns), *map(list, kept)])
+
+
 def _write_tables(partial: Path, opened: OpenedSlides) -> None:
-    """The rows of the table of labels that name a bag, and the splits with the slides there are."""
+    """The table of labels, and the splits with the slides there are."""
     if opened.table is not None:
-        header, rows = read_rows(opened.table.path)
-        kept = [rows[row] for row in opened.rows if row is not None]
-        _write_csv(partial / "labels.csv", [header, *kept])
+        _write_labels(partial / "labels.csv", opened.table, opened.index.names, opened.rows)
     if opened.split_files:
         (partial / "splits").mkdir(exist_ok=True)
     names = opened.index.names

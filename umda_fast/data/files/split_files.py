@@ -10,7 +10,7 @@ import numpy as np
 from umda_fast.data.arrays import IntArray
 from umda_fast.data.files.names import Bags, NameIndex, some_names
 from umda_fast.data.files.skipped import Report
-from umda_fast.data.files.tables import known_text, read_rows
+from umda_fast.data.files.tables import known_text, read_table
 from umda_fast.data.splits import SPLITS
 from umda_fast.errors import DataError
 
@@ -27,6 +27,11 @@ def split_files(directory: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
+def is_split(path: Path) -> bool:
+    """Whether a file is one that CLAM writes about a split."""
+    return re.fullmatch(r"splits_\d+(_bool|_descriptor)?\.csv", path.name) is not None
+
+
 def read_split(path: Path, bags: Bags, report: Report) -> dict[str, IntArray]:
     """One of CLAM's split files: columns train, val and test, each with names of slides.
 
@@ -36,7 +41,8 @@ def read_split(path: Path, bags: Bags, report: Report) -> dict[str, IntArray]:
     Raises:
         DataError: naming the file: columns missing, a slide in two splits; unless `report` skips it, a missing slide.
     """
-    header, rows = read_rows(path)
+    table = read_table(path)
+    header, rows = table.header, table.rows
     if not {"train", "test"} <= set(header):
         raise DataError(f"{path}: expected columns train, val and test, got {', '.join(map(repr, header))}")
     index = NameIndex(bags)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from umda_fast.data.arrays import ArrayInput, FloatArray
+from umda_fast.data.columns import ColumnUse
+from umda_fast.data.files.identifiers import no_labels, perhaps_missing, strays, too_many_classes
 from umda_fast.data.files.labels_table import LabelTable
-from umda_fast.data.labels import MAX_CLASSES, KindOverride, KindOverrides, label_columns
+from umda_fast.data.labels import KindOverride, KindOverrides, label_columns
 from umda_fast.data.metadata import Metadata
 from umda_fast.errors import DataError
 from umda_fast.tasks import TASK_KINDS, TaskSpec
+from umda_fast.tasks.columns import parse_number
 
 
 def read_metadata(table: LabelTable, rows: Sequence[int | None]) -> Metadata | None:
@@ -27,67 +30,126 @@ def read_metadata(table: LabelTable, rows: Sequence[int | None]) -> Metadata | N
     values = np.full((len(rows), len(table.metadata)), np.nan)
     for column, (name, texts) in enumerate(table.metadata.items()):
         for bag, row in enumerate(rows):
-            if row is not None and texts[row]:
-                try:
-                    values[bag, column] = float(texts[row])
-                except ValueError:
-                    raise DataError(
-                        f"{table.path}: column {name!r}: expected numbers, got {texts[row]!r} for {table.names[row]!r}"
-                    ) from None
+            if row is None or not texts[row]:
+                continue
+            number = parse_number(texts[row], said=True)
+            if number is None:
+                raise DataError(
+                    f"{table.where}: column {name!r}: expected numbers, got {texts[row]!r} for {table.names[row]!r}"
+                )
+            values[bag, column] = number
     return Metadata(tuple(table.metadata), values)
 
 
+@dataclass(frozen=True)
+class TableTasks:
+    """The tasks of a table.
+
+    Attributes:
+        specs, labels: as of `label_columns`.
+        uses: what its columns that may be tasks are.
+        notes: what had to be guessed, one line each.
+        doubts: what may be wrong with that, one line each.
+    """
+
+    specs: tuple[TaskSpec, ...]
+    labels: dict[str, FloatArray]
+    uses: list[ColumnUse]
+    notes: list[str]
+    doubts: list[str]
+
+
 def read_tasks(
-    table: LabelTable, rows: Sequence[int | None], kinds: KindOverrides | None
-) -> tuple[tuple[TaskSpec, ...], dict[str, FloatArray]]:
+    table: LabelTable, rows: Sequence[int | None], kinds: KindOverrides | None, asked: Sequence[str]
+) -> TableTasks:
     """Tasks and their label columns for the bags whose rows are given.
 
     Several labels of a multilabel task are separated by `;` in the cell; a task is multilabel only if `kinds` says.
 
+    Args:
+        asked: columns that are tasks whatever they look like.
+
     Raises:
         DataError: naming the table and the column.
     """
-    columns = {
-        name: ["" if row is None else texts[row] for row in rows]
-        for name, texts in table.columns.items()
-        if isinstance(kinds, Mapping) or kinds is None or any(spec.name == name for spec in kinds)
-    }
-    arrays: dict[str, ArrayInput] = {}
     given: dict[str, KindOverride] = (
         dict(kinds) if isinstance(kinds, Mapping) else {spec.name: spec for spec in kinds or ()}
     )
-    for name, texts in columns.items():
-        kind = given.get(name)
-        wanted = kind.get("kind") if isinstance(kind, Mapping) else kind.kind if isinstance(kind, TaskSpec) else kind
-        if not isinstance(wanted, str) or wanted not in TASK_KINDS:
-            if wanted is None:
-                _check_task(table.path, name, texts)
-            arrays[name] = np.array(texts, dtype=object)
+    used = sorted({row for row in rows if row is not None})
+    arrays: dict[str, ArrayInput] = {}
+    uses: list[ColumnUse] = []
+    doubts: list[str] = []
+    for name, texts in table.columns.items():
+        if isinstance(kinds, Sequence) and name not in given:
+            uses.append(ColumnUse(name, "left out", "not a task of the model"))
             continue
-        known = kind if isinstance(kind, Mapping) else asdict(kind) if isinstance(kind, TaskSpec) else {}
-        arrays[name], found = TASK_KINDS[wanted].read_cells(f"{table.path}: column {name!r}", texts, known)
-        if found and not isinstance(kind, TaskSpec):
-            given[name] = {"kind": wanted, **found}
-    fixed = kinds if isinstance(kinds, Sequence) else given
-    return label_columns(arrays, len(rows), fixed, where=str(table.path))
-
-
-def _check_task(path: Path, name: str, texts: Sequence[str]) -> None:
-    """Raise DataError for a column that cannot be a task unless someone says so: constants, free text."""
-    present = [text for text in texts if text]
-    distinct = set(present)
-    advice = (
-        f"leave it out with --set data.options.ignore='[{name}]', or list the tasks with --set data.options.tasks=[...]"
+        reason = None if name in given or name in asked else no_labels(name, [texts[row] for row in used])
+        if reason is not None:
+            uses.append(ColumnUse(name, "left out", reason.why))
+            if reason.groups and table.patients is None:
+                doubts.append(
+                    f"column {name!r} {reason.why}; if these are patients, whose bags must stay together: "
+                    f"--set data.options.patient={name}"
+                )
+            continue
+        cells = ["" if row is None else texts[row] for row in rows]
+        arrays[name] = _cells(table, name, cells, given, check=name not in asked)
+    specs, labels = label_columns(
+        arrays, len(rows), kinds if isinstance(kinds, Sequence) else given, where=table.where
     )
-    if len(distinct) == 1:
+    named = {*given, *asked}
+    uses += [ColumnUse(spec.name, f"task ({spec.kind})", _why(spec, spec.name in named)) for spec in specs]
+    guessed = [spec.name for spec in specs if spec.name not in named]
+    notes = [note for name in guessed for note in _notes(name, table.columns[name], used)]
+    return TableTasks(specs, labels, uses, notes, doubts)
+
+
+def _cells(
+    table: LabelTable, name: str, cells: Sequence[str], given: dict[str, KindOverride], check: bool
+) -> ArrayInput:
+    """The labels of one column as its kind takes them, which may add to what is `given`."""
+    kind = given.get(name)
+    wanted = kind.get("kind") if isinstance(kind, Mapping) else kind.kind if isinstance(kind, TaskSpec) else kind
+    if not isinstance(wanted, str) or wanted not in TASK_KINDS:
+        if wanted is None and check:
+            _check_texts(table, name, cells)
+        return np.array(cells, dtype=object)
+    known = kind if isinstance(kind, Mapping) else asdict(kind) if isinstance(kind, TaskSpec) else {}
+    array, found = TASK_KINDS[wanted].read_cells(f"{table.where}: column {name!r}", cells, known)
+    if found and not isinstance(kind, TaskSpec):
+        given[name] = {"kind": wanted, **found}
+    return array
+
+
+def _check_texts(table: LabelTable, name: str, cells: Sequence[str]) -> None:
+    """Raise DataError for texts that can neither be classes nor numbers unless someone says so."""
+    present = [text for text in cells if text]
+    if all(parse_number(text) is not None for text in present) or not too_many_classes(present):
+        return
+    others = strays(present)
+    if others:
         raise DataError(
-            f"{path}: column {name!r}: expected labels that differ, got {present[0]!r} everywhere; {advice}"
+            f"{table.where}: column {name!r}: expected numbers, got {others[0]!r}; if that means a missing value: "
+            f"--set 'data.options.missing={json.dumps(others, ensure_ascii=False)}'"
         )
-    try:
-        [float(text) for text in distinct]
-    except ValueError:
-        if len(distinct) > max(2, min(MAX_CLASSES, len(present) // 2)):
-            raise DataError(
-                f"{path}: column {name!r}: expected classes, got {len(distinct)} different texts in {len(present)} "
-                f"rows, such as {present[0]!r}; {advice}"
-            ) from None
+    raise DataError(
+        f"{table.where}: column {name!r}: expected classes, got {len(set(present))} different texts in "
+        f"{len(present)} rows, such as {present[0]!r}; leave it out with --set data.options.ignore='[{name}]', or "
+        "list the tasks with --set data.options.tasks=[...]"
+    )
+
+
+def _why(spec: TaskSpec, asked: bool) -> str:
+    if asked:
+        return "asked for"
+    return "its values are numbers" if spec.labels is None else f"{len(spec.labels)} different values"
+
+
+def _notes(name: str, texts: Sequence[str], used: Sequence[int]) -> list[str]:
+    """Values that may mean that nothing is known."""
+    present = [texts[row] for row in used if texts[row]]
+    return [
+        f"task {name!r}: {text!r} is a value as others are, in {present.count(text)} rows; if it means a missing one: "
+        f"--set 'data.options.missing={json.dumps([text], ensure_ascii=False)}'"
+        for text in dict.fromkeys([*strays(present), *perhaps_missing(present)])
+    ]

@@ -2,46 +2,128 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from umda_fast.data.files.read_xlsx import sheet_rows
 from umda_fast.errors import DataError
 
-_MISSING = ("", "na", "n/a", "nan", "<na>", "null")
+SUFFIXES = (".csv", ".tsv", ".xlsx")
+
+# Without case; docs/data.md lists them. What else may mean "not known" (null, None, unknown, -, ?) is also a name.
+_MISSING = frozenset(("", "na", "n/a", "nan", "<na>", "#n/a"))
+_ERRORS = frozenset(("#DIV/0!", "#REF!", "#VALUE!", "#NAME?", "#NUM!", "#NULL!"))  # of a spreadsheet's formulas
+
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:\.[0-9]{3})+),[0-9]+")  # 12,5 and 1.234,5
+_NO_COMMA = re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:\.[0-9]{3})+)(?:[eE][+-]?[0-9]+)?")
+_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3},[0-9]{3}")
 
 
-def known_text(cell: str) -> str:
-    """A cell's text, blank where it says that nothing is known."""
-    return "" if cell.lower() in _MISSING else cell
+@dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        path: of the file.
+        header: names of the columns, as many as there are cells in a row; blank: nameless.
+        rows: cells without surrounding blanks.
+        lines: number of every row in the file, for messages.
+        delimiter: between cells; "" in a spreadsheet.
+        notes: what had to be chosen to read it, one line each.
+    """
+
+    path: Path
+    header: list[str]
+    rows: list[list[str]]
+    lines: list[int]
+    delimiter: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
-def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a .csv or .tsv file; cells without surrounding blanks.
+def known_text(cell: str, missing: Collection[str] = ()) -> str:
+    """A cell's text, blank where it says that nothing is known; `missing`: further texts that say so."""
+    return "" if cell.lower() in _MISSING or cell in missing else cell
+
+
+def with_points(table: Table, column: str, texts: Sequence[str]) -> tuple[list[str], str | None]:
+    """A column's texts with a decimal point where all are numbers with a decimal comma, and a line that says so.
 
     Raises:
-        DataError: naming the file and the line.
+        DataError: one comma might be that of thousands: 1,234 in a table whose cells commas separate.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a readable table in UTF-8, got: {error}") from error
-    head = text.partition("\n")[0]
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
-    try:
-        rows = [
-            [cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-        ]
-    except csv.Error as error:
-        raise DataError(f"{path}: expected a table of comma- or tab-separated values, got: {error}") from error
-    lines = [(number, row) for number, row in enumerate(rows, start=1) if any(row)]
+    present = [text for text in texts if text]
+    decimal = [text for text in present if _DECIMAL.fullmatch(text)]
+    if not decimal or not all(_DECIMAL.fullmatch(text) or _NO_COMMA.fullmatch(text) for text in present):
+        return list(texts), None
+    if table.delimiter == "," and all(_THOUSANDS.fullmatch(text) for text in decimal):
+        raise DataError(
+            f"{table.path}: column {column!r}: expected numbers as 1234 or 1.234, got {decimal[0]!r}, "
+            "which may be either"
+        )
+    points = [text.replace(".", "").replace(",", ".") if text else "" for text in texts]
+    return points, f"column {column!r}: decimal commas, {decimal[0]!r} is {points[list(texts).index(decimal[0])]}"
+
+
+def read_table(path: Path) -> Table:
+    """A .csv, .tsv or .xlsx file. Blank lines, and blank cells to the right of the header, are left out.
+
+    Raises:
+        DataError: naming the file and the row; a spreadsheet where openpyxl is not installed.
+    """
+    notes: list[str] = []
+    if path.suffix.lower() == ".xlsx":
+        delimiter, rows = "", sheet_rows(path, notes)
+    else:
+        delimiter, rows = _text_rows(path)
+    lines = [(number, row) for number, row in rows if any(row)]
     if not lines:
         raise DataError(f"{path}: expected a header and rows, got an empty file")
-    header = lines[0][1]
+    header, width = lines[0][1], len(lines[0][1])
     for number, row in lines[1:]:
-        if len(row) != len(header):
-            raise DataError(f"{path}: row {number}: expected {len(header)} cells as in the header, got {len(row)}")
-    twice = [name for index, name in enumerate(header) if name in header[:index]]
+        if len(row) < width or any(row[width:]):
+            raise DataError(f"{path}: row {number}: expected {width} cells as in the header, got {len(row)}")
+        wrong = next((cell for cell in row if cell in _ERRORS), None)
+        if wrong is not None:
+            name = header[row.index(wrong)]
+            raise DataError(f"{path}: row {number}: column {name!r}: expected a value, got {wrong}, a formula's error")
+    twice = [name for index, name in enumerate(header) if name and name in header[:index]]
     if twice:
         raise DataError(f"{path}: expected distinct columns, got {twice[0]!r} more than once")
-    return header, [row for _, row in lines[1:]]
+    return Table(
+        path,
+        header=header,
+        rows=[row[:width] for _, row in lines[1:]],
+        lines=[number for number, _ in lines[1:]],
+        delimiter=delimiter,
+        notes=notes,
+    )
+
+
+def _text_rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:
+    try:
+        content = path.read_bytes()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a readable table in UTF-8, got: {error}") from error
+    head = text.lstrip().partition("\n")[0].rstrip("\r")
+    said = re.fullmatch(r"sep=(.)", head)  # a line that spreadsheets write for each other
+    if said:
+        delimiter, text = said[1], text.lstrip()[len(head) :]
+    elif path.suffix.lower() == ".tsv" and "\t" in head:
+        delimiter = "\t"
+    else:
+        delimiter = max(",;\t", key=head.count)
+    reader = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter, strict=True)
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        for row in reader:
+            rows.append((reader.line_num, [cell.strip() for cell in row]))  # noqa: PERF401 - line_num moves
+    except csv.Error as error:
+        raise DataError(f"{path}: expected a table of comma- or tab-separated values, got: {error}") from error
+    return delimiter, rows

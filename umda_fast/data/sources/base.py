@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from umda_fast.data.arrays import IntArray
 from umda_fast.data.dataset import BagDataset
+from umda_fast.data.files.skipped import Report
 from umda_fast.data.labels import ClassWeights
-from umda_fast.data.splits import Splits, held_out, k_fold, split_bags
+from umda_fast.data.splits import About, Splits, held_out, k_fold, split_bags
 
 
 class Source(ABC):
@@ -36,10 +39,12 @@ class Folds(NamedTuple):
 
 
 class GivenSplit(NamedTuple):
-    """A split that the source itself has: split -> rows of its dataset, and which one it is, for the description."""
+    """A split that the source itself has: split -> rows of its dataset, which one it is, for the description, and the
+    file that says so, for messages."""
 
     parts: Mapping[str, IntArray]
     how: str
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class OpenedSource:
         given: the source's own split, or for cross-validation its folds; empty: at random, stratified.
         keep: names of tasks that keep their specs, whatever the training labels are.
         fixed: as of `Splits`.
+        about: as of `Splits`, of what is known before the bags are split.
+        skipped: is told of bags that are left out of a split; None: they stay, as a fault.
     """
 
     dataset: BagDataset
@@ -63,6 +70,8 @@ class OpenedSource:
     given: Sequence[GivenSplit] = ()
     keep: Sequence[str] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    about: About = field(default_factory=About)
+    skipped: Report | None = None
 
 
 class BagSource(Source):
@@ -87,15 +96,14 @@ class BagSource(Source):
     def load_splits(self, path: str, seed: int) -> Splits:
         opened = self.open(path, None)
         if opened.given:
-            parts, how = opened.given[0]
-            return self._splits(opened, self._with_val(opened, parts, seed), how)
+            return self._as_given(opened, opened.given[0], seed)
         shares = {"train": 1.0 - self.val_share - self.test_share, "val": self.val_share, "test": self.test_share}
         return self._splits(opened, split_bags(opened.dataset, shares, seed, opened.groups), self._at_random(opened))
 
     def load_folds(self, path: str, folds: int, repeats: int, seed: int) -> Iterator[Splits]:
         opened = self.open(path, Folds(folds, repeats))
-        for number, (parts, how) in enumerate(opened.given):
-            yield self._splits(opened, self._with_val(opened, parts, seed + number), how)
+        for number, given in enumerate(opened.given):
+            yield self._as_given(opened, given, seed + number)
         for cut in [] if opened.given else k_fold(opened.dataset, folds, repeats, seed, opened.groups):
             # Its own stream for every fold, or all folds would break ties alike.
             stream = seed + folds * cut.repeat + cut.fold
@@ -106,14 +114,51 @@ class BagSource(Source):
     def _at_random(self, opened: OpenedSource, how: str = "split at random") -> str:
         return how if opened.groups is None else f"{how} by patient"
 
-    def _with_val(self, opened: OpenedSource, parts: Mapping[str, IntArray], seed: int) -> Mapping[str, IntArray]:
-        """`parts`, with bags for validation taken out of train where there are none."""
-        if len(parts["val"]):
-            return parts
-        return {**parts, **held_out(opened.dataset, parts["train"], self.val_share, seed, opened.groups)}
+    def _as_given(self, opened: OpenedSource, given: GivenSplit, seed: int) -> Splits:
+        """Split as the source says, with bags for validation taken out of train where there are none."""
+        parts, faults = _apart(opened, given)
+        if not len(parts["val"]):
+            parts = {**parts, **held_out(opened.dataset, parts["train"], self.val_share, seed, opened.groups)}
+        return self._splits(opened, parts, given.how, faults)
 
-    def _splits(self, opened: OpenedSource, parts: Mapping[str, IntArray], how: str) -> Splits:
-        whole = opened.dataset
-        datasets = {split: whole.subset(rows, f"{whole.name} ({split})") for split, rows in parts.items()}
-        splits = Splits(opened.name, self.describe(opened, how), **datasets, whole=whole, fixed=opened.fixed)
+    def _splits(
+        self, opened: OpenedSource, parts: Mapping[str, IntArray], how: str, faults: Sequence[str] = ()
+    ) -> Splits:
+        whole, about, groups = opened.dataset, opened.about, opened.groups
+        patients = groups and {split: len({groups[row] for row in rows}) for split, rows in parts.items()}
+        splits = Splits(
+            opened.name,
+            self.describe(opened, how),
+            **{split: whole.subset(rows, f"{whole.name} ({split})") for split, rows in parts.items()},
+            whole=whole,
+            fixed=opened.fixed,
+            about=replace(about, patients=patients or None, faults=[*faults, *about.faults]),
+        )
         return splits.fitted(self.class_weights, keep=opened.keep)
+
+
+def _apart(opened: OpenedSource, given: GivenSplit) -> tuple[Mapping[str, IntArray], list[str]]:
+    """Faults of a split that has bags of one patient on both sides; or, where such bags are left out, the parts
+    without those that would be trained or chosen on: a patient of the test split is in no other."""
+    parts, groups = given.parts, opened.groups
+    if groups is None:
+        return parts, []
+    found: dict[str, list[str]] = {}
+    for split in ("test", "val", "train"):
+        for group in dict.fromkeys(groups[row] for row in parts[split]):
+            found.setdefault(group, []).append(split)
+    shared = [(group, splits) for group, splits in found.items() if len(splits) > 1]
+    more = f" ({len(shared)} of {len(found)} are in several)" if len(shared) > 1 else ""
+    lines = [
+        f"{given.where or opened.dataset.name}: {group}: expected in one split, got {' and '.join(splits[::-1])}{more}"
+        for group, splits in shared
+    ]
+    if opened.skipped is None:
+        return parts, lines
+    for line in lines:
+        opened.skipped(f"{line}; left out of all but the last")
+    kept = {
+        split: np.array([row for row in rows if found[groups[row]][0] == split], dtype=np.int64)
+        for split, rows in parts.items()
+    }
+    return kept, []

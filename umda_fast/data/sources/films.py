@@ -31,7 +31,7 @@ import torch
 from umda_fast.data.arrays import FloatArray, IntArray
 from umda_fast.data.bag import Bag, bag_labels
 from umda_fast.data.dataset import BagDataset
-from umda_fast.data.files.tables import read_rows
+from umda_fast.data.files.tables import known_text, read_table
 from umda_fast.data.labels import ClassWeights
 from umda_fast.data.options import as_names, option, some_of
 from umda_fast.data.sources.base import BagSource, Folds, GivenSplit, OpenedSource
@@ -42,6 +42,7 @@ from umda_fast.data.sources.text_encoder import SentenceEncoder
 from umda_fast.data.splits import SPLITS, parts_of
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec
+from umda_fast.tasks.columns import parse_number
 
 TABLE = "movies.csv"
 POSTERS = "poster_features.npy"
@@ -82,8 +83,8 @@ class _Table:
 
 
 def _read_table(path: Path) -> _Table:
-    header, rows = read_rows(path)
-    table = _Table(path, {name: [row[index] for row in rows] for index, name in enumerate(header)})
+    read = read_table(path)
+    table = _Table(path, {name: [row[index] for row in read.rows] for index, name in enumerate(read.header)})
     names = table.column("id")
     if "" in names:
         raise DataError(f"{path}: id: expected one for every film, got a blank for film {names.index('') + 1}")
@@ -181,11 +182,8 @@ class FilmStore:
 
 
 def _number(path: Path, column: str, film: str, text: str) -> float:
-    try:
-        value = float(text) if text else math.nan
-    except ValueError:
-        value = math.inf
-    if math.isinf(value):
+    value = parse_number(text, said=True) if known_text(text) else math.nan
+    if value is None or math.isinf(value):
         raise DataError(f"{path}: {column} of film {film!r}: expected a number or a blank, got {text!r}")
     return value
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from umda_fast.data.bag import Bag
+from umda_fast.data.columns import ColumnUse
 from umda_fast.data.dataset import BagDataset
 from umda_fast.data.sources.source import find_format, load_source
 from umda_fast.data.splits import SPLITS, Splits
@@ -75,10 +76,13 @@ class SourceReport:
         instances_per_bag: split -> min, q25, median, q75, max, mean; empty for a split without bags.
         coords: whether instances have positions.
         views, tasks: in the source's order.
+        columns: of the table of labels, what each was taken for and why.
+        patients: split -> how many; None where nothing says whose the bags are.
         non_finite: features that are NaN or infinite.
         duplicates: groups of bags with the same features, as "split: bag".
         skipped: what of the source could not be used and was left out.
         problems: all that is wrong or suspicious, worst first, each one line with names in it.
+        faults: those of them, the first, that a training does not go on with.
     """
 
     source: str
@@ -91,10 +95,13 @@ class SourceReport:
     coords: bool
     views: list[ViewReport]
     tasks: list[TaskReport]
+    columns: list[ColumnUse]
+    patients: dict[str, int] | None
     non_finite: list[NonFinite]
     duplicates: list[list[str]]
     skipped: list[str]
     problems: list[str]
+    faults: list[str]
 
     @property
     def first_problem(self) -> str | None:
@@ -151,10 +158,13 @@ def inspect_splits(splits: Splits, source: str = "", format: str = "") -> Source
         coords=found.coords,
         views=views,
         tasks=tasks,
+        columns=list(splits.about.columns),
+        patients=None if splits.about.patients is None else dict(splits.about.patients),
         non_finite=found.non_finite,
         duplicates=found.duplicates,
         skipped=list(splits.skipped),
         problems=list(_problems(splits, found, views, tasks)),
+        faults=list(splits.about.faults),
     )
 
 
@@ -229,6 +239,7 @@ def _task_report(task: TaskSpec, splits: Splits) -> TaskReport:
 def _problems(
     splits: Splits, found: _Pass, views: Sequence[ViewReport], tasks: Sequence[TaskReport]
 ) -> Iterator[str]:
+    yield from splits.about.faults
     for line in splits.skipped:
         yield f"skipped: {line}"
     for item in found.non_finite:
@@ -251,6 +262,7 @@ def _problems(
                 yield f"{split}: view {view.name!r}: missing everywhere"
     for bag in found.empty:
         yield f"{bag}: a bag without instances"
+    yield from splits.about.doubts
 
 
 def _task_problems(task: TaskSpec, report: TaskReport, splits: Splits) -> Iterator[str]:

@@ -9,17 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from umda_fast.data.arrays import FloatArray, IntArray
+from umda_fast.data.arrays import FloatArray
 from umda_fast.data.bag import Bag, bag_labels
+from umda_fast.data.columns import ColumnUse
 from umda_fast.data.dataset import BagDataset
 from umda_fast.data.files.directory import LabelOptions, OpenedSlides, open_slides
 from umda_fast.data.files.file_options import FileOptions
 from umda_fast.data.files.index import SlideIndex
 from umda_fast.data.files.table_columns import read_metadata, read_tasks
 from umda_fast.data.labels import ClassWeights, fixed_tasks, label_columns
-from umda_fast.data.options import option
+from umda_fast.data.options import as_names, option
 from umda_fast.data.sources.base import BagSource, Folds, GivenSplit, OpenedSource
-from umda_fast.data.splits import SPLITS, parts_of
+from umda_fast.data.splits import About, parts_of
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec
 
@@ -83,12 +84,11 @@ class SlidesSource(FileOptions, SplitOptions, LabelOptions, BagSource):
                 f"{files[0].parent}: expected {len(files)} folds and 1 repeat, one for each split file, "
                 f"got {folds.folds} and {folds.repeats}"
             )
-        dataset, notes = self._labelled(opened)
-        said = None if folds is not None else _split_column(opened)
-        given = [] if said is None else [GivenSplit(said, "split by the column split")]
+        dataset, about, notes = self._labelled(opened)
+        given = [] if folds is not None else _split_column(opened)
         if files:
             chosen = files if folds is not None else [files[self.fold]]
-            given = [GivenSplit(opened.read_split(file), f"split by {file.name}") for file in chosen]
+            given = [GivenSplit(opened.read_split(file), f"split by {file.name}", str(file)) for file in chosen]
         unit = dataset.positions.unit if dataset.positions is not None else None
         positions = {"um": "positions in micrometres", "px": "positions in level-0 pixels", None: "no positions"}[unit]
         return OpenedSource(
@@ -101,22 +101,42 @@ class SlidesSource(FileOptions, SplitOptions, LabelOptions, BagSource):
             groups=_patients(opened),
             given=given,
             keep=fixed_tasks(self.kinds),
+            about=about,
+            skipped=opened.skipped if opened.skipped.skip_bad else None,
         )
 
-    def _labelled(self, opened: OpenedSlides) -> tuple[BagDataset, list[str]]:
-        """All bags with their labels and metadata, and what is worth knowing of them."""
+    def _labelled(self, opened: OpenedSlides) -> tuple[BagDataset, About, list[str]]:
+        """All bags with their labels and metadata, how their table was understood, and what is worth knowing."""
         index, table, rows = opened.index, opened.table, opened.rows
-        if table is not None:
-            specs, columns = read_tasks(table, rows, self.kinds)
-            bare = sum(row is None for row in rows)
-            notes = [f"labels from {table.path.name}", *([f"{bare} bags not in it"] if bare else [])]
-        else:
+        if table is None:
             specs, columns = label_columns({}, len(rows), self.kinds, where=opened.path)
-            notes = ["no table of labels (labels.csv)"]
-        dataset = BagDataset(SlideStore(index, specs, columns, opened.skipped.lines), index.views, specs, opened.path)
-        if table is not None:
-            dataset = dataset.with_metadata(read_metadata(table, rows))
-        return dataset, [*index.notes, *notes]
+            store = SlideStore(index, specs, columns, opened.skipped.lines)
+            about = About(faults=[opened.no_table])
+            return BagDataset(store, index.views, specs, opened.path), about, [*index.notes, "no table of labels"]
+        tasks = read_tasks(table, rows, self.kinds, as_names(self.tasks or ()))
+        store = SlideStore(index, tasks.specs, tasks.labels, opened.skipped.lines)
+        dataset = BagDataset(store, index.views, tasks.specs, opened.path)
+        bare = sum(row is None for row in rows)
+        notes = [f"labels from {table.table.path.name}", *([f"{bare} bags not in it"] if bare else [])]
+        if table.by_patient:
+            unused = len(table.names) - len({row for row in rows if row is not None})
+            notes += [f"{unused} patients of it without a bag"] if unused else []
+        elif table.patients is None:
+            notes.append("no column of patients, so each bag is one of its own")
+        uses = {use.name: use for use in [*table.uses, *tasks.uses]}
+        order = [name or f"column {number}" for number, name in enumerate(table.table.header, start=1)]
+        about = About(
+            columns=[uses[name] for name in order],
+            faults=[] if tasks.specs else [_no_task(table.where, [*table.uses, *tasks.uses])],
+            doubts=tasks.doubts,
+        )
+        notes = [*index.notes, *notes, *table.notes, *tasks.notes]
+        return dataset.with_metadata(read_metadata(table, rows)), about, notes
+
+
+def _no_task(where: str, uses: Sequence[ColumnUse]) -> str:
+    left = [f"{use.name!r} ({use.why})" for use in uses if use.use == "left out"]
+    return f"{where}: expected labels of at least one task, got none; columns left out: {', '.join(left) or 'none'}"
 
 
 def _patients(opened: OpenedSlides) -> list[str] | None:
@@ -130,12 +150,10 @@ def _patients(opened: OpenedSlides) -> list[str] | None:
     ]
 
 
-def _split_column(opened: OpenedSlides) -> dict[str, IntArray] | None:
-    """The parts that the table's column `split` says, if it has one; bags not in the table are in none."""
-    table = opened.table
-    if table is None or table.splits is None:
-        return None
-    for name, text in zip(table.names, table.splits, strict=True):
-        if text not in SPLITS:
-            raise DataError(f"{table.path}: column split: expected {', '.join(SPLITS)}, got {text!r} for {name!r}")
-    return parts_of(["" if row is None else table.splits[row] for row in opened.rows])
+def _split_column(opened: OpenedSlides) -> list[GivenSplit]:
+    """The split that the table's column `split` says, if it has one; bags not in the table are in no part."""
+    if opened.table is None or opened.table.splits is None:
+        return []
+    splits = opened.table.splits
+    parts = parts_of(["" if row is None else splits[row] for row in opened.rows])
+    return [GivenSplit(parts, "split by the column split", opened.table.where)]
