@@ -16,7 +16,8 @@ from matplotlib.image import imread
 from umda_fast.data import Bag, BagDataset
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec, ViewSpec
-from umda_fast.studies.maps import BagMap, explain, paint, patch_edge, plot_maps, write_geojson
+from umda_fast.studies.maps import BagMap, explain, paint, plot_maps, write_geojson
+from umda_fast.studies.patches import commonest_step, neighbour_steps, patch_sizes
 from umda_fast.train import Run, load_run, make_config, train
 
 VIEWS = (ViewSpec("stain", 4), ViewSpec("texture", 3))
@@ -72,8 +73,72 @@ def test_the_edge_of_a_patch_is_the_distance_of_neighbours() -> None:
     rows = np.concatenate([np.arange(5), np.arange(8, 20)]) * 224.0  # with a gap
     first = np.stack([rows, np.zeros(17)], 1)
     second = np.stack([rows[:9] + 50, np.full(9, 224.0)], 1)  # another contour, offset by 50
-    assert patch_edge(np.concatenate([first, second])) == 224.0
-    assert patch_edge(np.array([[3.0, 4.0]])) == 1.0
+    assert commonest_step(neighbour_steps(np.concatenate([first, second])))[0] == 224.0
+    assert np.isnan(commonest_step(neighbour_steps(np.array([[3.0, 4.0]])))[0])
+
+
+def placed(name: str, coords: object) -> Bag:
+    at = torch.as_tensor(coords, dtype=torch.float32)
+    views = {view.name: torch.randn(len(at), view.width) for view in VIEWS}
+    return Bag(name, views, None, {"tumour": torch.tensor(0.0), "grade/of it": torch.tensor(1)}, at)
+
+
+def grid(rows: int, columns: int, step: float) -> np.ndarray:
+    return np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) * step
+
+
+def cohort() -> BagDataset:
+    """Dense slides with a step of 128, a slide of one patch, a sparse one, and one cut at another magnification."""
+    slides = [placed(f"dense {n}", grid(4, 4, 128.0)) for n in range(3)]
+    slides.append(placed("single", [[5120.0, 640.0]]))
+    slides.append(placed("sparse", [[0.0, 0.0], [2560.0, 0.0], [2560.0, 5120.0]]))
+    slides.append(placed("other", grid(5, 5, 512.0)))
+    slides.append(placed("empty", np.zeros((0, 2))))
+    return BagDataset(slides, VIEWS, TASKS, "slides")
+
+
+def test_a_size_is_guessed_over_the_cohort_and_called_a_guess() -> None:
+    data = cohort()
+    found = patch_sizes(data, np.arange(7))
+    assert found.edge.tolist() == [128.0, 128.0, 128.0, 128.0, 128.0, 512.0, 128.0]
+    assert found.guessed.all()
+    assert patch_sizes(data, np.array([3])).edge.tolist() == [128.0]  # also when that slide alone is asked for
+    said = patch_sizes(data, np.arange(7), 256.0)
+    assert said.edge.tolist() == [256.0] * 7
+    assert not said.guessed.any()
+    alone = patch_sizes(data.subset([3]), np.arange(1))
+    assert np.isnan(alone.edge).all()
+    for size in (0.0, -1.0, float("nan")):
+        with pytest.raises(DataError, match="patch_size: expected a positive number"):
+            patch_sizes(data, np.arange(7), size)
+
+
+def edges(place: Path) -> dict[str, float]:
+    found = {}
+    for path in place.rglob("*.geojson"):
+        ring = json.loads(path.read_text())["features"][0]["geometry"]["coordinates"][0]
+        found[path.stem] = ring[1][0] - ring[0][0]
+    return found
+
+
+def test_explain_draws_patches_as_large_as_they_are(run: Run, tmp_path: Path) -> None:
+    chosen = ["dense 0", "single", "sparse"]
+    options = {"datasets": {"all": cohort()}, "heatmaps": False, "progress": False}
+    guess = explain(run, out=tmp_path / "guess", bags=chosen, **options)  # type: ignore[arg-type]
+    assert edges(tmp_path / "guess") == dict.fromkeys(chosen, 128.0)
+    assert (guess.guessed, guess.unsized) == ((128.0,), ())
+    said = explain(run, out=tmp_path / "said", bags=chosen, patch_size=256.0, **options)  # type: ignore[arg-type]
+    assert edges(tmp_path / "said") == dict.fromkeys(chosen, 256.0)
+    assert said.guessed == ()
+    options["datasets"] = {"all": cohort().subset([3])}
+    alone = explain(run, out=tmp_path / "alone", **options)  # type: ignore[arg-type]
+    assert (alone.geojson, alone.unsized) == (0, ("single",))
+
+
+def test_a_picture_says_that_its_patches_are_guessed() -> None:
+    for guessed in (True, False):
+        figure = plot_maps(patches(patch=10.0, guessed=guessed), {"a": np.arange(3.0)}, "slide", "attention")
+        assert ("guessed" in figure.get_suptitle()) == guessed
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.options import Format, OwnData, RunDir, TrainedOn, out_option, split_option
+from umda_fast.cli.options import Format, OwnData, PatchSize, RunDir, TrainedOn, out_option, split_option
 
 EXAMPLE = "umda-fast explain runs/first --data slides/ --bag slide_7 --out maps"
 
@@ -26,6 +26,7 @@ def explain(
         float | None,
         typer.Option("--pixel-size", metavar="UM", help="Micrometres per level-0 pixel, where the data lacks it."),
     ] = None,
+    patch_size: PatchSize = None,
     format: Format = None,
     use: TrainedOn,
 ) -> None:
@@ -44,16 +45,23 @@ def explain(
         heatmaps=heatmaps,
         geojson=geojson,
         pixel_size=pixel_size,
+        patch_size=patch_size,
         format=format,
         **use.arguments(),
     )
     console = make_console()
-    console.print(
-        f"{out}: {result.bags} bags, {result.heatmaps} heatmaps, {result.geojson} GeoJSON files", soft_wrap=True
-    )
-    if result.without:
-        console.print(
-            f"no coordinates, so no map: {', '.join(result.without[:5])}"
-            + (f" and {len(result.without) - 5} more" if len(result.without) > 5 else ""),
-            soft_wrap=True,
-        )
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    say(f"{out}: {result.bags} bags, {result.heatmaps} heatmaps, {result.geojson} GeoJSON files")
+    unit = {"px": " pixels", "um": " micrometres"}.get(result.unit, "")
+    if result.guessed:
+        ends = " to ".join(f"{size:g}" for size in dict.fromkeys((result.guessed[0], result.guessed[-1])))
+        say(f"patch size guessed from the distances between patches: {ends}{unit}; if they overlap, say --patch-size")
+    for names, why in (
+        (result.without, "no coordinates, so no map"),
+        (result.unsized, "no two patches in a row, so no guess of their size and no map without --patch-size"),
+    ):
+        if names:
+            say(f"{why}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else ""))

@@ -25,6 +25,7 @@ __all__ = [
     "Format",
     "JsonFile",
     "OwnData",
+    "PatchSize",
     "Quiet",
     "RunDir",
     "RunDirs",
@@ -58,6 +59,15 @@ Backend = Annotated[
     str | None, typer.Option("--backend", help="auto, reference, cpp, triton or cuda: who computes the operations.")
 ]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training bags.")]
+PatchSize = Annotated[
+    float | None,
+    typer.Option(
+        "--patch-size",
+        metavar="SIZE",
+        help="Edge of a patch in the unit of the coordinates (level-0 pixels, micrometres).  "
+        "[default: as the data says, else the commonest distance between patches]",
+    ),
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 RunDirs = Annotated[
     list[Path], typer.Argument(metavar="RUN...", help="A run directory; of several, the mean of what they predict.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.options import Format, OwnData, RunDir, TrainedOn, out_option, split_option
+from umda_fast.cli.options import Format, OwnData, PatchSize, RunDir, TrainedOn, out_option, split_option
 
 EXAMPLE = "umda-fast report runs/first && open runs/first/report.html"
 
@@ -19,6 +19,7 @@ def report(
     data: OwnData = None,
     split: Annotated[str, split_option("Which part of the data is measured.")] = "test",
     maps: Annotated[int, typer.Option("--maps", min=0, help="Bags whose attention is drawn.")] = 4,
+    patch_size: PatchSize = None,
     samples: Annotated[int, typer.Option("--samples", min=10, help="Draws for the confidence intervals.")] = 1000,
     format: Format = None,
     use: TrainedOn,
@@ -34,6 +35,7 @@ def report(
         source=data,
         split=split,
         maps=maps,
+        patch_size=patch_size,
         samples=samples,
         format=format,
         **use.arguments(),

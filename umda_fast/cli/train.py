@@ -49,7 +49,8 @@ def train(
     keep_pages()
     result = train_run(settings, directory_of("train", out, settings), resume=resume, progress=not quiet)
     console = make_console()
-    console.print(metrics_table({"": result.metrics["tasks"]}, title=f"Split {result.split}"))
+    bags = result.metrics["data"]["bags"][result.split]
+    console.print(metrics_table({"": result.metrics["tasks"]}, title=f"Split {result.split}, {bags} bags"))
     skill, score, seconds = (result.metrics[name] for name in ("skill", "mean_score", "seconds"))
     tasks = ", ".join(f"{task} {number(value)}" for task, value in skill["tasks"].items())
     console.print(f"skill {number(skill['mean'])} ({tasks}; 0: no better than a constant, 1: perfect)", soft_wrap=True)

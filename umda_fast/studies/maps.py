@@ -22,11 +22,12 @@ from umda_fast import ops
 from umda_fast.data import BagDataset
 from umda_fast.errors import DataError
 from umda_fast.files import atomic_file
+from umda_fast.studies.patches import commonest_step, neighbour_steps, patch_sizes
 from umda_fast.studies.predict import predict_batches
 from umda_fast.train.data import model_data
 from umda_fast.train.loading import Run
 
-__all__ = ["BagMap", "Explanation", "attention_maps", "explain", "paint", "patch_edge", "plot_maps", "write_geojson"]
+__all__ = ["BagMap", "Explanation", "attention_maps", "explain", "paint", "plot_maps", "write_geojson"]
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -43,7 +44,7 @@ class BagMap:
         views: float32 [n, V], the weight of every view in the fusion, or None for a model of one view.
         coords: [n, 2], corner of each patch with the smallest x and y, or None.
         unit: of the coordinates: "px" (level 0), "um", or "" where not known.
-        patch: edge of a patch in that unit, NaN where not known.
+        patch: edge of a patch in that unit, NaN where not known. guessed: from the distances between patches.
         pixel_size: micrometres per level-0 pixel, NaN where not known.
     """
 
@@ -54,24 +55,20 @@ class BagMap:
     unit: str = ""
     patch: float = float("nan")
     pixel_size: float = float("nan")
+    guessed: bool = False
 
+    @property
+    def edge(self) -> float:
+        """Of a patch as it is drawn: `patch`, or else the commonest distance between neighbouring ones.
 
-def patch_edge(coords: FloatArray) -> float:
-    """The edge of patches that lie side by side: the commonest distance between neighbouring patches of one row or
-    column; 1 where nothing can be told (no two patches in one).
-
-    Args:
-        coords: [n, 2].
-    """
-    steps = []
-    for along, across in ((0, 1), (1, 0)):
-        order = np.lexsort((coords[:, along], coords[:, across]))
-        ordered = coords[order]
-        same = np.diff(ordered[:, across]) == 0
-        steps.append(np.diff(ordered[:, along])[same])
-    distances = np.concatenate(steps)
-    values, counts = np.unique(distances[distances > 0].round(3), return_counts=True)
-    return float(values[counts.argmax()]) if len(values) else 1.0
+        Raises:
+            DataError: no two patches lie in one row or column, so that nothing can be told.
+        """
+        assert self.coords is not None
+        edge = self.patch if np.isfinite(self.patch) else commonest_step(neighbour_steps(self.coords))[0]
+        if not np.isfinite(edge):
+            raise DataError(f"bag {self.name!r}: expected the size of a patch; the coordinates do not tell it")
+        return edge
 
 
 def paint(coords: FloatArray, values: FloatArray, edge: float, cells: int = _CELLS) -> tuple[FloatArray, float]:
@@ -115,7 +112,7 @@ def plot_maps(
         title: of the figure. label: of the colour bar. low: bottom of the scale; None for the least value.
     """
     assert bag.coords is not None
-    edge = bag.patch if np.isfinite(bag.patch) else patch_edge(bag.coords)
+    edge = bag.edge
     painted = {name: paint(bag.coords, values, edge) for name, values in panels.items()}
     values = np.concatenate(list(panels.values()))
     high = float(np.quantile(values, 0.99))
@@ -138,7 +135,7 @@ def plot_maps(
         axis.tick_params(labelsize=7)
         axis.ticklabel_format(style="plain", useOffset=False)
     figure.colorbar(image, ax=list(axes), label=label, shrink=0.85, extend="max" if high < values.max() else "neither")
-    figure.suptitle(title)
+    figure.suptitle(f"{title} (size of patches guessed)" if bag.guessed else title)
     return figure
 
 
@@ -149,7 +146,7 @@ def relative(attention: FloatArray) -> FloatArray:
 
 def _to_pixels(bag: BagMap) -> tuple[FloatArray, float]:
     assert bag.coords is not None
-    edge = bag.patch if np.isfinite(bag.patch) else patch_edge(bag.coords)
+    edge = bag.edge
     if bag.unit != "um":
         return bag.coords, edge
     if not np.isfinite(bag.pixel_size):
@@ -210,23 +207,34 @@ def _features(
 
 
 def attention_maps(
-    run: Run, dataset: BagDataset, fabric: Any, *, wanted: Iterable[str] | None = None, progress: bool = False
+    run: Run,
+    dataset: BagDataset,
+    fabric: Any,
+    *,
+    wanted: Iterable[str] | None = None,
+    patch_size: float | None = None,
+    progress: bool = False,
 ) -> Iterator[tuple[BagMap, dict[str, Any]]]:
     """A `BagMap` and the logits {task: [outputs]} for every bag of `dataset`, which has the model's views and tasks.
 
     Args:
         wanted: names of the bags; None for all.
+        patch_size: edge of all patches in the coordinates' unit; None: as the data says, or else a guess over all of
+            `dataset` (`patch_sizes`).
 
     Raises:
-        DataError: there is no bag of a name in `wanted`.
+        DataError: `patch_size` is not positive, or there is no bag of a name in `wanted`.
     """
+    chosen = np.arange(len(dataset), dtype=np.int64)
     if wanted is not None:
         rows = {name: row for row, name in enumerate(dataset.names)}
         names = list(wanted)
         for name in names:
             if name not in rows:
                 raise DataError(f"{dataset.name}: expected the name of a bag, got {name!r}")
-        dataset = dataset.subset(np.array([rows[name] for name in names], dtype=np.int64))
+        chosen = np.array([rows[name] for name in names], dtype=np.int64)
+    patches = patch_sizes(dataset, chosen, patch_size)
+    dataset = dataset.subset(chosen)
     positions = dataset.positions
     row = 0
     for batch, out in predict_batches(run, dataset, fabric, progress=progress, title="explain"):
@@ -237,13 +245,9 @@ def attention_maps(
         coords = None if batch.coords is None else batch.coords.double().cpu().numpy()
         for index, name in enumerate(batch.names):
             part = slice(offsets[index], offsets[index + 1])
-            known: dict[str, Any] = {}
+            known: dict[str, Any] = {"patch": float(patches.edge[row]), "guessed": bool(patches.guessed[row])}
             if positions is not None:
-                known = {
-                    "unit": positions.unit,
-                    "patch": float(positions.patch_size[row]),
-                    "pixel_size": float(positions.pixel_size[row]),
-                }
+                known |= {"unit": positions.unit, "pixel_size": float(positions.pixel_size[row])}
             yield (
                 BagMap(
                     name,
@@ -264,12 +268,18 @@ class Explanation:
     Attributes:
         bags: how many. heatmaps, geojson: files of each kind.
         without: names of the bags that have instances but no coordinates, so that nothing could be drawn.
+        unsized: names of the bags with coordinates of which the size of a patch could not even be guessed.
+        guessed: sizes of patches, in the coordinates' unit, that were guessed and drawn.
+        unit: of the coordinates, "px" (level 0), "um", or "" where not known.
     """
 
     bags: int
     heatmaps: int
     geojson: int
     without: tuple[str, ...]
+    unsized: tuple[str, ...] = ()
+    guessed: tuple[float, ...] = ()
+    unit: str = ""
 
 
 def explain(
@@ -284,6 +294,7 @@ def explain(
     heatmaps: bool = True,
     geojson: bool = True,
     pixel_size: float | None = None,
+    patch_size: float | None = None,
     format: str | None = None,
     device: str = "auto",
     backend: str = "auto",
@@ -298,13 +309,16 @@ def explain(
     Args:
         split: only this part of the data. bags: only these bags.
         pixel_size: micrometres per pixel at level 0, for GeoJSON where the data does not say.
+        patch_size: edge of a patch in the unit of the coordinates; None: as the data says, or else a guess over all of
+            it, which is right for patches that lie side by side.
         skip_bad: leave out what is bad in the source and list it on standard error.
 
     Returns:
         What was written.
 
     Raises:
-        DataError: the data cannot be read or does not fit the model, or there is no such bag. ValueError: top < 1.
+        DataError: the data cannot be read or does not fit the model, there is no such bag, or a size is not positive.
+        ValueError: top < 1.
     """
     if top < 1:
         raise ValueError(f"top: expected at least 1, got {top}")
@@ -315,7 +329,7 @@ def explain(
     views = [view.name for view in run.model.config.views]
     place = Path(out)
     counts = {"bags": 0, "heatmaps": 0, "geojson": 0}
-    without = []
+    without, unsized, guessed, unit = [], [], set(), ""
     with ExitStack() as stack:
         stack.enter_context(ops.use_backend(backend))
         stream = stack.enter_context(atomic_file(place / "top_instances.csv"))
@@ -323,12 +337,17 @@ def explain(
         stack.callback(text.detach)
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["bag", "task", "rank", "instance", "x", "y", "attention", "relative_attention"])
-        for bag, _ in attention_maps(run, dataset, fabric, wanted=bags, progress=progress):
+        for bag, _ in attention_maps(run, dataset, fabric, wanted=bags, patch_size=patch_size, progress=progress):
             counts["bags"] += 1
             writer.writerows(_top(bag, tasks, top))
             if bag.coords is None or not len(bag.coords):
                 without += [bag.name] if len(bag.attention) else []
                 continue
+            if np.isnan(bag.patch):
+                unsized.append(bag.name)
+                continue
+            unit = bag.unit
+            guessed |= {bag.patch} if bag.guessed else set()
             folder = place / _safe(bag.name)
             if heatmaps:
                 counts["heatmaps"] += _write_pictures(folder, bag, tasks, views)
@@ -337,7 +356,9 @@ def explain(
                     bag = BagMap(**{**vars(bag), "pixel_size": pixel_size})
                 write_geojson(folder / f"{_safe(bag.name)}.geojson", bag, tasks, views)
                 counts["geojson"] += 1
-    return Explanation(**counts, without=tuple(without))
+    return Explanation(
+        **counts, without=tuple(without), unsized=tuple(unsized), guessed=tuple(sorted(guessed)), unit=unit
+    )
 
 
 def _safe(name: str) -> str:

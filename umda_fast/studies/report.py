@@ -59,6 +59,7 @@ def write_report(
     datasets: Mapping[str, BagDataset] | None = None,
     split: str = "test",
     maps: int = 4,
+    patch_size: float | None = None,
     samples: int = 1000,
     format: str | None = None,
     device: str = "auto",
@@ -73,6 +74,7 @@ def write_report(
         out: the file; None for report.html in the run directory.
         split: what is measured. Temperatures are fitted on the split `val`, if there is one and it is another.
         maps: so many bags with coordinates are drawn, those with the most instances.
+        patch_size: edge of a patch in the unit of the coordinates, see `explain`.
         samples: draws of bags for the confidence intervals.
         skip_bad: leave out what is bad in the source and list it on standard error.
 
@@ -107,7 +109,7 @@ def write_report(
                 validation = dataset.subset(np.zeros(0, dtype=np.int64))
             if len(validation):
                 held_out = measure(validation, fabric)
-        bags = _largest_with_coords(run, dataset, fabric, maps)
+        bags = _largest_with_coords(run, dataset, fabric, maps, patch_size)
     tasks = dataset.tasks
     sections = [
         _header(run, dataset, split, files),
@@ -128,12 +130,15 @@ def write_report(
     return path
 
 
-def _largest_with_coords(run: Run, dataset: BagDataset, fabric: Any, count: int) -> list[BagMap]:
+def _largest_with_coords(
+    run: Run, dataset: BagDataset, fabric: Any, count: int, patch_size: float | None
+) -> list[BagMap]:
     rows = (-dataset.sizes).argsort(kind="stable")[:count]
     names = [dataset.names[row] for row in rows if dataset.sizes[row]]
     if not names:
         return []
-    return [bag for bag, _ in attention_maps(run, dataset, fabric, wanted=names) if bag.coords is not None]
+    found = attention_maps(run, dataset, fabric, wanted=names, patch_size=patch_size)
+    return [bag for bag, _ in found if bag.coords is not None and bag.patch == bag.patch]
 
 
 # ---- pieces of HTML ----
@@ -332,6 +337,8 @@ def _maps(tasks: Sequence[TaskSpec], views: Sequence[str], bags: Sequence[BagMap
     if not bags:
         return ""
     parts = ["<h2>Where the model looked</h2>", _note("The largest bags of the split; `umda-fast explain` draws all.")]
+    if any(bag.guessed for bag in bags):
+        parts.append(_note("The size of the patches is guessed from the distances between them: --patch-size says it."))
     for bag in bags:
         share = relative(bag.attention)
         panels = {task.name: share[:, t] for t, task in enumerate(tasks)}
