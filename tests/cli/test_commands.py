@@ -81,6 +81,7 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
     files = {path.name for path in run.iterdir()}
     assert {
         "config.yaml",
+        "splits.csv",
         "metrics.jsonl",
         "metrics.json",
         "model.safetensors",

@@ -98,5 +98,5 @@ def test_bags_with_coordinates_are_drawn_and_names_are_escaped(tmp_path: Path) -
 
 
 def test_an_unknown_split_is_named(digits_run: Run) -> None:
-    with pytest.raises(DataError, match="expected a split among train, val, test, got 'other'"):
+    with pytest.raises(DataError, match="expected a split among train, val, test, all, new, got 'other'"):
         write_report(digits_run, split="other", progress=False)

@@ -87,7 +87,7 @@ def test_a_model_is_given_the_splits_of_its_run() -> None:
     for split in ("train", "val", "test"):
         assert same_bags(model_data(run, datasets=None, split=split, **where)[0], data[split])
     assert same_bags(model_data(run, datasets=None, split=None, **where)[0], data.whole)
-    with pytest.raises(DataError, match="digits: expected a split among train, val, test, got 'dev'"):
+    with pytest.raises(DataError, match="digits: expected a split among train, val, test, all, new, got 'dev'"):
         model_data(run, datasets=None, split="dev", **where)
     mine = {"a": data["val"], "b": data["test"].subset(range(3))}
     found, fabric = model_data(run, datasets=mine, split=None, **where)

@@ -64,6 +64,7 @@ def test_scores_alone_are_kept_if_asked(tmp_path: Path) -> None:
         "config.yaml",
         "metrics.json",
         "metrics.jsonl",
+        "splits.csv",
     ]
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Path) -> None:

@@ -14,16 +14,23 @@ def evaluate(
     *,
     runs: RunDirs,
     bags: Bags,
-    split: Annotated[str, split_option("Which part of the data.")] = "test",
+    split: Annotated[
+        str | None, split_option("test, val, train, new or all.  [default: test; of other data than the run's own all]")
+    ] = None,
     json: JsonFile = None,
     use: TrainedOn,
 ) -> None:
-    """Measure a trained model, or the mean of several, on a split of its own data or of other data."""
+    """Measure a trained model, or the mean of several, on a split of its own data or on other data.
+
+    Bags that a run was trained or validated on (its splits.csv) are in no figure but that of their split.
+    """
     from umda_fast.cli.render import make_console, metrics_table
     from umda_fast.train import evaluate as evaluate_run
+    from umda_fast.train.data import measured_split
 
     loaded = load_runs(runs)
     name = ", ".join(str(run) for run in runs)
+    split = measured_split(loaded, bags.data, split)
     result = evaluate_run(loaded, source=bags.data, format=bags.format, split=split, **use.arguments())
     console = make_console()
     console.print(metrics_table({"": result.tasks}, title=f"{name}, split {split}, {result.bags} bags"))

@@ -17,7 +17,7 @@ def explain(
     run: RunDir,
     out: Annotated[Path, out_option("Where the files go.")],
     data: OwnData = None,
-    split: Annotated[str | None, split_option("Only this part of the data.")] = None,
+    split: Annotated[str | None, split_option("Only test, val, train or new.  [default: all]")] = None,
     bag: Annotated[list[str] | None, typer.Option("--bag", help="Only this bag; may be repeated.")] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Instances listed per bag and task.")] = 20,
     heatmaps: Annotated[bool, typer.Option("--heatmaps/--no-heatmaps", help="A PNG per bag and task.")] = True,

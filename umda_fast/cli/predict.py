@@ -21,7 +21,7 @@ def predict(
     attention: Annotated[
         Path | None, typer.Option("--attention", metavar="FILE.h5", help="Also write each instance's attention.")
     ] = None,
-    split: Annotated[str | None, split_option("Only this part of the data.")] = None,
+    split: Annotated[str | None, split_option("Only test, val, train or new.  [default: all]")] = None,
     refer_below: Annotated[
         float | None,
         typer.Option(

@@ -17,7 +17,9 @@ def report(
     run: RunDir,
     out: Annotated[Path | None, out_option("The file.  [default: RUN/report.html]", metavar="FILE.html")] = None,
     data: OwnData = None,
-    split: Annotated[str, split_option("Which part of the data is measured.")] = "test",
+    split: Annotated[
+        str | None, split_option("What is measured: test, val, train, new or all.  [default: as `evaluate`]")
+    ] = None,
     maps: Annotated[int, typer.Option("--maps", min=0, help="Bags whose attention is drawn.")] = 4,
     patch_size: PatchSize = None,
     samples: Annotated[int, typer.Option("--samples", min=10, help="Draws for the confidence intervals.")] = 1000,

@@ -65,6 +65,7 @@ class BagDataset(Dataset[Bag]):
             self._store = bags
         self._rows: IntArray = np.arange(len(self._store.names), dtype=np.int64)
         self._metadata: Metadata | None = None
+        self._contents: dict[int, str] = {}  # by row of the store, shared by all parts of it
         _check_distinct_names(name, self._store.names)
 
     @classmethod
@@ -163,6 +164,17 @@ class BagDataset(Dataset[Bag]):
     def skipped(self) -> tuple[str, ...]:
         """What of the source could not be used and was left out, one line each with its file in it."""
         return tuple(getattr(self._store, "skipped", ()))
+
+    @property
+    def contents(self) -> list[str | None]:
+        """What is known of the bags' contents (`umda_fast.data.content`), None where nobody looked yet."""
+        return [self._contents.get(row) for row in self._rows.tolist()]
+
+    def note_contents(self, contents: Mapping[str, str]) -> None:
+        """Keep the contents of bags, by name, for all datasets that read them from the same place."""
+        for row, name in zip(self._rows.tolist(), self.names, strict=True):
+            if name in contents:
+                self._contents[row] = contents[name]
 
     @property
     def metadata(self) -> Metadata | None:

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     DROP_INSTANCES = 7
     THRESHOLDS = 8
     LINEAR_FOLDS = 9
+    CONTENT = 10
 
 
 def generator(stream: Stream, *key: int) -> np.random.Generator:

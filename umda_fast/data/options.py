@@ -15,15 +15,16 @@ from umda_fast.errors import DataError
 _Value = TypeVar("_Value")
 
 
-def option(default: _Value, *, folds: bool = True, local: bool = False) -> _Value:
+def option(default: _Value, *, folds: bool = True, local: bool = False, path: bool = False) -> _Value:
     """A field that is an option, as a plain default is, and what is special about it.
 
     Args:
         default: its value if it is not given.
         folds: whether cross-validation has it too.
         local: whether it says something about one source only, such as files beside it; it is not for another.
+        path: whether it names a file or a directory.
     """
-    value: _Value = field(default=default, metadata={"folds": folds, "local": local})
+    value: _Value = field(default=default, metadata={"folds": folds, "local": local, "path": path})
     return value
 
 
@@ -35,6 +36,11 @@ def option_names(options: Any, folds: bool = False) -> tuple[str, ...]:
 def local_options(options: Any) -> tuple[str, ...]:
     """Names of the options of a dataclass that say something about one source only."""
     return tuple(item.name for item in fields(options) if item.metadata.get("local", False))
+
+
+def path_options(options: Any) -> tuple[str, ...]:
+    """Names of the options of a dataclass that name files or directories."""
+    return tuple(item.name for item in fields(options) if item.metadata.get("path", False))
 
 
 def as_names(value: str | Sequence[str]) -> list[str]:

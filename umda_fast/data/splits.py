@@ -235,6 +235,10 @@ class Splits(Mapping[str, BagDataset]):
         whole: all bags, in the source's order.
         fixed: options that a run keeps beside those it was given, so that its source is read alike later.
         about: how the source was understood.
+        groups: the patient (or another group that is never divided) of every bag of `whole`; None: there are none.
+        given: whether the source itself says this split.
+        drawn: whether the bags are drawn anew for every seed, not read.
+        class_weights, keep: how specs are fitted to training labels, arguments of `fitted`.
     """
 
     name: str
@@ -245,6 +249,11 @@ class Splits(Mapping[str, BagDataset]):
     whole: BagDataset
     fixed: Mapping[str, Any] = field(default_factory=dict)
     about: About = field(default_factory=About)
+    groups: Sequence[str] | None = None
+    given: bool = False
+    drawn: bool = False
+    class_weights: ClassWeights = None
+    keep: Sequence[str] = ()
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:
@@ -276,8 +285,22 @@ class Splits(Mapping[str, BagDataset]):
         if self.about.faults:
             raise DataError(self.about.faults[0])
 
+    def divided(self, parts: Mapping[str, IntArray]) -> Splits:
+        """The same bags divided otherwise: split -> rows of `whole`, in the order in which they are to be; specs are
+        fitted to the new training labels."""
+        whole = self.whole
+        train, val, test = (
+            whole.subset(parts.get(split, np.zeros(0, np.int64)), f"{whole.name} ({split})") for split in SPLITS
+        )
+        groups = self.groups
+        patients = groups and {split: len({groups[row] for row in rows.tolist()}) for split, rows in parts.items()}
+        about = replace(self.about, patients=patients or None)
+        return replace(self, train=train, val=val, test=test, about=about).fitted(self.class_weights, self.keep)
+
     def fitted(self, class_weights: ClassWeights = None, keep: Sequence[str] = ()) -> Splits:
         """The same splits with task specs fitted to the training labels, but for the tasks in `keep`."""
+        if not len(self.train):  # nothing to fit to: bags that are only predicted, or measured
+            return self
         fitted = fit_tasks(self.tasks, self.train.labels, class_weights)
         tasks = [old if old.name in keep else new for old, new in zip(self.tasks, fitted, strict=True)]
         return replace(

@@ -82,6 +82,9 @@ class DataConfig(_Section):
     """Processes that read bags ahead."""
     instance_dropout: Decay = 0.0
     """Share of every training bag's instances that an epoch leaves out, others in each epoch."""
+    paths: dict[str, list[str]] = field(default_factory=dict)
+    """Where files and directories named above were when the run began: absolute, and from the run directory. A run
+    fills it in."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,8 @@ class TrainConfig(_Section):
     deterministic: bool | None = None
     """Bit-identical repetition; None means yes on the CPU, no on a GPU."""
     keep: Literal["all", "scores"] = "all"
-    """What a run leaves: `scores` writes config.yaml, metrics.jsonl and metrics.json only, no weights and no
-    checkpoint (a stopped run begins anew): for many small runs, as in a cross-validation."""
+    """What a run leaves: `scores` writes config.yaml, splits.csv, metrics.jsonl and metrics.json only, no weights and
+    no checkpoint (a stopped run begins anew): for many small runs, as in a cross-validation."""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ __all__ = ["MetricsLog", "RunDirectory", "read_metrics", "save_model"]
 
 
 class RunDirectory:
-    """Paths of a run directory (spec: config.yaml, metrics.jsonl, metrics.json, model.safetensors,
+    """Paths of a run directory (spec: config.yaml, splits.csv, metrics.jsonl, metrics.json, model.safetensors,
     checkpoint.pt, plots/, TensorBoard events)."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.splits = self.path / "splits.csv"
         self.log = self.path / "metrics.jsonl"
         self.metrics = self.path / "metrics.json"
         self.weights = self.path / "model.safetensors"

@@ -31,7 +31,8 @@ from umda_fast.studies.maps import BagMap, attention_maps, plot_maps, relative
 from umda_fast.tasks import kind_of
 from umda_fast.tasks.metric_names import metric_name
 from umda_fast.tasks.shown import Rows, Scatter, Shown
-from umda_fast.train.data import model_data
+from umda_fast.train.chosen import ALL
+from umda_fast.train.data import is_own, measured_split, model_data
 from umda_fast.train.loading import Run
 
 __all__ = ["write_report"]
@@ -57,7 +58,7 @@ def write_report(
     *,
     source: str | None = None,
     datasets: Mapping[str, BagDataset] | None = None,
-    split: str = "test",
+    split: str | None = None,
     maps: int = 4,
     patch_size: float | None = None,
     samples: int = 1000,
@@ -72,7 +73,8 @@ def write_report(
 
     Args:
         out: the file; None for report.html in the run directory.
-        split: what is measured. Temperatures are fitted on the split `val`, if there is one and it is another.
+        split: what is measured, as of `evaluate`. Temperatures are fitted on the split `val`, if there is one and its
+            bags are others.
         maps: so many bags with coordinates are drawn, those with the most instances.
         patch_size: edge of a patch in the unit of the coordinates, see `explain`.
         samples: draws of bags for the confidence intervals.
@@ -89,20 +91,31 @@ def write_report(
 
     def data(part: str) -> tuple[BagDataset, Any]:
         return model_data(
-            run, source=source, datasets=datasets, split=part, format=format, device=device, skip_bad=skip_bad
+            run,
+            source=source,
+            datasets=datasets,
+            split=part,
+            format=format,
+            device=device,
+            skip_bad=skip_bad,
+            measured=True,
         )
 
     def measure(part: BagDataset, fabric: Any) -> Predictions:
         model = fabric.to_device(run.model)
         return collect(model, part, fabric, run.config.data, title="report", progress=progress)
 
+    if datasets is None:
+        split = measured_split(run, source, split)
+    split = split or "test"
     with ops.use_backend(backend):
         dataset, fabric = data(split)
         if not len(dataset):
             raise DataError(f"{source or run.config.data.source}: split {split!r} holds no bags to report on")
         found = measure(dataset, fabric)
         held_out: Predictions | None = None
-        if split != "val":
+        # All of other data has the bags of its own val in it; that of the run's own data has not.
+        if split != "val" and (split != ALL or (datasets is None and is_own(run, source))):
             try:
                 validation, fabric = data("val")
             except DataError:  # there is no such split

@@ -6,22 +6,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from lightning_fabric import Fabric
 
-from umda_fast.data import BagDataset, Splits, concat, find_format, load_folds, load_source
+from umda_fast.data import SPLITS, BagDataset, Splits, concat, find_format, load_folds, load_source
 from umda_fast.data.adapt import adapt_dataset
 from umda_fast.errors import DataError
 from umda_fast.runtime.config import RunConfig, as_dict, make_config
 from umda_fast.runtime.fabric import make_fabric
+from umda_fast.runtime.rundir import RunDirectory
+from umda_fast.train.chosen import ALL, check_same_split, chosen_rows, data_seed
 from umda_fast.train.loading import Run
+from umda_fast.train.located import located, recorded_paths, same_place
+from umda_fast.train.recorded import check_recorded, recorded_splits
 
 __all__ = [
     "check_same_split",
     "data_seed",
+    "is_own",
     "load_configured_folds",
     "load_data",
+    "measured_split",
     "model_data",
     "tell_skipped",
     "training_data",
@@ -41,20 +46,36 @@ def load_data(config: RunConfig) -> Splits:
 
 
 def training_data(
-    config: RunConfig, datasets: Mapping[str, BagDataset] | None = None
+    config: RunConfig,
+    datasets: Mapping[str, BagDataset] | None = None,
+    run: RunDirectory | None = None,
+    *,
+    resume: bool = False,
 ) -> tuple[RunConfig, Mapping[str, BagDataset]]:
     """What a run trains on, `datasets` or else the configured source, and the configuration that gives the same again:
-    with the options that the source had to choose by itself.
+    with the options that the source had to choose by itself, and where its files are. With `resume` the bags are those
+    that the run recorded.
 
     Raises:
-        DataError: from the source; there is no split `train`, or it has no labels.
+        DataError: from the source; there is no split `train`, or it has no labels; bags of a resumed run are gone.
     """
-    splits = load_data(config) if datasets is None else datasets
+    again = run if resume else None
+    if datasets is not None:
+        splits = datasets
+        if again is not None:
+            check_recorded(again, datasets)
+    else:
+        data = config.data if again is None else located(config.data, again.path, "it is needed to go on")
+        splits = load_data(replace(config, data=data))
+        if again is not None:
+            splits = recorded_splits(again, splits, data)
     if isinstance(splits, Splits):
         splits.check()
     if isinstance(splits, Splits) and splits.fixed:
         options = {**config.data.options, **splits.fixed}
         config = replace(config, data=replace(config.data, options=options))
+    if run is not None and again is None:
+        config = replace(config, data=replace(config.data, paths=recorded_paths(config.data, run.path)))
     if "train" not in splits:
         raise DataError(f"datasets: expected a split 'train', got {', '.join(splits) or 'none'}")
     if not splits["train"].tasks:
@@ -82,36 +103,22 @@ def load_configured_folds(config: RunConfig, folds: int, repeats: int = 1) -> It
         yield splits
 
 
-def data_seed(config: RunConfig) -> int:
-    """The seed of splits and generated bags."""
-    return config.seed if config.data.seed is None else config.data.seed
-
-
 def tell_skipped(lines: Sequence[str]) -> None:
     """List on standard error what of a source was left out, which is done only where it was asked for."""
     for line in lines:
         print(f"skipped: {line}", file=sys.stderr)
 
 
-def check_same_split(run: Run) -> None:
-    """Bags that one member is measured on must not be among those that another was trained on.
+def is_own(run: Run, source: str | None) -> bool:
+    """Whether `source` (None: its own) is the data that the run was trained on, as it is today."""
+    return source is None or same_place(run.config.data, run.directory, source)
 
-    Raises:
-        DataError: the members' data differ, or how it is split.
-    """
 
-    def split(config: RunConfig) -> dict[str, Any]:
-        data = config.data
-        return {"source": data.source, "options": dict(data.options), "format": data.format, "seed": data_seed(config)}
-
-    expected = split(run.config)
-    for member in run.members:
-        for name, found in split(member.config).items():
-            if found != expected[name]:
-                raise DataError(
-                    f"{member.directory}: data.{name}: expected {expected[name]!r} as in {run.directory}, for one "
-                    f"split of the data (train every member with the same --set data.seed=N), got {found!r}"
-                )
+def measured_split(run: Run, source: str | None, split: str | None) -> str:
+    """The split that is measured where none is asked for: test of the run's own data, all of other data."""
+    if split is not None:
+        return split
+    return "test" if is_own(run, source) else ALL
 
 
 def model_data(
@@ -123,42 +130,52 @@ def model_data(
     format: str | None,
     device: str,
     skip_bad: bool = False,
+    measured: bool = False,
 ) -> tuple[BagDataset, Fabric]:
     """Bags as the run's model takes them, and the device to run it on: one split, or with `split=None` all of
-    them. `skip_bad` leaves out what is bad in the source and lists it on standard error.
+    them. `skip_bad` leaves out what is bad in the source and lists it on standard error. `measured`: a figure is made
+    of them, so that bags that decided on the weights are left out of `all` (`umda_fast.train.chosen`).
 
     Raises:
         DataError: there is no such split, or the data does not fit the model.
     """
-    data = run.config.data
     model = run.model.config
-    if datasets is None:
-        where = data.source if source is None else source
-        kind = find_format(where, format if source is not None else data.format)
-        understood = kind.options()
-        other = source is not None and source != data.source
-        foreign = kind.local if other else ()
-        options = {name: value for name, value in data.options.items() if name in understood and name not in foreign}
-        if skip_bad:
-            options["skip_bad"] = True
-        if "kinds" in understood:
-            # What the model was trained on decides what a label means: a file with two of ten classes is not
-            # binary.
-            options["kinds"] = model.tasks
-        loaded = load_source(where, format=kind.name, seed=data_seed(run.config), **options)
-        tell_skipped(loaded.skipped)
-        splits: Mapping[str, BagDataset] = loaded
-    else:
-        where, splits = "datasets", datasets
-    if split is not None and split not in splits:
-        raise DataError(f"{where}: expected a split among {', '.join(splits)}, got {split!r}")
-    if split is not None:
-        chosen = [splits[split]]
-    elif isinstance(splits, Splits):
-        chosen = [splits.whole]
-    else:
-        chosen = list(splits.values())
     metadata = getattr(model, "metadata", ())
-    parts = [adapt_dataset(part, model.views, model.tasks, metadata) for part in chosen]
+
+    def adapted(part: BagDataset) -> BagDataset:
+        return adapt_dataset(part, model.views, model.tasks, metadata)
+
     fabric = make_fabric(make_config({**as_dict(run.config), "device": device}))
-    return (parts[0] if len(parts) == 1 else concat(parts, where)), fabric
+    if datasets is not None:
+        if split not in (None, ALL, *datasets):
+            raise DataError(f"datasets: expected a split among {', '.join(datasets)}, got {split!r}")
+        parts = [adapted(part) for name, part in datasets.items() if split in (None, ALL, name)]
+        return (parts[0] if len(parts) == 1 else concat(parts, "datasets")), fabric
+    if split in SPLITS:
+        check_same_split(run, split)
+    own = is_own(run, source)
+    loaded = _load_again(run, source, own, format, skip_bad)
+    whole = adapted(loaded.whole)
+    if split not in (None, ALL) or measured:
+        whole = whole.subset(chosen_rows(run, loaded, whole, split, own=own, measured=measured))
+    return whole, fabric
+
+
+def _load_again(run: Run, source: str | None, own: bool, format: str | None, skip_bad: bool) -> Splits:
+    """The run's own data or another source, read as the run read its own."""
+    data = located(run.config.data, run.directory) if own else run.config.data
+    where = source if source is not None and not own else data.source
+    kind = find_format(where, format if source is not None else data.format)
+    understood = kind.options()
+    foreign = () if own else kind.local
+    options = {name: value for name, value in data.options.items() if name in understood and name not in foreign}
+    options |= run.options
+    if skip_bad:
+        options["skip_bad"] = True
+    if "kinds" in understood:
+        # What the model was trained on decides what a label means: a file with two of ten classes is not
+        # binary.
+        options["kinds"] = run.model.config.tasks
+    loaded = load_source(where, format=kind.name, seed=data_seed(run.config), **options)
+    tell_skipped(loaded.skipped)
+    return loaded

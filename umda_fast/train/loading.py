@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from umda_fast.model.baselines import BASELINES
 from umda_fast.model.readout import Readout
 from umda_fast.runtime.config import RunConfig, load_run_config
 from umda_fast.runtime.rundir import RunDirectory
+from umda_fast.train.split_record import SplitRecord
 
 __all__ = ["Run", "load_ensemble", "load_run", "run_config"]
 
@@ -24,12 +25,24 @@ __all__ = ["Run", "load_ensemble", "load_run", "run_config"]
 @dataclass
 class Run:
     """A run read back from its directory; or several as one, `members`: the model is then an `Ensemble`, directory and
-    configuration are those of the first."""
+    configuration are those of the first.
+
+    `record` is its splits.csv, None where an earlier version left none. `options` are laid over those of the source,
+    also of another source than the run's own. `told` is what was said of its bags already.
+    """
 
     directory: Path
     config: RunConfig
     model: Any
     members: tuple[Run, ...] = ()
+    record: SplitRecord | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def each(self) -> tuple[Run, ...]:
+        """The members, or the one run that it is."""
+        return self.members or (self,)
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
@@ -49,7 +62,8 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         raise DataError(
             f"{run.path}: the model cannot be read: {' '.join(str(error).split())[:300]}"
         ) from None
-    return Run(run.path, config, model.eval())
+    record = SplitRecord.read(run.splits) if run.splits.is_file() else None
+    return Run(run.path, config, model.eval(), record=record)
 
 
 def load_ensemble(directories: Sequence[str | os.PathLike[str]]) -> Run:
@@ -63,7 +77,7 @@ def load_ensemble(directories: Sequence[str | os.PathLike[str]]) -> Run:
         model = Ensemble([run.model for run in runs])
     except ValueError as error:
         raise DataError(f"{', '.join(str(run.directory) for run in runs)}: {error}") from None
-    return Run(runs[0].directory, runs[0].config, model.eval(), runs)
+    return Run(runs[0].directory, runs[0].config, model.eval(), runs, runs[0].record)
 
 
 def run_config(directory: str | os.PathLike[str], values: Mapping[str, Any]) -> RunConfig:

@@ -30,6 +30,7 @@ from umda_fast.train.data import training_data
 from umda_fast.train.linear import compare_with_linear
 from umda_fast.train.log import tensorboard_events
 from umda_fast.train.plots import plot_run
+from umda_fast.train.split_record import SplitRecord
 from umda_fast.train.summary import summary
 from umda_fast.train.trainer import Trainer
 
@@ -87,7 +88,11 @@ def train(
     # The default name of a run directory has the time in it, which two processes may read differently.
     run = RunDirectory(out if processes is None else processes.object_from_first(os.fspath(out)))
     one_decides(processes, lambda: run.begin(resume=resume))
-    config, datasets = training_data(config, datasets)
+    config, datasets = training_data(config, datasets, run, resume=resume)
+    if not resume:
+        record = SplitRecord.of(datasets, config.data, processes)
+        if zero:
+            record.write(run.splits)
     on_cpu = fabric.device.type == "cpu"
     deterministic = config.train.deterministic if config.train.deterministic is not None else on_cpu
     with _deterministic(deterministic), ops.use_backend(config.backend):

@@ -81,7 +81,7 @@ class LabelOptions:
     """
 
     kinds: KindOverrides | None = None
-    labels: str | None = option(None, local=True)
+    labels: str | None = option(None, local=True, path=True)
     tasks: Sequence[str] | None = option(None, local=True)
     ignore: Sequence[str] = option((), local=True)
     metadata: Sequence[str] = ()

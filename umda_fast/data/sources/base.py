@@ -117,24 +117,28 @@ class BagSource(Source):
     def _as_given(self, opened: OpenedSource, given: GivenSplit, seed: int) -> Splits:
         """Split as the source says, with bags for validation taken out of train where there are none."""
         parts, faults = _apart(opened, given)
-        if not len(parts["val"]):
+        if not len(parts["val"]) and len(parts["train"]):
             parts = {**parts, **held_out(opened.dataset, parts["train"], self.val_share, seed, opened.groups)}
         return self._splits(opened, parts, given.how, faults)
 
     def _splits(
         self, opened: OpenedSource, parts: Mapping[str, IntArray], how: str, faults: Sequence[str] = ()
     ) -> Splits:
-        whole, about, groups = opened.dataset, opened.about, opened.groups
-        patients = groups and {split: len({groups[row] for row in rows}) for split, rows in parts.items()}
-        splits = Splits(
+        whole = opened.dataset
+        return Splits(
             opened.name,
             self.describe(opened, how),
-            **{split: whole.subset(rows, f"{whole.name} ({split})") for split, rows in parts.items()},
+            train=whole,
+            val=whole,
+            test=whole,
             whole=whole,
             fixed=opened.fixed,
-            about=replace(about, patients=patients or None, faults=[*faults, *about.faults]),
-        )
-        return splits.fitted(self.class_weights, keep=opened.keep)
+            about=replace(opened.about, faults=[*faults, *opened.about.faults]),
+            groups=opened.groups,
+            given=bool(opened.given),
+            class_weights=self.class_weights,
+            keep=opened.keep,
+        ).divided(parts)
 
 
 def _apart(opened: OpenedSource, given: GivenSplit) -> tuple[Mapping[str, IntArray], list[str]]:

@@ -263,4 +263,6 @@ class DigitsSource(Source):
             val=datasets["val"],
             test=datasets["test"],
             whole=concat(list(datasets.values()), "digits"),
+            drawn=True,
+            class_weights=self.class_weights,
         ).fitted(self.class_weights)

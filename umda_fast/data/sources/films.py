@@ -264,8 +264,8 @@ class FilmsSource(BagSource):
     fields: Sequence[str] = ("overview", "tagline")
     sentences: bool = True
     text_width: int = WIDTH
-    text: str | None = option(None, local=True)
-    encoder: str | None = None
+    text: str | None = option(None, local=True, path=True)
+    encoder: str | None = option(None, path=True)
     encoder_id: str | None = None
     kinds: Sequence[TaskSpec] | None = None
     val_share: float = 0.1

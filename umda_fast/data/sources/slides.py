@@ -55,7 +55,7 @@ class SplitOptions:
         class_weights: "balanced" or None.
     """
 
-    splits: str | None = option(None, local=True)
+    splits: str | None = option(None, local=True, path=True)
     fold: int = option(0, folds=False, local=True)
     val_share: float = 0.15
     test_share: float = option(0.2, folds=False)

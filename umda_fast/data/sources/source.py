@@ -10,7 +10,7 @@ from typing import Any
 
 from umda_fast.data.files.layouts import is_slides
 from umda_fast.data.files.packed import is_pack
-from umda_fast.data.options import local_options, option_names
+from umda_fast.data.options import local_options, option_names, path_options
 from umda_fast.data.sources.base import Source
 from umda_fast.data.sources.digits import DigitsSource, is_digits
 from umda_fast.data.sources.films import FilmsSource, is_films
@@ -45,6 +45,11 @@ class SourceFormat:
     def local(self) -> tuple[str, ...]:
         """Options that say something about one source only, such as files beside it; they are not for another."""
         return local_options(self.source)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Options that name files or directories."""
+        return path_options(self.source)
 
 
 _SLIDES = "a directory of bags (.h5 as CLAM, TRIDENT or STAMP write it, .pt, .npz) beside a labels.csv"
