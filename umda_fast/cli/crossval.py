@@ -27,7 +27,7 @@ def crossval(
     quiet: Quiet = False,
 ) -> None:
     """Cross-validate. Started again with the same --out, it continues: finished folds are kept, a stopped one
-    is resumed.
+    is resumed, and the bags of all folds stay those that they were.
     """
     from umda_fast.cli.render import crossval_table, make_console
     from umda_fast.studies import cross_validate
@@ -40,3 +40,5 @@ def crossval(
     console = make_console()
     console.print(crossval_table(result))
     console.print(f"every fold's result: {directory / 'crossval.json'}", soft_wrap=True)
+    if result["pooled"]:
+        console.print(f"predictions for test bags: {directory / 'out_of_fold.csv'}", soft_wrap=True)

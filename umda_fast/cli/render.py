@@ -84,20 +84,29 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
 
 
 def crossval_table(result: Mapping[str, Any]) -> Table:
-    """Mean and standard deviation of every metric over the folds of `cross_validate`'s result."""
+    """Mean and standard deviation of every metric over the folds of `cross_validate`'s result, and its value over the
+    test bags of all folds as one set, a mean over the repeats."""
     title = f"{result['source']}: {result['folds']} folds x {result['repeats']} repeats"
     table = Table(title=title, title_justify="left")
     for column in ("task", "metric"):
         table.add_column(column)
-    for column in ("mean", "std", "lowest", "highest"):
+    pooled = result["pooled"]
+    for column in ("mean", "std", "lowest", "highest", *(["pooled"] if pooled else [])):
         table.add_column(column, justify="right")
+
+    def over_repeats(values: Sequence[float | None]) -> list[str]:
+        known = [value for value in values if value is not None]
+        return [_cell(sum(known) / len(known) if known else None)] if values else []
+
     for task, metrics in result["tasks"].items():
         for index, (metric, figures) in enumerate(metrics.items()):
             values = [_cell(figures[key]) for key in ("mean", "std", "min", "max")]
+            values += over_repeats([repeat["tasks"][task][metric] for repeat in pooled])
             last = index == len(metrics) - 1
             table.add_row(task if index == 0 else "", metric_name(metric).title, *values, end_section=last)
     figures = result["mean_score"]
-    table.add_row("mean_score", "", *(_cell(figures[key]) for key in ("mean", "std", "min", "max")))
+    values = [_cell(figures[key]) for key in ("mean", "std", "min", "max")]
+    table.add_row("mean_score", "", *values, *over_repeats([repeat["mean_score"] for repeat in pooled]))
     return table
 
 

@@ -48,9 +48,16 @@ class TaskMetrics(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], label_mask: Mapping[str, Tensor]
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        label_mask: Mapping[str, Tensor],
+        *,
+        tasks: Sequence[TaskSpec] | None = None,
     ) -> None:
-        for index, task in enumerate(self.tasks):
+        """Take in some bags; `tasks` are the specs of the model whose logits these are, None for `self.tasks`: they may
+        differ in standardisation and thresholds."""
+        for index, task in enumerate(self.tasks if tasks is None else tasks):
             if task.name not in labels:
                 continue
             keep = label_mask[task.name]

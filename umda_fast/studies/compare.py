@@ -12,9 +12,10 @@ from umda_fast.data import BagDataset
 from umda_fast.files import json_ready, write_json, write_text
 from umda_fast.runtime.config import ARCHITECTURES, ConfigError, RunConfig, as_dict, make_config
 from umda_fast.studies.crossval import check_settings, figures, finished_run
+from umda_fast.studies.folds import kept_folds
 from umda_fast.tasks import kind_of
 from umda_fast.train.build import build_model
-from umda_fast.train.data import load_configured_folds, load_data
+from umda_fast.train.data import load_data
 
 __all__ = ["compare_models", "comparison_markdown"]
 
@@ -81,13 +82,13 @@ def compare_models(
     parameters: dict[str, int] = {}
     primary: dict[str, str] = {}
     report: dict[str, Any] = {}
-    for number, parts in enumerate(_parts(config, seeds, folds) if datasets is None else datasets):
+    for number, parts in enumerate(_parts(config, directory, seeds, folds) if datasets is None else datasets):
         primary = primary or {task.name: kind_of(task).primary for task in parts["train"].tasks}
         for name in models:
             values = {**as_dict(model_config(config, name)), "seed": config.seed + number}
             run_config = make_config(values)
             place = directory / name / (f"seed-{run_config.seed}" if folds is None else f"fold-{number}")
-            metrics = finished_run(run_config, place, parts, progress)
+            metrics, _ = finished_run(run_config, place, parts, progress)
             if name not in parameters:
                 model = build_model(run_config, parts["train"])
                 parameters[name] = sum(parameter.numel() for parameter in model.parameters())
@@ -99,9 +100,11 @@ def compare_models(
     return plain
 
 
-def _parts(config: RunConfig, seeds: int, folds: int | None) -> Iterable[Mapping[str, BagDataset]]:
+def _parts(
+    config: RunConfig, directory: Path, seeds: int, folds: int | None
+) -> Iterable[Mapping[str, BagDataset]]:
     if folds is not None:
-        yield from load_configured_folds(config, folds)
+        yield from kept_folds(config, directory, folds, 1)
         return
     for number in range(seeds):
         yield load_data(make_config({**as_dict(config), "seed": config.seed + number}))

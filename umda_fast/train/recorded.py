@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from umda_fast.data import SPLITS, BagDataset, Splits
 from umda_fast.data.arrays import IntArray
+from umda_fast.data.content import same_content
 from umda_fast.data.files.names import some_names
 from umda_fast.errors import DataError
 from umda_fast.runtime.config import DataConfig
@@ -17,16 +18,22 @@ __all__ = ["check_recorded", "recorded_splits"]
 
 
 def check_recorded(run: RunDirectory, datasets: Mapping[str, BagDataset]) -> None:
-    """Raise DataError unless `datasets`, which a run is given, have the bags that it recorded, by name."""
+    """Raise DataError unless `datasets`, which a run is given, have the bags that it recorded, by name or content."""
     if not run.splits.is_file():
         return
     record = SplitRecord.read(run.splits)
     for split, dataset in datasets.items():
-        names = record.names(split)
-        if names != dataset.names:
-            strange = sorted({*names} ^ {*dataset.names})
-            which = f"{len(strange)} differ: {some_names(strange)}" if strange else "they are in another order"
-            raise DataError(f"{run.path}: {split} bags: expected the {len(names)} of its splits.csv; {which}")
+        expected = [bag for bag in record.bags if bag.split == split]
+        if len(expected) == len(dataset) and all(
+            bag.name == name or (content is not None and same_content(bag.content, content))
+            for bag, name, content in zip(expected, dataset.names, dataset.contents, strict=True)
+        ):
+            continue
+        strange = sorted({bag.name for bag in expected} ^ {*dataset.names})
+        which = f"{len(strange)} differ: {some_names(strange)}" if strange else "they are in another order"
+        raise DataError(
+            f"{run.path}: {split} bags: expected the {len(expected)} of its splits.csv; {which}; choose another --out"
+        )
 
 
 def recorded_splits(run: RunDirectory, splits: Splits, data: DataConfig) -> Splits:
