@@ -75,7 +75,7 @@ def test_every_command(tool: str, tmp_path: Path, config: Path, capsys: pytest.C
     assert call("predict", run, "--data", root, "--out", table, "--attention", maps, "-q") == 0
     rows = list(csv.DictReader(table.open()))
     assert [row["bag"] for row in rows] == sorted([*NAMES, *(["empty"] if tool == "trident" else [])])
-    assert {row["label_predicted"] for row in rows} <= {"normal", "tumour"}
+    assert {row["label_predicted"] for row in rows if row["bag"] != "empty"} <= {"normal", "tumour"}
     with h5py.File(maps) as file:
         places = file["slide-05"]["coords"][()]
         expected = grid(np.random.default_rng(5), 7) / (2 if tool == "stamp" else 1)

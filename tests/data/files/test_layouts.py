@@ -76,11 +76,6 @@ class TestLayouts:
             assert int((~present).sum()) == 1
             np.testing.assert_array_equal(got.views["conch_v15"][present], features[at][present, :3] + 100)
 
-    def test_trident_of_two_patch_sizes(self, trident):
-        write_trident(trident / "10x_256px_0px_overlap" / "features_uni_v1", "s00", *bag(0))
-        with pytest.raises(DataError, match=r"patches of one size, got 10x_256px_0px_overlap, 20x_256px_0px_overlap"):
-            load(trident)
-
     def test_stamp(self, tmp_path):
         """Extractors in directories with a hash; slides in folders of their own."""
         for index, name in enumerate(NAMES[:4]):

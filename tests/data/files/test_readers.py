@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -200,10 +202,10 @@ class TestPt:
 
         path = tmp_path / "a.pt"
         path.write_bytes(pickle.dumps(Evil(), protocol=2))
-        with pytest.raises(DataError, match=r"a\.pt: corrupt, truncated or not plain tensors"):
+        with pytest.raises(DataError, match=r"a\.pt: expected plain tensors or arrays, .* got an object of io\.open"):
             read_header(path)
         torch.save({"features": torch.zeros(2, 2), "x": Evil()}, path)
-        with pytest.raises(DataError, match="weights_only=True"):
+        with pytest.raises(DataError, match=r"got an object of io\.open; reading one may run code"):
             read_header(path)
         assert not (tmp_path / "pwned").exists()
 
@@ -225,6 +227,33 @@ class TestPt:
         path = tmp_path / "a.pt"
         torch.save(content, path)
         with pytest.raises(DataError, match=r"a\.pt: " + message):
+            read_header(path)
+
+    def test_arrays_of_numpy(self, tmp_path, features, coords):
+        path = tmp_path / "a.pt"
+        torch.save(features.astype(">f4"), path)
+        np.testing.assert_array_equal(read_bag(read_header(path))[0], features)
+        content = {"features": np.asfortranarray(features), "coords": coords, "mpp": np.float64(0.25)}
+        torch.save({**content, "patch_size": np.int64(512)}, path)
+        file = read_header(path)
+        assert (file.rows, file.pixel_size, file.patch_size) == (70, 0.25, 512)
+        got, where = read_bag(file)
+        np.testing.assert_array_equal(got, features)
+        np.testing.assert_array_equal(where, coords)
+        torch.save({"features": np.array(["a"])}, path)
+        with pytest.raises(DataError, match=r"a\.pt: "):
+            read_header(path)
+
+    def test_objects_are_not_unpickled(self, tmp_path):
+        path = tmp_path / "a.pt"
+        torch.save({"features": np.array([{}], dtype=object)}, path)
+        with pytest.raises(DataError, match=r"a\.pt: expected plain .* got an object of numpy\.dtypes\.ObjectDType"):
+            read_header(path)
+        torch.save(path, path)
+        with pytest.raises(DataError, match=r"got an object of pathlib\.PosixPath; reading one may run code"):
+            read_header(path)
+        path.write_bytes(b"123")
+        with pytest.raises(DataError, match=r"a\.pt: corrupt or truncated: .* got: Unsupported operand 49$"):
             read_header(path)
 
 
@@ -258,6 +287,23 @@ class TestNpz:
         np.savez(path, features=np.array([[None]]))
         with pytest.raises(DataError, match=r"a\.npz: "):
             read_header(path)
+
+
+def test_a_file_that_is_being_written(tmp_path, features, coords):
+    path = write_clam(tmp_path, "a", features, coords, pt=False)
+    writing = "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", writing, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout.readline()
+        with pytest.raises(DataError, match=r"a\.h5: still being written: another process has it open; wait"):
+            read_header(path)
+        writer.communicate(b"")
+    assert read_header(path).rows == 70
+    path.write_bytes(path.read_bytes()[:200])
+    (path.parent / "a.h5.lock").touch()
+    with pytest.raises(DataError, match=r"a\.h5: still being written: there is a\.h5\.lock; wait"):
+        read_header(path)
 
 
 @pytest.mark.parametrize("kind", ["clam", "trident", "stamp", "pt", "npz"])

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from umda_fast.data.arrays import FloatArray
+from umda_fast.data.arrays import FloatArray, IntArray
 from umda_fast.data.files.bag_file import BagFile, Unit
 from umda_fast.data.files.file_options import FileOptions, Matching
 from umda_fast.data.files.isolated import IsolatedCalls
-from umda_fast.data.files.matching import match_rows
+from umda_fast.data.files.nesting import LEAST_RATIO, SAME_SIZE, grid_step, match_views, shared_share
 from umda_fast.data.files.readers import read_coords
 from umda_fast.data.files.skipped import Skipped
 from umda_fast.errors import DataError
+
+LEAST_SHARE = 0.5
+"""How much of a view must lie on another for both to be of one slide."""
+
+_TRIED = 20  # slides, for what is the same in all
 
 
 @dataclass
@@ -27,8 +33,10 @@ class Slide:
         name: of the bag.
         files: view -> its file; views that lack the bag are absent.
         pixel_size: micrometres per level-0 pixel, NaN if not known.
-        rows: int32 [n, V] as of `match_rows` over the views in `files`, None where no row has to be moved.
+        rows: int32 [n, V] as of `match_views` over the views in `files`, None where no row has to be moved.
         size: n.
+        finest: the views in `files` by size of their patches, whose coordinates an instance has.
+        nested: how patches of different sizes were brought together, in words; blank where there are none.
     """
 
     name: str
@@ -36,6 +44,8 @@ class Slide:
     pixel_size: float = math.nan
     rows: npt.NDArray[np.int32] | None = None
     size: int = 0
+    finest: list[str] = field(default_factory=list)
+    nested: str = ""
 
     def drop(self, file: BagFile) -> None:
         """Leave out a file that cannot be used."""
@@ -47,9 +57,9 @@ class Slide:
         self.pixel_size = next(known, math.nan)
 
     def patch_size(self, unit: Unit | None) -> float:
-        """Edge of a patch in `unit`, as the first file says that knows it, else NaN."""
-        sizes = (self.patch_size_in(file, unit) for file in self.files.values())
-        return next((size for size in sizes if not math.isnan(size)), math.nan)
+        """Edge of the smallest patches in `unit`, of the files that know it, else NaN."""
+        sizes = [self.patch_size_in(file, unit) for file in self.files.values()]
+        return min((size for size in sizes if not math.isnan(size)), default=math.nan)
 
     def patch_size_in(self, file: BagFile, unit: Unit | None) -> float:
         """Edge of a patch of one file in `unit`, NaN if not known."""
@@ -92,40 +102,122 @@ def common_unit(slides: Sequence[Slide], match: Matching, skipped: Skipped) -> U
     return "um"
 
 
-def align(slide: Slide, unit: Unit | None, options: FileOptions, isolated: IsolatedCalls) -> None:
+def align(
+    slide: Slide, unit: Unit | None, options: FileOptions, ratios: Mapping[str, float], isolated: IsolatedCalls
+) -> None:
     """Sets the size of a slide and, where its views differ in their rows, which rows belong together.
 
+    Args:
+        ratios: how much larger the steps of a view are than those of the first, where views differ (`step_ratios`).
+
     Raises:
-        DataError: naming the file: no coordinates to match by, other rows, patches of another size or elsewhere.
+        DataError: naming the file: no coordinates to match by, other rows, patches of a size that fits no other or
+            elsewhere.
     """
     files = list(slide.files.values())
     if not files:
         raise DataError(f"slide {slide.name!r}: no file of it can be used")
-    slide.size = files[0].rows
+    slide.size, slide.finest = files[0].rows, list(slide.files)
     if len(files) == 1:
         return
     full = [file for file in files if file.rows]
     if options.match == "position" or all(file.unit is None for file in full):
         _align_by_position(slide, files, full, options.match)
         return
-    _check_patch_sizes(slide, unit)
-    plain = all(file.unit == "px" for file in full)
-    coords = [_coords(slide, file, "px" if plain else "um", isolated) for file in files]
-    rows = match_rows(coords, 0.0 if plain else options.tolerance)
+    common = _matching_unit(full)
+    coords = [_coords(slide, file, common, isolated) for file in files]
+    sizes = _sizes(slide, common, coords, ratios)
+    _check_sizes(files, sizes, common)
+    rows, order = match_views(coords, sizes, 0.0 if common == "px" else options.tolerance)
+    slide.finest = [list(slide.files)[view] for view in order]
     if rows is None:
         return
+    _check_shares(files, coords, rows, sizes)
+    if order != list(range(len(order))) or max(sizes) > min(sizes) * (1.0 + SAME_SIZE):
+        about = ", ".join(f"{list(slide.files)[view]} {sizes[view]:g} {common}" for view in order)
+        guessed = any(math.isnan(file.patch_size) for file in files)
+        slide.nested = f"large patches stand beside each small one in them ({about}{', by their steps' * guessed})"
     slide.rows = rows.astype(np.int32)
     slide.size = len(slide.rows)
-    shared = (slide.rows >= 0).sum(axis=1) > 1
-    if len(full) > 1 and not shared.any():
-        spans = "; ".join(
-            f"{file.path} spans {where.min(axis=0).round(1).tolist()} to {where.max(axis=0).round(1).tolist()}"
-            for file, where in zip(files, coords, strict=True)
-            if file.rows
-        )
-        raise DataError(
-            f"{full[1].path}: wrong unit or slide: no patch lies where one of {full[0].path} does ({spans})"
-        )
+
+
+def _sizes(slide: Slide, unit: Unit, coords: Sequence[FloatArray], ratios: Mapping[str, float]) -> list[float]:
+    """Edge of the patches of every view, in `unit`; all NaN where views do not differ as far as is known.
+
+    What a file does not say follows from the steps of the grids.
+    """
+    said = [slide.patch_size_in(file, unit) for file in slide.files.values()]
+    if not any(map(math.isnan, said)) or (not ratios and len({size for size in said if not math.isnan(size)}) < 2):
+        return [math.nan] * len(said) if any(map(math.isnan, said)) else said
+    steps = [ratios.get(view, 1.0) for view in slide.files]
+    units = [size / step for size, step in zip(said, steps, strict=True) if not math.isnan(size)]
+    if not units:
+        units = [
+            found / step for part, step in zip(coords, steps, strict=True) if not math.isnan(found := grid_step(part))
+        ]
+    one = float(np.median(units)) if units else 1.0
+    return [one * step if math.isnan(size) else size for size, step in zip(said, steps, strict=True)]
+
+
+def step_ratios(slides: Sequence[Slide], views: Sequence[str], isolated: IsolatedCalls) -> dict[str, float]:
+    """How much larger the steps of every view are than those of the first, where files do not say how large their
+    patches are; {} where all are alike. Slides that are tried must agree, but for one in five."""
+    ratios: dict[str, list[float]] = {view: [] for view in views[1:]}
+    tried = [
+        slide
+        for slide in slides
+        if views[0] in slide.files and any(math.isnan(file.patch_size) and file.unit for file in slide.files.values())
+    ]
+    for slide in tried[:: max(1, len(tried) // _TRIED)]:
+        common = _matching_unit(list(slide.files.values()))
+        steps = {view: grid_step(_coords(slide, file, common, isolated)) for view, file in slide.files.items()}
+        for view in ratios.keys() & steps.keys():
+            ratios[view].append(steps[view] / steps[views[0]])
+    found = {view: ratio for view, values in ratios.items() if not math.isnan(ratio := _agreed(values))}
+    return found if any(abs(ratio - 1.0) > SAME_SIZE for ratio in found.values()) else {}
+
+
+def _agreed(values: Sequence[float]) -> float:
+    """What four in five of some numbers are, or NaN."""
+    known = np.array([value for value in values if not math.isnan(value)])
+    middle = float(np.median(known)) if len(known) else math.nan
+    return middle if (np.abs(known - middle) <= SAME_SIZE * middle).sum() >= 0.8 * max(len(known), 1) else math.nan
+
+
+def _matching_unit(files: Sequence[BagFile]) -> Unit:
+    return "px" if all(file.unit == "px" for file in files if file.rows) else "um"
+
+
+def _check_sizes(files: Sequence[BagFile], sizes: Sequence[float], unit: Unit) -> None:
+    """Raise DataError for patches that are neither of one size nor large enough to hold others."""
+    known = sorted((size, index) for index, size in enumerate(sizes) if not math.isnan(size))
+    for (small, one), (large, other) in pairwise(known):
+        if SAME_SIZE < large / small - 1.0 < LEAST_RATIO - 1.0:
+            raise DataError(
+                f"{files[other].path}: expected patches of {small:g} {unit} as in {files[one].path}, or at least "
+                f"{LEAST_RATIO:g} times as large, got {large:g}; choose a view: --set data.options.views=[...]"
+            )
+
+
+def _check_shares(
+    files: Sequence[BagFile], coords: Sequence[FloatArray], rows: IntArray, sizes: Sequence[float]
+) -> None:
+    """Raise DataError for a view of which less than `LEAST_SHARE` lies on any other."""
+    counts = [file.rows for file in files]
+    full = [index for index, count in enumerate(counts) if count]
+    for view in [*full[1:], *full[:1]] if len(full) > 1 else []:
+        shares = {other: shared_share(rows, view, other, counts, sizes) for other in full if other != view}
+        other = max(shares, key=shares.__getitem__)
+        if shares[other] < LEAST_SHARE:
+            one, two = files[other], files[view]
+            spans = "; ".join(
+                f"{file.path} spans {where.min(axis=0).round(1).tolist()} to {where.max(axis=0).round(1).tolist()}"
+                for file, where in ((one, coords[other]), (two, coords[view]))
+            )
+            raise DataError(
+                f"{two.path}: wrong unit or slide: expected at least {LEAST_SHARE:.0%} of its patches on those of "
+                f"{one.path}, or the other way round, got {shares[other]:.0%} ({spans})"
+            )
 
 
 def _align_by_position(slide: Slide, files: Sequence[BagFile], full: Sequence[BagFile], match: Matching) -> None:
@@ -142,17 +234,6 @@ def _align_by_position(slide: Slide, files: Sequence[BagFile], full: Sequence[Ba
     if 0 < len(full) < len(files):
         columns = [np.arange(slide.size) if file.rows else np.full(slide.size, -1) for file in files]
         slide.rows = np.column_stack(columns)
-
-
-def _check_patch_sizes(slide: Slide, unit: Unit | None) -> None:
-    sizes = [(file, slide.patch_size_in(file, unit)) for file in slide.files.values()]
-    known = [(file, size) for file, size in sizes if not math.isnan(size)]
-    for file, size in known[1:]:
-        first, expected = known[0]
-        if abs(size - expected) > 0.01 * expected:
-            raise DataError(
-                f"{file.path}: expected patches of {expected:g} {unit} as in {first.path}, got {size:g}"
-            )
 
 
 def _coords(slide: Slide, file: BagFile, unit: Unit, isolated: IsolatedCalls) -> FloatArray:

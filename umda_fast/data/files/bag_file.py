@@ -41,6 +41,7 @@ class BagFile:
         step: distance of neighbouring patches in `unit`, NaN if not known.
         pixel_size: micrometres per level-0 pixel, NaN if not known.
         encoder: what made the features, if the file says.
+        tiling: of which patches, the same for slides of any resolution, if the file says: "20x_256px", "256um".
         probe: of the content; equal for equal features, seldom equal for others.
     """
 
@@ -55,6 +56,7 @@ class BagFile:
     step: float
     pixel_size: float
     encoder: str | None
+    tiling: str | None
     probe: tuple[object, ...]
 
 

@@ -72,6 +72,18 @@ def pixel_size_of(path: Path, *places: Mapping[str, Any]) -> float:
     return math.nan
 
 
+def tiling_of(magnification: float, pixels: float, overlap: float) -> str | None:
+    """A name for patches of a magnification, an edge in its pixels and their overlap; None where these are NaN."""
+    if not (magnification > 0 and pixels > 0):
+        return None
+    return f"{magnification:g}x_{pixels:g}px" + (f"_{overlap:g}px_overlap" if overlap > 0 else "")
+
+
+def tiling_in_um(size: float) -> str | None:
+    """A name for patches of an edge in micrometres; None for NaN."""
+    return f"{size:.0f}um" if size > 0 else None
+
+
 def text_of(value: object) -> str | None:
     """A text that says something, or None."""
     if isinstance(value, bytes):
@@ -121,17 +133,20 @@ def plain_header(
         array = np.asarray(value)
         return array.item() if array.size == 1 else None
 
+    unit = None if coords is None else unit_of(path, scalar("unit"))
+    size = positive_number(scalar("patch_size"))
     return BagFile(
         path=path,
         tool=tool,
         rows=rows,
         width=width,
         dtype=dtype,
-        unit=None if coords is None else unit_of(path, scalar("unit")),
+        unit=unit,
         scale=1.0,
-        patch_size=positive_number(scalar("patch_size")),
+        patch_size=size,
         step=math.nan,
         pixel_size=pixel_size_of(path, {"mpp": scalar("mpp")}),
         encoder=text_of(scalar("encoder")),
+        tiling=tiling_in_um(size) if unit == "um" else None,
         probe=probe_of(rows, width, dtype, first),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -12,12 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from umda_fast.data.arrays import IntArray
-from umda_fast.data.files.alignment import Slide, align, common_unit
+from umda_fast.data.arrays import FloatArray, IntArray
+from umda_fast.data.files.alignment import Slide, align, common_unit, step_ratios
 from umda_fast.data.files.bag_file import BagFile, check_step
 from umda_fast.data.files.file_options import FileOptions
 from umda_fast.data.files.isolated import IsolatedCalls
 from umda_fast.data.files.layouts import unread_folders
+from umda_fast.data.files.names import some_names
 from umda_fast.data.files.readers import read_bag
 from umda_fast.data.files.skipped import Skipped
 from umda_fast.data.files.views import read_views
@@ -88,7 +89,9 @@ class FileIndex:
             for slide, size in zip(slides, pixel_sizes([slide.name for slide in slides]), strict=True):
                 slide.set_pixel_size(size)
             self._unit = common_unit(slides, options.match, skipped)
-            self._slides = [slide for slide in slides if self._aligned(slide, options, skipped, isolated)]
+            views = [view.name for view in self.views]
+            ratios = step_ratios(slides, views, isolated) if len(views) > 1 and options.match == "coords" else {}
+            self._slides = [slide for slide in slides if self._aligned(slide, options, ratios, skipped, isolated)]
         if not self._slides:
             raise DataError(f"{path}: expected at least one bag, got none that can be used")
         self.names = [slide.name for slide in self._slides]
@@ -99,10 +102,17 @@ class FileIndex:
         self.positions = self._positions()
         self.notes = self._notes(path)
 
-    def _aligned(self, slide: Slide, options: FileOptions, skipped: Skipped, isolated: IsolatedCalls) -> bool:
+    def _aligned(
+        self,
+        slide: Slide,
+        options: FileOptions,
+        ratios: Mapping[str, float],
+        skipped: Skipped,
+        isolated: IsolatedCalls,
+    ) -> bool:
         """Whether the rows of its views could be brought together."""
         try:
-            align(slide, self._unit, options, isolated)
+            align(slide, self._unit, options, ratios, isolated)
         except DataError as error:
             skipped(str(error))
             return False
@@ -123,7 +133,10 @@ class FileIndex:
             lacking = sum(spec.name not in slide.files for slide in self._slides)
             if lacking:
                 notes.append(f"{lacking} without view {spec.name}")
-        return notes
+        apart = [name for name in self.names if "/" in name]
+        if apart:
+            notes.append(f"{len(apart)} names that several folders have, told apart as {some_names(apart)}")
+        return notes + [slide.nested for slide in self._slides if slide.nested][:1]
 
     def dtype(self, view: str) -> torch.dtype:
         """Of the features of a view as `read` gives them."""
@@ -136,32 +149,33 @@ class FileIndex:
 
     def read(self, index: int) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
         slide = self._slides[index]
-        widths = {view.name: view.width for view in self.views}
         views: dict[str, Tensor] = {}
-        coords = np.full((slide.size, 2), np.nan)
+        places: dict[str, FloatArray] = {}
+        rows = {view: None if slide.rows is None else slide.rows[:, k] for k, view in enumerate(slide.files)}
         missing = np.zeros((slide.size, len(self.views)), dtype=np.bool_)
-        order = list(slide.files)
-        for column, view in enumerate(widths):
-            if view not in slide.files:
+        for column, spec in enumerate(self.views):
+            if spec.name not in slide.files:
                 missing[:, column] = True
                 continue
-            file = slide.files[view]
+            file, moved = slide.files[spec.name], rows[spec.name]
             features, where = read_bag(file)
-            features = features.to(self._dtypes[view]).reshape(file.rows, widths[view])
+            features = features.to(self._dtypes[spec.name]).reshape(file.rows, spec.width)
             if where is not None:
                 check_step(file, where)
-                where = slide.coords_in(file, where, self._unit)
-            if slide.rows is not None:
-                rows = slide.rows[:, order.index(view)]
-                present = rows >= 0
-                missing[:, column] = ~present
-                features = _moved(features, rows, present)
-                if where is not None:
-                    fill = present & np.isnan(coords[:, 0])
-                    coords[fill] = where[rows[fill]]
-            elif where is not None and np.isnan(coords).any():
-                coords = where
-            views[view] = features
+                places[spec.name] = slide.coords_in(file, where, self._unit)
+            if moved is not None:
+                missing[:, column] = moved < 0
+                features = _moved(features, moved, moved >= 0)
+            views[spec.name] = features
+        coords = np.full((slide.size, 2), np.nan)
+        for view in reversed(slide.finest):  # where several have an instance, the finest says where it lies
+            moved = rows[view]
+            if view not in places:
+                continue
+            if moved is None:
+                coords = places[view]
+            else:
+                coords[moved >= 0] = places[view][moved[moved >= 0]]
         mask = torch.from_numpy(~missing) if missing.any() else None
         return views, mask, None if self._unit is None else torch.from_numpy(coords.astype(np.float32))
 

@@ -185,7 +185,7 @@ def _check_writing(table: LabelTable, index: NameIndex, missing: Sequence[str]) 
     if several:
         raise DataError(
             f"{table.where}: {several[0]!r} may be {' or '.join(map(repr, index.alike(several[0])))}; expected names "
-            f"with their folders ({len(several)} such rows)"
+            f"with their folders, as these ({len(several)} such rows)"
         )
     miswritten = [(text, bag) for text in missing if (bag := index.miswritten(text)) is not None]
     if miswritten:

@@ -1,27 +1,30 @@
-"""Which files of a directory hold bags, and of which view: as CLAM, TRIDENT and STAMP leave them, or made by hand.
+"""Which files of a directory hold bags, and in which folders: as CLAM, TRIDENT and STAMP leave them, or made by hand.
 
-Understood, for one encoder (one view) or, in sub-directories, several:
+Understood, for one encoder or several, of one kind of patches or several:
 
     DIR/*.h5 (.hdf5, .pt, .pth, .npz)                         files
     DIR/h5_files/*.h5, DIR/pt_files/*.pt                      CLAM; .pt only of slides without .h5
     DIR/20x_256px_0px_overlap/features_<encoder>/*.h5         TRIDENT, DIR being its job directory or the one below
     DIR/<extractor>-<hash>/**/*.h5                            STAMP, which keeps the folders of the slides
-    DIR/<view>/...                                            any of these below a directory for each view
+    DIR/<folder>/...                                          any of these below, a folder for each view or site
+
+Which of these files make a view is decided by what they say (`umda_fast.data.files.view_groups`).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from umda_fast.data.files.isolated import IsolatedCalls
+from umda_fast.data.files.header_fields import tiling_of
 from umda_fast.data.files.packed import is_pack
-from umda_fast.data.files.readers import SUFFIXES, read_header
+from umda_fast.data.files.readers import SUFFIXES
 from umda_fast.errors import DataError
 
-_TRIDENT = re.compile(r"[\d.]+x_\d+px_\d+px_overlap")
+_TRIDENT = re.compile(r"(\d+(?:\.\d+)?)x_(\d+)px_(\d+)px_overlap")
 _NOT_FEATURES = re.compile(r"patches|slide_features_.*")  # coordinates alone; one vector for a slide
 _DEPTH = 4  # levels of directories below a view that are looked at
 
@@ -65,57 +68,59 @@ def _clam_files(directory: Path) -> list[Path] | None:
     return files or None
 
 
-def _files_of(directory: Path) -> list[Path]:
-    """All files of one view."""
-    return _clam_files(directory) or list(files_below(directory))
+@dataclass(frozen=True)
+class Folder:
+    """Files of bags that lie together.
+
+    Attributes:
+        parts: the folder's path below the directory, without those that only say which tool or which patches.
+        files: in it.
+        tiling: of which patches, as of `BagFile`, if its path says.
+    """
+
+    parts: tuple[str, ...]
+    files: list[Path]
+    tiling: str | None = None
 
 
-def find_files(path: Path, isolated: IsolatedCalls) -> dict[str, list[Path]]:
-    """The files of every view, views called after their directories, `features` where there is only `path` itself.
-
-    `isolated` reads a header or two, where directories may be views or folders of slides.
+def find_folders(path: Path) -> list[Folder]:
+    """The folders with files of bags in a directory, by path; only itself where it has some.
 
     Raises:
-        DataError: no file, or features of several patch sizes.
+        DataError: no file.
     """
-    clam = _clam_files(path)
-    if clam is not None:
-        return {"features": clam}
-    files, folders = _entries(path)
+    files = _clam_files(path) or _entries(path)[0]
     if files:
-        return {"features": files}
+        return [Folder((), files, _tiling(path.name))]
+    folders = _entries(path)[1]
     sizes = [folder for folder in folders if _TRIDENT.fullmatch(folder.name)]
-    if len(sizes) > 1:
-        names = ", ".join(folder.name for folder in sizes)
-        raise DataError(f"{path}: expected patches of one size, got {names}; give one of these directories")
-    if sizes:
-        return find_files(sizes[0], isolated)
-    views = {folder.name: _files_of(folder) for folder in folders}
-    views = {name: files for name, files in views.items() if files}
-    if not views:
+    found = [
+        replace(inner, tiling=_tiling(folder.name) or _tiling(path.name))
+        for folder in sizes or folders
+        for inner in _folders_below(folder, () if sizes else (folder.name,), _DEPTH)
+    ]
+    if not found:
         raise DataError(f"{path}: expected files of bags ({', '.join(SUFFIXES)}), got none")
-    if len(views) > 1 and _one_view(list(views.values()), isolated):
-        return {"features": [file for files in views.values() for file in files]}
-    return views
+    return found
 
 
-def _one_view(groups: Sequence[Sequence[Path]], isolated: IsolatedCalls) -> bool:
-    """Whether directories are folders of slides, not views: different slides, of one encoder and width."""
-    stems = [file.stem for files in groups for file in files]
-    if len(set(stems)) < len(stems):
-        return False
-    kinds = set()
-    for files in groups:
-        try:
-            header = isolated(files[0], read_header, files[0])
-        except DataError:
-            continue
-        if header.width is not None:
-            kinds.add((header.encoder, header.width))
-    return len(kinds) == 1
+def _folders_below(directory: Path, parts: tuple[str, ...], depth: int) -> Iterator[Folder]:
+    clam = _clam_files(directory)
+    files, folders = _entries(directory)
+    if clam or files:
+        yield Folder(parts, clam or files)
+    if depth and not clam:
+        for folder in folders:
+            yield from _folders_below(folder, (*parts, folder.name), depth - 1)
+
+
+def _tiling(name: str) -> str | None:
+    """What TRIDENT's name of a folder says of its patches, as `tiling_of` does."""
+    match = _TRIDENT.fullmatch(name)
+    return None if match is None else tiling_of(*(float(part) for part in match.groups()))
 
 
 def unread_folders(path: Path) -> list[str]:
-    """Names of sub-directories with files that `find_files` leaves alone, as there are files beside them."""
+    """Names of sub-directories with files that `find_folders` leaves alone, as there are files beside them."""
     direct, folders = _entries(path)
     return [folder.name for folder in folders if direct and next(files_below(folder), None) is not None]

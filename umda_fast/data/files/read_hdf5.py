@@ -35,6 +35,8 @@ from umda_fast.data.files.header_fields import (
     positive_number,
     probe_of,
     text_of,
+    tiling_in_um,
+    tiling_of,
     torch_dtype,
     unit_of,
 )
@@ -55,9 +57,22 @@ def _opened_file(path: Path) -> Iterator[Any]:
     except DataError:
         raise
     except Exception as error:  # of corrupt files h5py raises whatever its conversions meet
+        writer = _writer(path, str(error))
+        if writer is not None:
+            raise DataError(f"{path}: still being written: {writer}; wait until it is whole") from error
         raise DataError(
             f"{path}: corrupt or truncated: expected a readable HDF5 file, got: {one_line(error)}"
         ) from error
+
+
+def _writer(path: Path, message: str) -> str | None:
+    """Why a file that cannot be opened is not whole yet, or None."""
+    lock = path.with_name(f"{path.name}.lock")  # as TRIDENT marks what it works on
+    if lock.exists():
+        return f"there is {lock.name}"
+    if "unable to lock file" in message:
+        return "another process has it open"
+    return "it was opened to write and never closed" if "already open for write" in message else None
 
 
 @dataclass(frozen=True)
@@ -123,23 +138,33 @@ def _place(path: Path, opened: _Datasets) -> dict[str, Any]:
         raise DataError(f"{path}: expected features of tiles, got features of a whole {kind}")
     pixel_size = pixel_size_of(path, at, top)
     plain: dict[str, Any] = {"encoder": encoder, "pixel_size": pixel_size, "scale": 1.0}
-    nothing = {"patch_size": math.nan, "step": math.nan}
+    nothing = {"patch_size": math.nan, "step": math.nan, "tiling": None}
     if opened.name == "feats":
         if coords is None:
             return {**plain, **nothing, "tool": "STAMP", "unit": None}
-        return {**plain, **_stamp_place(path, top, coords), "tool": "STAMP", "unit": "um"}
+        place = _stamp_place(path, top, coords)
+        return {**plain, **place, "tool": "STAMP", "unit": "um", "tiling": tiling_in_um(place["patch_size"])}
     if "patch_size_level0" in at:
         size, overlap = positive_number(at["patch_size_level0"]), positive_number(at.get("overlap", 0))
-        down = positive_number(at.get("level0_magnification")) / positive_number(at.get("target_magnification"))
+        target, pixels = positive_number(at.get("target_magnification")), positive_number(at.get("patch_size"))
+        down = positive_number(at.get("level0_magnification")) / target
         step = size - (0.0 if math.isnan(overlap) else overlap * down)
-        return {**plain, "tool": "TRIDENT", "unit": "px", "patch_size": size, "step": step if step > 0 else math.nan}
+        return {
+            **plain,
+            "tool": "TRIDENT",
+            "unit": "px",
+            "patch_size": size,
+            "step": step if step > 0 else math.nan,
+            "tiling": tiling_of(target, pixels, overlap),
+        }
     clam = coords is not None and coords.maxshape[0] is None
     tool = "CLAM" if clam else "HDF5"
     if coords is None:
         return {**plain, **nothing, "tool": tool, "unit": None}
     unit = unit_of(path, at.get("unit", top.get("unit")))
     size = positive_number(at.get("patch_size", top.get("patch_size")))
-    return {**plain, "tool": tool, "unit": unit, "patch_size": size, "step": math.nan}
+    tiling = tiling_in_um(size) if unit == "um" else None
+    return {**plain, "tool": tool, "unit": unit, "patch_size": size, "step": math.nan, "tiling": tiling}
 
 
 def _stamp_place(path: Path, attributes: Mapping[str, Any], coords: Any) -> dict[str, Any]:

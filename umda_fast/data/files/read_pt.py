@@ -1,15 +1,19 @@
 """`.pt` files of instances, as torch.save writes them.
 
-A tensor [N, D], or a mapping with `features` (or `feats`) and perhaps `coords`, `unit`, `patch_size`, `mpp`.
+A tensor [N, D], or a mapping with `features` (or `feats`) and perhaps `coords`, `unit`, `patch_size`, `mpp`. Plain
+arrays of numpy are read as tensors are; nothing else is unpickled.
 """
 
 from __future__ import annotations
 
+import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +21,14 @@ from umda_fast.data.files.bag_file import FEATURES, Array, BagFile, Reader, chec
 from umda_fast.data.files.header_fields import one_line, plain_header
 from umda_fast.errors import DataError
 
+# What a pickled array of numbers, or a number of numpy, is made of; numpy before 2 called its makers otherwise.
+_MAKERS = {"_reconstruct": np.zeros(1).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+_ARRAYS: list[Any] = [
+    *((maker, f"numpy.{core}.multiarray.{name}") for name, maker in _MAKERS.items() for core in ("core", "_core")),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -24,9 +36,11 @@ def _open(path: Path, mapped: bool) -> tuple[Mapping[str, Any], Tensor, Array | 
     """The mapping, its features and coordinates, rows and width. Mapped into memory, features are not read."""
     content = _load(path, mapped)
     named: Mapping[str, Any] = content if isinstance(content, Mapping) else {"features": content}
+    named = {name: _as_tensor(path, str(name), value) for name, value in named.items()}
     found = [name for name in FEATURES if isinstance(named.get(name), Tensor)]
     if not found:
-        came = f"a mapping with {', '.join(map(str, named))}" if named is content else type(content).__name__
+        mapping = isinstance(content, Mapping)
+        came = f"a mapping with {', '.join(map(str, named))}" if mapping else type(content).__name__
         raise DataError(f"{path}: expected a tensor [N, D] or a mapping with features and coords, got {came}")
     features: Tensor = named[found[0]].detach()
     if features.dtype not in _DTYPES or features.is_sparse:
@@ -54,14 +68,31 @@ def _content(file: BagFile, features: bool) -> tuple[Tensor | None, Array | None
 
 def _load(path: Path, mapped: bool) -> Any:
     try:
-        if mapped and zipfile.is_zipfile(path):  # the format before torch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_ARRAYS):
+            # The format before torch 1.6 cannot be mapped.
+            mmap = mapped and zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises whatever the unpickler meets
+        cause = error.__context__ if isinstance(error, pickle.UnpicklingError) else error  # without torch's advice
+        said = one_line(cause if isinstance(cause, Exception) else error) or type(error).__name__
+        strange = re.search(r"(?:GLOBAL |<class ')([\w.]+)", said)
+        if strange is None:
+            raise DataError(
+                f"{path}: corrupt or truncated: expected what torch.load reads with weights_only=True, got: {said}"
+            ) from error
         raise DataError(
-            f"{path}: corrupt, truncated or not plain tensors: expected what torch.load reads with weights_only=True, "
-            f"got: {one_line(error)}"
+            f"{path}: expected plain tensors or arrays, alone or by name, got an object of {strange[1]}; reading one "
+            "may run code, so it is not done"
         ) from error
 
+
+def _as_tensor(path: Path, name: str, value: Any) -> Any:
+    """An array of numbers as a tensor, anything else as it is."""
+    if not isinstance(value, np.ndarray) or not value.ndim:
+        return value
+    try:
+        return torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
+    except TypeError as error:
+        raise DataError(f"{path}: {name}: expected numbers, got an array of {value.dtype}") from error
 
 PT = Reader(_header, _content)

@@ -1,23 +1,27 @@
 """The views of a directory: which file of which slide each has, what it is called, its width and its dtype.
 
-A view is called after its encoder if the files say which, else after its directory (`features` if there is none).
+Which files are one view: `umda_fast.data.files.view_groups`.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from umda_fast.data.files.bag_file import BagFile
+from umda_fast.data.files.file_options import FileOptions
 from umda_fast.data.files.isolated import IsolatedCalls
-from umda_fast.data.files.layouts import find_files
-from umda_fast.data.files.readers import read_bag, read_header
+from umda_fast.data.files.layouts import find_folders
+from umda_fast.data.files.nesting import grid_step, match_views, shared_share
+from umda_fast.data.files.readers import read_bag, read_coords, read_header
 from umda_fast.data.files.skipped import Skipped
+from umda_fast.data.files.view_groups import bag_names, groups_of, view_names, views_of
 from umda_fast.errors import DataError
 from umda_fast.model.specs import ViewSpec
 
@@ -54,10 +58,23 @@ def read_views(
     Raises:
         DataError: no such view, no features; unless `skipped` skips it, a file that cannot be used.
     """
-    paths = find_files(path, isolated)
-    found = {view: _headers(files, skipped, isolated) for view, files in paths.items()}
-    found = _named(found)
-    there = {file.stem for files in paths.values() for file in files}
+    folders = find_folders(path)
+    headers = [(folder, _headers(folder.files, skipped, isolated)) for folder in folders]
+    groups = [group for folder, files in headers for group in groups_of(folder, files)]
+    views = views_of(groups, partial(_together, isolated))
+    if not views:
+        count = sum(len(folder.files) for folder in folders)
+        raise DataError(f"{path}: expected features, got none that can be read in {count} files")
+    found: dict[str, dict[str, BagFile]] = {}
+    for name, files in zip(view_names(views), bag_names(views), strict=True):
+        found[name] = {}
+        for bag, members in files.items():
+            found[name][bag] = members[0]
+            for other in members[1:]:
+                skipped(f"{other.path}: duplicate slide: {members[0].path} has the same name")
+    read = {file.stem for _, files in headers for file in (header.path for header in files.values())}
+    there = {file.stem for folder in folders for file in folder.files} - read
+    there |= {bag for files in found.values() for bag in files}
     if chosen is not None:
         unknown = [view for view in chosen if view not in found]
         if unknown:
@@ -91,17 +108,21 @@ def _headers(files: Sequence[Path], skipped: Skipped, isolated: IsolatedCalls) -
     return headers
 
 
-def _named(found: Mapping[str, dict[str, BagFile]]) -> dict[str, dict[str, BagFile]]:
-    """Views called after their encoders where every view says which and no two have the same."""
-    encoders = [
-        Counter(file.encoder for file in files.values() if file.encoder).most_common(1) for files in found.values()
-    ]
-    names = [most[0][0] for most in encoders if most]
-    if len(names) < len(found) or len(set(names)) < len(names):
-        names = [re.sub(r"^(patch_)?features_(?=.)", "", name) for name in found]
-        if len(set(names)) < len(names):
-            names = list(found)
-    return dict(zip(names, found.values(), strict=True))
+def _together(isolated: IsolatedCalls, one: BagFile, other: BagFile) -> float | None:
+    """How much of the patches of two files lies on each other; None where that cannot be known."""
+    if one.unit is None or one.unit != other.unit or not one.rows or not other.rows:
+        return None
+    try:
+        coords = [part for file in (one, other) if (part := isolated(file.path, read_coords, file)) is not None]
+    except DataError:
+        return None  # said when its content is needed
+    sizes = [one.patch_size, other.patch_size]
+    if any(map(math.isnan, sizes)):
+        sizes = [grid_step(part) for part in coords]
+    if any(map(math.isnan, sizes)):
+        sizes = [math.nan, math.nan]
+    table, _ = match_views(coords, sizes, 0.0 if one.unit == "px" else FileOptions.tolerance)
+    return 1.0 if table is None else shared_share(table, 0, 1, [one.rows, other.rows], sizes)
 
 
 def _common_width(path: Path, view: str, files: dict[str, BagFile], skipped: Skipped) -> int:
