@@ -14,11 +14,12 @@ def test_a_group_stands_as_its_options_where_the_command_takes_it() -> None:
 
     taken = flat(command)
     parameters = inspect.signature(taken).parameters
-    assert list(parameters) == ["run", "data", "format", "top", "device", "backend", "skip_bad", "quiet", "quiet_too"]
+    expected = ["run", "data", "format", "top", "device", "backend", "set_", "skip_bad", "quiet", "quiet_too"]
+    assert list(parameters) == expected
     assert [name for name, x in parameters.items() if x.default is inspect.Parameter.empty] == ["run"]
 
     given = {"data": "digits", "format": None, "device": None, "backend": "cpp", "skip_bad": True, "quiet": False}
-    taken(run="r", top=4, quiet_too=True, **given)
+    taken(run="r", top=4, quiet_too=True, set_=None, **given)
     assert seen == {
         "run": "r",
         "bags": Bags(data="digits"),

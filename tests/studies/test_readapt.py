@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from tests.small import small_config, small_data
-from umda_fast.data import BagDataset, collate
+from tests.train.cohort import Cohort, cohort_config
+from umda_fast.data import SPLITS, BagDataset, collate
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec
 from umda_fast.score.calibration import Calibration
 from umda_fast.studies.readapt import fit_head, readapt
 from umda_fast.train import Run, evaluate, load_run, predict, train
+from umda_fast.train.split_record import SplitRecord
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_the_adapted_run_is_a_run(run: Run, tmp_path: Path) -> None:
     assert repeated.tasks == result.tasks
     predict(again, datasets=new_labels(run), out=tmp_path / "p.csv", refer_below=0.7, progress=False)
     header = (tmp_path / "p.csv").read_text().splitlines()[0].split(",")
-    assert {"light", "bright_probability", "size_confidence", "light_low", "refer"} <= set(header)
+    assert {"light", "bright_probability_1", "size_confidence", "light_low", "refer"} <= set(header)
     fitted = Calibration.load(tmp_path / "adapted" / "calibration.json")
     assert set(fitted.temperatures.values()) == {1.0}  # multiplied into the heads
 
@@ -103,3 +105,33 @@ def test_what_cannot_be_adapted_is_said(run: Run, tmp_path: Path) -> None:
         readapt(run, run.directory, datasets=new_labels(run))
     with pytest.raises(DataError, match="source: expected the data with the new labels"):
         readapt(run, tmp_path / "b")
+
+
+def test_new_heads_are_not_tested_on_bags_of_the_trunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cohort = Cohort(tmp_path / "bags", 24)
+    cohort.write()
+    train(cohort_config(cohort.root), tmp_path / "run", progress=False, plots=False)
+    recorded = SplitRecord.read(tmp_path / "run" / "splits.csv")
+    cohort.add()
+    cohort.labels = {name: "pq"[number % 3 == 0] for name, number in cohort.bags.items()}
+    cohort.write()
+    readapt(load_run(tmp_path / "run"), tmp_path / "own", source=str(cohort.root))
+    found = SplitRecord.read(tmp_path / "own" / "splits.csv")
+    assert [found.names(split) for split in SPLITS] == [recorded.names(split) for split in SPLITS]
+    assert "1 new, in no split: 'S24'" in capsys.readouterr().err
+    # Elsewhere, with another split: what the trunk knows is left out of val and test, and remembered.
+    other = cohort.copy(tmp_path / "other")
+    other.remove(recorded.names("train")[0])
+    for name in sorted(other.bags):
+        other.rename(name, f"X{name}")
+    other.write()
+    options = {"val_share": 0.3, "test_share": 0.3}
+    readapt(load_run(tmp_path / "run"), tmp_path / "adapted", source=str(other.root), options=options)
+    found = SplitRecord.read(tmp_path / "adapted" / "splits.csv")
+    known = {f"X{name}" for name in recorded.names("test")} | {"XS24"}
+    assert found.names("test")
+    assert {*found.names("val", "test")} <= known
+    assert recorded.names("train")[0] in found.names("trunk")
+    assert "left out, as it was trained or validated on them: " in capsys.readouterr().err
+    result = evaluate(load_run(tmp_path / "adapted"), split="all", progress=False)
+    assert result.bags == len(found.names("test"))

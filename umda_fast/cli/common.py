@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from umda_fast.cli.options import Bags, Computing, Configuration
+from umda_fast.cli.options import Bags, Computing, Configuration, TrainedOn
 
 if TYPE_CHECKING:
     from umda_fast.runtime.config import RunConfig
@@ -63,11 +63,12 @@ def keep_pages() -> None:
         keep_freed_pages()
 
 
-def load_runs(runs: Sequence[Path]) -> Run:
-    """One run, or several as one that predicts the mean of what they predict."""
+def load_runs(runs: Sequence[Path], use: TrainedOn) -> Run:
+    """One run, or several as one that predicts the mean of what they predict, with what `--set` says."""
     from umda_fast.train import load_ensemble, load_run
+    from umda_fast.train.loading import configured
 
-    return load_run(runs[0]) if len(runs) == 1 else load_ensemble(runs)
+    return configured(load_run(runs[0]) if len(runs) == 1 else load_ensemble(runs), use.set_ or ())
 
 
 def source_options(set_: Sequence[str] | None, skip_bad: bool) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def evaluate(
     from umda_fast.train import evaluate as evaluate_run
     from umda_fast.train.data import measured_split
 
-    loaded = load_runs(runs)
+    loaded = load_runs(runs, use)
     name = ", ".join(str(run) for run in runs)
     split = measured_split(loaded, bags.data, split)
     result = evaluate_run(loaded, source=bags.data, format=bags.format, split=split, **use.arguments())

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from umda_fast.cli.common import load_runs
 from umda_fast.cli.options import Format, OwnData, PatchSize, RunDir, TrainedOn, out_option, split_option
 
 EXAMPLE = "umda-fast explain runs/first --data slides/ --bag slide_7 --out maps"
@@ -33,10 +34,9 @@ def explain(
     """Write attention heatmaps, GeoJSON for QuPath and the instances with the most attention."""
     from umda_fast.cli.render import make_console
     from umda_fast.studies.maps import explain as explain_run
-    from umda_fast.train import load_run
 
     result = explain_run(
-        load_run(run),
+        load_runs([run], use),
         source=data,
         out=out,
         split=split,

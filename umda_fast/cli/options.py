@@ -126,6 +126,10 @@ class Computing:
 class TrainedOn(Computing):
     """How bags go through a trained model."""
 
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="data.options.<name> of the source; may be repeated."),
+    ] = None
     skip_bad: SkipBad = False
     quiet: Quiet = False
 

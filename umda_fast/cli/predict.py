@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from umda_fast.cli.common import load_runs
-from umda_fast.cli.options import Format, RunDirs, TrainedOn, out_option, split_option
+from umda_fast.cli.options import Format, OwnData, RunDirs, TrainedOn, out_option, split_option
 
 EXAMPLE = "umda-fast predict runs/first --data new.npz --out predicted.csv --attention attention.h5"
 
@@ -16,8 +16,8 @@ EXAMPLE = "umda-fast predict runs/first --data new.npz --out predicted.csv --att
 def predict(
     *,
     runs: RunDirs,
-    data: Annotated[str, typer.Option("--data", metavar="SOURCE", help="What to predict for.")],
     out: Annotated[Path, out_option("One line a bag.", metavar="FILE.csv")],
+    data: OwnData = None,
     attention: Annotated[
         Path | None, typer.Option("--attention", metavar="FILE.h5", help="Also write each instance's attention.")
     ] = None,
@@ -36,7 +36,7 @@ def predict(
     from umda_fast.studies import predict as predict_run
 
     bags = predict_run(
-        load_runs(runs),
+        load_runs(runs, use),
         source=data,
         out=out,
         attention=attention,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from umda_fast.cli.common import load_runs
 from umda_fast.cli.options import Format, OwnData, PatchSize, RunDir, TrainedOn, out_option, split_option
 
 EXAMPLE = "umda-fast report runs/first && open runs/first/report.html"
@@ -29,10 +30,9 @@ def report(
     """Write one HTML file on a run: scores with confidence intervals, errors, calibration, curves, attention."""
     from umda_fast.cli.render import make_console
     from umda_fast.studies.report import write_report
-    from umda_fast.train import load_run
 
     path = write_report(
-        load_run(run),
+        load_runs([run], use),
         out,
         source=data,
         split=split,

@@ -9,7 +9,7 @@ import torch
 
 from umda_fast.data.bag import Bag, bag_labels
 from umda_fast.data.dataset import BagDataset
-from umda_fast.data.labels import missing_labels
+from umda_fast.data.labels import ignore_label, missing_labels
 from umda_fast.data.metadata import Metadata
 from umda_fast.errors import DataError
 from umda_fast.model import MetadataSpec, TaskSpec, ViewSpec
@@ -24,7 +24,8 @@ def adapt_dataset(
     """`dataset` as a model with `views`, `tasks` and `metadata` takes it.
 
     A view that the data lacks is a missing view, a task that it lacks has missing labels. Views and tasks
-    that the model does not know are left out. Classes are matched by their names where both sides have names.
+    that the model does not know are left out. Classes are matched by their names where both sides have names. Labels of
+    tasks that are `UnneededLabels` are missing where they are not the model's.
 
     Raises:
         DataError: no view in common, a width that differs, a task of another kind, or a class the model does
@@ -45,9 +46,13 @@ def adapt_dataset(
                 f"got {widths[view.name]}"
             )
     theirs = {task.name: task for task in dataset.tasks}
-    classes = {
-        task.name: _class_map(dataset.name, task, theirs[task.name]) for task in tasks if task.name in theirs
-    }
+    classes = {}
+    for task in tasks:
+        if task.name in theirs:
+            try:
+                classes[task.name] = _class_map(dataset.name, task, theirs[task.name])
+            except DataError as error:
+                ignore_label(tasks, error)
     adapted = BagDataset(_AdaptedStore(dataset, views, tasks, classes), views, tasks, dataset.name)
     return _with_metadata(adapted, dataset.metadata, metadata)
 
@@ -109,7 +114,7 @@ class _AdaptedStore:
         self.labels = {task.name: self._column(task, columns.get(task.name)) for task in self._tasks}
 
     def _column(self, task: TaskSpec, column: np.ndarray | None) -> np.ndarray:
-        if column is None:
+        if column is None or task.name not in self._classes:
             return missing_labels(task, len(self.names))
         positions = self._classes[task.name]
         return column if positions is None else kind_of(task).rename(task, column, positions)

@@ -23,8 +23,10 @@ __all__ = [
     "ClassWeights",
     "KindOverride",
     "KindOverrides",
+    "UnneededLabels",
     "fit_tasks",
     "fixed_tasks",
+    "ignore_label",
     "label_columns",
     "missing_labels",
 ]
@@ -34,6 +36,29 @@ KindOverrides: TypeAlias = Mapping[str, KindOverride] | Sequence[TaskSpec]
 
 MAX_CLASSES = 20
 """Integers with more distinct values than this are taken for a regression, not for classes."""
+
+
+class UnneededLabels(tuple[TaskSpec, ...]):
+    """The tasks of a model that is only to predict: what cannot be read as their labels is missing. As `kinds`, or
+    where bags are brought into a model's form.
+
+    Attributes:
+        ignored: what was wrong with these labels, one line each.
+    """
+
+    ignored: list[str]
+
+    def __new__(cls, tasks: Sequence[TaskSpec]) -> UnneededLabels:
+        self = super().__new__(cls, tasks)
+        self.ignored = []
+        return self
+
+
+def ignore_label(tasks: object, error: DataError) -> None:
+    """Go on without some labels if `tasks` need none, else raise what is wrong with them."""
+    if not isinstance(tasks, UnneededLabels):
+        raise error
+    tasks.ignored.append(str(error))
 
 
 def label_columns(
@@ -65,7 +90,12 @@ def label_columns(
     for name in names:
         kind = wanted.get(name)
         if name in labels:
-            spec, column = _column(f"{where}: labels {name!r}", name, labels[name], bags, kind)
+            try:
+                spec, column = _column(f"{where}: labels {name!r}", name, labels[name], bags, kind)
+            except DataError as error:
+                ignore_label(kinds, error)
+                assert isinstance(kind, TaskSpec)
+                spec, column = kind, missing_labels(kind, bags)
         elif isinstance(kind, TaskSpec):
             spec, column = kind, missing_labels(kind, bags)
         else:

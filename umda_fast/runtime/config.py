@@ -38,6 +38,7 @@ __all__ = [
     "load_run_config",
     "make_balancer",
     "make_config",
+    "override_values",
 ]
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -344,6 +345,14 @@ def _apply_override(values: dict[str, Any], override: str, known: Sequence[str])
             raise ConfigError(f"--set {override}: {where} is a value, not a section{_nearest(key, known)}")
         here = below
     here[parts[-1]] = value
+
+
+def override_values(overrides: Iterable[str]) -> dict[str, Any]:
+    """What `--set`-style overrides say, as nested plain values; only their form is checked. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(values, override, known_keys())
+    return values
 
 
 def _first_line(error: Exception) -> str:

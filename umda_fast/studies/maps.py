@@ -323,7 +323,14 @@ def explain(
     if top < 1:
         raise ValueError(f"top: expected at least 1, got {top}")
     dataset, fabric = model_data(
-        run, source=source, datasets=datasets, split=split, format=format, device=device, skip_bad=skip_bad
+        run,
+        source=source,
+        datasets=datasets,
+        split=split,
+        format=format,
+        device=device,
+        skip_bad=skip_bad,
+        labels=False,
     )
     tasks = [task.name for task in run.model.config.tasks]
     views = [view.name for view in run.model.config.views]

@@ -132,7 +132,8 @@ def predict(
     skip_bad: bool = False,
     progress: bool = True,
 ) -> int:
-    """Predict for every bag of `source` (or of `datasets`), all splits unless `split` names one.
+    """Predict for every bag of `source` (or of `datasets`, or of the run's own data), all splits unless `split` names
+    one: as the run recorded it, see docs/data.md. Labels are not needed; which of them do not fit the model is said.
 
     Several runs (`load_ensemble`) predict the mean of what they predict.
 
@@ -164,7 +165,14 @@ def predict(
             raise DataError(f"refer_below: expected one run, whose calibration is known, got {len(run.members)}")
         calibration = Calibration.load(RunDirectory(run.directory).calibration)
     dataset, fabric = model_data(
-        run, source=source, datasets=datasets, split=split, format=format, device=device, skip_bad=skip_bad
+        run,
+        source=source,
+        datasets=datasets,
+        split=split,
+        format=format,
+        device=device,
+        skip_bad=skip_bad,
+        labels=False,
     )
     tasks: Sequence[TaskSpec] = run.model.config.tasks
     with ExitStack() as stack:

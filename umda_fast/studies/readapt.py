@@ -19,21 +19,25 @@ from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
 from umda_fast import ops
-from umda_fast.data import BagDataset, load_source
+from umda_fast.data import SPLITS, BagDataset, Splits, load_source
 from umda_fast.data.adapt import adapt_dataset
+from umda_fast.data.arrays import IntArray
 from umda_fast.errors import DataError
 from umda_fast.files import write_json
 from umda_fast.model import UMDA, TaskSpec
 from umda_fast.model.readout import Readout
-from umda_fast.runtime.config import as_dict, dump_config, make_config
+from umda_fast.runtime.config import DataConfig, as_dict, dump_config, make_config
 from umda_fast.runtime.fabric import make_fabric
 from umda_fast.runtime.rundir import RunDirectory, save_model
 from umda_fast.score.calibration import Calibration
 from umda_fast.score.collect import calibrate, collect
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset
 from umda_fast.tasks import kind_of
-from umda_fast.train.data import data_seed
+from umda_fast.train.chosen import data_seed, tell, tell_excluded
+from umda_fast.train.data import is_own, tell_missing_views
 from umda_fast.train.loading import Run
+from umda_fast.train.located import recorded_paths
+from umda_fast.train.split_record import SEEN, TRUNK, SplitRecord, bag_contents, patients_of
 
 __all__ = ["fit_head", "readapt"]
 
@@ -73,6 +77,42 @@ class _Features(nn.Module):
         return SimpleNamespace(logits=dict.fromkeys(self.names, Readout.features(self.trunk(**inputs))))
 
 
+def _unseen(run: Run, source: str, loaded: Splits, data: DataConfig) -> Splits:
+    """`loaded` without the bags in `val` and `test` that the trunk was trained or validated on; the run's own data
+    divided as it was recorded."""
+    if run.record is None:
+        tell(run, "has no splits.csv: whether bags of this data were trained on cannot be told")
+        return loaded
+    trunk = run.model.config
+    whole = adapt_dataset(loaded.whole, trunk.views, loaded.tasks, trunk.metadata)
+
+    def contents(rows: IntArray) -> list[str]:
+        return bag_contents(whole.subset(rows), data)
+
+    own = is_own(run, source)
+    found = run.record.match(whole.names, contents, own=own, wanted=SPLITS)
+    if own:
+        changes = found.describe()
+        if changes:
+            tell(run, f"since it was trained, of its bags: {changes}")
+        return loaded.divided({split: found.rows(split) for split in SPLITS})
+    rows = {name: row for row, name in enumerate(whole.names)}
+    parts = {split: np.array([rows[name] for name in part.names], dtype=np.int64) for split, part in loaded.items()}
+    seen = np.array([split in SEEN for split in found.splits])
+    tell_excluded(run, [whole.names[row] for split in ("val", "test") for row in parts[split] if seen[row]])
+    return loaded.divided({split: at if split == "train" else at[~seen[at]] for split, at in parts.items()})
+
+
+def _record(
+    run: Run, parts: Mapping[str, BagDataset], patients: Mapping[str, str], data: DataConfig
+) -> SplitRecord:
+    """The bags that the heads are fitted to and tested on, and, as `trunk`, those that only the trunk knows."""
+    record = SplitRecord.of(parts, data, patients=patients)
+    known = {bag.content for bag in record.bags}
+    trunk = [bag for bag in (run.record.bags if run.record else ()) if bag.split in SEEN and bag.content not in known]
+    return SplitRecord((*record.bags, *(replace(bag, split=TRUNK) for bag in trunk)))
+
+
 def readapt(
     run: Run,
     out: str | os.PathLike[str],
@@ -88,6 +128,8 @@ def readapt(
     `evaluate`, `predict`, `explain` and `report` take like any other.
 
     Heads are fitted on the split `train`; their temperatures, which are multiplied into them, on `val` if there is one.
+    The run's own data is divided as the run recorded it; in other data bags that the trunk was trained or validated on
+    are in neither `val` nor `test`.
 
     Args:
         out: the new run directory; must not hold a run.
@@ -119,15 +161,19 @@ def readapt(
     if datasets is None:
         if source is None:
             raise DataError("source: expected the data with the new labels, got none")
-        datasets = load_source(source, format=format, seed=data_seed(settings), **dict(options or {}))
-        datasets.check()
+        loaded = load_source(source, format=format, seed=data_seed(settings), **dict(options or {}))
+        loaded.check()
+        datasets = _unseen(run, source, loaded, settings.data)
     if "train" not in datasets or not datasets["train"].tasks:
         raise DataError(f"{where}: expected a split 'train' with labels of at least one task")
     tasks = datasets["train"].tasks
     trunk = run.model.config
     parts = {name: adapt_dataset(part, trunk.views, tasks, trunk.metadata) for name, part in datasets.items()}
+    tell_missing_views(run, datasets["train"])
     directory = RunDirectory(out)
     directory.begin(resume=False)
+    settings = replace(settings, data=replace(settings.data, paths=recorded_paths(settings.data, directory.path)))
+    _record(run, parts, patients_of(datasets), settings.data).write(directory.splits)
     fabric = make_fabric(settings)
     penalties = {}
     calibration: Calibration | None = None

@@ -17,7 +17,7 @@ from umda_fast.runtime.config import RunConfig
 from umda_fast.train.loading import Run
 from umda_fast.train.split_record import NEW, SEEN, MatchedBags, SplitRecord, bag_contents
 
-__all__ = ["ALL", "check_same_split", "chosen_rows", "data_seed"]
+__all__ = ["ALL", "check_same_split", "chosen_rows", "data_seed", "tell", "tell_excluded"]
 
 ALL = "all"
 """The split that is no split: all bags; of those that are measured, all but those that decided on the weights."""
@@ -153,7 +153,7 @@ def _own_part(
         tell(run, f"{loaded.name} does not say how it is split: {split} is drawn at random; --split all takes all")
     rows = _rows_of(loaded, loaded[split])
     seen = [row for row in rows.tolist() if any(matched.splits[row] in SEEN for matched in found)]
-    _tell_excluded(run, [whole.names[row] for row in seen])
+    tell_excluded(run, [whole.names[row] for row in seen])
     return np.setdiff1d(rows, np.array(seen, dtype=np.int64))
 
 
@@ -189,10 +189,11 @@ def _tell_seen(run: Run, whole: BagDataset, found: Sequence[MatchedBags]) -> Non
     names = [
         name for row, name in enumerate(whole.names) if any(matched.splits[row] in SEEN for matched in found)
     ]
-    _tell_excluded(run, names)
+    tell_excluded(run, names)
 
 
-def _tell_excluded(run: Run, names: Sequence[str]) -> None:
+def tell_excluded(run: Run, names: Sequence[str]) -> None:
+    """Say which bags are in no figure."""
     if names:
         tell(run, f"left out, as it was trained or validated on them: {len(names)} bags: {some_names(names)}")
 

@@ -11,11 +11,13 @@ from lightning_fabric import Fabric
 
 from umda_fast.data import SPLITS, BagDataset, Splits, concat, find_format, load_folds, load_source
 from umda_fast.data.adapt import adapt_dataset
+from umda_fast.data.labels import UnneededLabels
 from umda_fast.errors import DataError
+from umda_fast.model import TaskSpec
 from umda_fast.runtime.config import RunConfig, as_dict, make_config
 from umda_fast.runtime.fabric import make_fabric
 from umda_fast.runtime.rundir import RunDirectory
-from umda_fast.train.chosen import ALL, check_same_split, chosen_rows, data_seed
+from umda_fast.train.chosen import ALL, check_same_split, chosen_rows, data_seed, tell
 from umda_fast.train.loading import Run
 from umda_fast.train.located import located, recorded_paths, same_place
 from umda_fast.train.recorded import check_recorded, recorded_splits
@@ -28,6 +30,7 @@ __all__ = [
     "load_data",
     "measured_split",
     "model_data",
+    "tell_missing_views",
     "tell_skipped",
     "training_data",
 ]
@@ -131,19 +134,27 @@ def model_data(
     device: str,
     skip_bad: bool = False,
     measured: bool = False,
+    labels: bool = True,
 ) -> tuple[BagDataset, Fabric]:
     """Bags as the run's model takes them, and the device to run it on: one split, or with `split=None` all of
     them. `skip_bad` leaves out what is bad in the source and lists it on standard error. `measured`: a figure is made
-    of them, so that bags that decided on the weights are left out of `all` (`umda_fast.train.chosen`).
+    of them, so that bags that decided on the weights are left out of `all` (`umda_fast.train.chosen`). Without `labels`
+    those that do not fit the model are missing, which is said, as is a view that it was trained with and that is not
+    there.
 
     Raises:
         DataError: there is no such split, or the data does not fit the model.
     """
     model = run.model.config
     metadata = getattr(model, "metadata", ())
+    tasks = model.tasks if labels else UnneededLabels(model.tasks)
 
     def adapted(part: BagDataset) -> BagDataset:
-        return adapt_dataset(part, model.views, model.tasks, metadata)
+        tell_missing_views(run, part)
+        found = adapt_dataset(part, model.views, tasks, metadata)
+        if isinstance(tasks, UnneededLabels) and tasks.ignored:
+            tell(run, f"labels ignored, which are not needed: {'; '.join(tasks.ignored)}")
+        return found
 
     fabric = make_fabric(make_config({**as_dict(run.config), "device": device}))
     if datasets is not None:
@@ -154,14 +165,26 @@ def model_data(
     if split in SPLITS:
         check_same_split(run, split)
     own = is_own(run, source)
-    loaded = _load_again(run, source, own, format, skip_bad)
+    loaded = _load_again(run, source, own, format, tasks, skip_bad)
     whole = adapted(loaded.whole)
     if split not in (None, ALL) or measured:
         whole = whole.subset(chosen_rows(run, loaded, whole, split, own=own, measured=measured))
     return whole, fabric
 
 
-def _load_again(run: Run, source: str | None, own: bool, format: str | None, skip_bad: bool) -> Splits:
+def tell_missing_views(run: Run, part: BagDataset) -> None:
+    """Warn of views that the run was trained with and that `part` does not have at all."""
+    model = run.model.config
+    there = {view.name for view in part.views}
+    used = getattr(model, "view", None)  # of a baseline that looks at one view
+    missing = [view.name for view in model.views if view.name not in there and used in (None, view.name)]
+    if missing:
+        tell(run, f"warning: {part.name} has no view {', '.join(missing)}, which it was trained with: it does without")
+
+
+def _load_again(
+    run: Run, source: str | None, own: bool, format: str | None, tasks: Sequence[TaskSpec], skip_bad: bool
+) -> Splits:
     """The run's own data or another source, read as the run read its own."""
     data = located(run.config.data, run.directory) if own else run.config.data
     where = source if source is not None and not own else data.source
@@ -175,7 +198,7 @@ def _load_again(run: Run, source: str | None, own: bool, format: str | None, ski
     if "kinds" in understood:
         # What the model was trained on decides what a label means: a file with two of ten classes is not
         # binary.
-        options["kinds"] = run.model.config.tasks
+        options["kinds"] = tasks
     loaded = load_source(where, format=kind.name, seed=data_seed(run.config), **options)
     tell_skipped(loaded.skipped)
     return loaded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,18 @@ from umda_fast.errors import DataError
 from umda_fast.model import UMDA, Ensemble
 from umda_fast.model.baselines import BASELINES
 from umda_fast.model.readout import Readout
-from umda_fast.runtime.config import RunConfig, load_run_config
+from umda_fast.runtime.config import (
+    ConfigError,
+    RunConfig,
+    as_dict,
+    load_run_config,
+    make_config,
+    override_values,
+)
 from umda_fast.runtime.rundir import RunDirectory
 from umda_fast.train.split_record import SplitRecord
 
-__all__ = ["Run", "load_ensemble", "load_run", "run_config"]
+__all__ = ["Run", "configured", "load_ensemble", "load_run", "run_config"]
 
 
 @dataclass
@@ -78,6 +85,34 @@ def load_ensemble(directories: Sequence[str | os.PathLike[str]]) -> Run:
     except ValueError as error:
         raise DataError(f"{', '.join(str(run.directory) for run in runs)}: {error}") from None
     return Run(runs[0].directory, runs[0].config, model.eval(), runs, runs[0].record)
+
+
+# What of the configuration of a trained model may be said anew: how bags are read, and in what precision.
+_SETTABLE = ("data.budget", "data.workers", "precision")
+
+
+def configured(run: Run, overrides: Sequence[str] = ()) -> Run:
+    """`run` with `--set`-style overrides: `data.options.<name>` of the source it is used on, and how bags are read.
+
+    Raises:
+        ConfigError: a key that a trained model keeps, or a wrong value.
+    """
+    values = as_dict(run.config)
+    options = dict(run.options)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        said = override_values([override])
+        if key in _SETTABLE:
+            values["data"] |= said.pop("data", {})
+            values |= said
+        elif key.startswith("data.options."):
+            options |= said["data"]["options"]
+        else:
+            raise ConfigError(
+                f"--set {override}: a trained model keeps its configuration; expected data.options.<name> or one of "
+                f"{', '.join(_SETTABLE)}"
+            )
+    return replace(run, config=make_config(values), options=options)
 
 
 def run_config(directory: str | os.PathLike[str], values: Mapping[str, Any]) -> RunConfig:

@@ -22,7 +22,7 @@ from umda_fast.runtime.config import DataConfig
 from umda_fast.score.inference import batches_in_order
 from umda_fast.sgl.distributed import Processes
 
-__all__ = ["NEW", "SEEN", "TRUNK", "MatchedBags", "RecordedBag", "SplitRecord", "bag_contents"]
+__all__ = ["NEW", "SEEN", "TRUNK", "MatchedBags", "RecordedBag", "SplitRecord", "bag_contents", "patients_of"]
 
 NEW = "new"
 """The part of the bags that the run knew nothing of."""
@@ -102,13 +102,15 @@ class SplitRecord:
 
     @classmethod
     def of(
-        cls, datasets: Mapping[str, BagDataset], data: DataConfig, processes: Processes | None = None
+        cls,
+        datasets: Mapping[str, BagDataset],
+        data: DataConfig,
+        processes: Processes | None = None,
+        patients: Mapping[str, str] | None = None,
     ) -> SplitRecord:
         """Of the bags that a run is about to use; reads every bag whose content is not known yet, of several processes
-        each its share."""
-        patients: dict[str, str] = {}
-        if isinstance(datasets, Splits) and datasets.groups is not None:
-            patients = dict(zip(datasets.whole.names, map(_patient, datasets.groups), strict=True))
+        each its share. `patients` by bag; None takes those that `datasets` know."""
+        patients = patients_of(datasets) if patients is None else patients
         return cls(
             tuple(
                 RecordedBag(name, split, content, patients.get(name, ""))
@@ -249,6 +251,13 @@ class SplitRecord:
             tuple(gone) if own else (),
             tuple(name for name, place in zip(names, record, strict=True) if place is None) if own else (),
         )
+
+
+def patients_of(datasets: Mapping[str, BagDataset]) -> dict[str, str]:
+    """The patient of every bag, by the bag's name, as far as is known."""
+    if not isinstance(datasets, Splits) or datasets.groups is None:
+        return {}
+    return dict(zip(datasets.whole.names, map(_patient, datasets.groups), strict=True))
 
 
 def _patient(group: str) -> str:

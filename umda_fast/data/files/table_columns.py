@@ -12,7 +12,7 @@ from umda_fast.data.arrays import ArrayInput, FloatArray
 from umda_fast.data.columns import ColumnUse
 from umda_fast.data.files.identifiers import no_labels, perhaps_missing, strays, too_many_classes
 from umda_fast.data.files.labels_table import LabelTable
-from umda_fast.data.labels import KindOverride, KindOverrides, label_columns
+from umda_fast.data.labels import KindOverride, KindOverrides, ignore_label, label_columns
 from umda_fast.data.metadata import Metadata
 from umda_fast.errors import DataError
 from umda_fast.tasks import TASK_KINDS, TaskSpec
@@ -93,7 +93,10 @@ def read_tasks(
                 )
             continue
         cells = ["" if row is None else texts[row] for row in rows]
-        arrays[name] = _cells(table, name, cells, given, check=name not in asked)
+        try:
+            arrays[name] = _cells(table, name, cells, given, check=name not in asked)
+        except DataError as error:
+            ignore_label(kinds, error)
     specs, labels = label_columns(
         arrays, len(rows), kinds if isinstance(kinds, Sequence) else given, where=table.where
     )

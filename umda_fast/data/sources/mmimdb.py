@@ -28,7 +28,7 @@ import torch
 from umda_fast.data.arrays import FloatArray, IntArray
 from umda_fast.data.bag import Bag, bag_labels
 from umda_fast.data.dataset import BagDataset
-from umda_fast.data.labels import ClassWeights
+from umda_fast.data.labels import ClassWeights, ignore_label, missing_labels
 from umda_fast.data.options import option, some_of
 from umda_fast.data.sources.base import BagSource, Folds, GivenSplit, OpenedSource
 from umda_fast.errors import DataError
@@ -125,7 +125,9 @@ def _open_file(
     given = [spec for spec in kinds or () if spec.name == TASK]
     if given:
         if (given[0].kind, given[0].labels) != (task.kind, task.labels):
-            raise DataError(f"{path}: kinds: expected multilabel with labels {task.labels}, got {given[0]}")
+            message = f"{path}: kinds: expected multilabel with labels {task.labels}, got {given[0]}"
+            ignore_label(kinds, DataError(message))
+            labels = missing_labels(given[0], rows)
         task = given[0]
     store = FilmRows(path, names, chosen, [task], labels)
     return BagDataset(store, specs, [task], path), _parts(path, split, rows)
