@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 from umda_fast.parity.rule import GRADIENT_FACTOR, assert_close
 from umda_fast.sgl import SelfGuided, linear
+from umda_fast.sgl.graph import Reach
 from umda_fast.sgl.scopes import Direction, Scope
 
 
@@ -57,7 +58,7 @@ def autocast(x: Tensor) -> Tensor:
 )
 def test_which_weights_are_taken(function: Callable[[Tensor], Tensor], weight: nn.Parameter, taken: bool) -> None:
     out = function(X)
-    (use,) = linear.linear_uses([out.sum()], [weight])
+    (use,) = linear.linear_uses(Reach([out.sum()]), [weight])
     assert (use is not None) == taken
     if use is not None:
         (d_out,) = torch.autograd.grad(out.square().sum(), [use.edge], retain_graph=True)  # type: ignore[arg-type]
@@ -67,14 +68,14 @@ def test_which_weights_are_taken(function: Callable[[Tensor], Tensor], weight: n
 
 def test_hooks_and_parametrisations_are_left_alone() -> None:
     out = hooked(X)
-    assert linear.linear_uses([out.sum()], [hooked.weight]) == [None]  # type: ignore[attr-defined]
+    assert linear.linear_uses(Reach([out.sum()]), [hooked.weight]) == [None]  # type: ignore[attr-defined]
     normed = parametrizations.weight_norm(nn.Linear(4, 3))
-    assert linear.linear_uses([normed(X).sum()], list(normed.parameters())) == [None] * 3
+    assert linear.linear_uses(Reach([normed(X).sum()]), list(normed.parameters())) == [None] * 3
 
 
 def test_small_weights_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "LEAST", 13)
-    assert linear.linear_uses([LAYER(X).sum()], [LAYER.weight]) == [None]
+    assert linear.linear_uses(Reach([LAYER(X).sum()]), [LAYER.weight]) == [None]
 
 
 class Network(nn.Module):

@@ -95,6 +95,7 @@ class Batch:
         losses: for each of them this process's part of its loss, None where it has none.
         penalty: this process's part of the penalty.
         penalized: whether some process has a penalty.
+        flags: what the scope asks, true where it is in some process.
         scale: of a loss scaler: what backward passes start from is multiplied by it, and so is `.grad` afterwards.
     """
 
@@ -102,6 +103,7 @@ class Batch:
     losses: list[Tensor | None]
     penalty: Tensor | None
     penalized: bool
+    flags: Sequence[bool]
     scale: Tensor | None = None
 
     def scaled(self, value: Tensor) -> Tensor:

@@ -19,15 +19,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
 
 from umda_fast.errors import ProcessLostError
-from umda_fast.sgl.buffers import FlatLayout, write_row
+from umda_fast.sgl.buffers import FlatLayout, in_use, memory_order, write_row
+from umda_fast.sgl.graph import Reach
 from umda_fast.sgl.linear import LinearUse
 from umda_fast.sgl.rows import Rows
 
@@ -38,7 +39,7 @@ _gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_g
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def is_sharded(parameter: Parameter) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
     """Whether this process holds a part of the parameter only, as with FSDP2."""
     tensor = sys.modules.get("torch.distributed.tensor")  # whoever made one has imported it
     return tensor is not None and isinstance(parameter, tensor.DTensor)
@@ -166,7 +167,7 @@ class ShardedRows(Rows):
         self._next = 0
         self._gathered: Tensor | None = None
 
-    def uses(self, losses: Sequence[Tensor], parameters: Sequence[Parameter]) -> list[LinearUse | None]:
+    def uses(self, reach: Reach, parameters: Sequence[Tensor]) -> list[LinearUse | None]:
         """None: the gradients themselves travel."""
         return [None] * len(parameters)
 
@@ -198,23 +199,16 @@ class ShardedRows(Rows):
         """Zeros [W S], for `Processes.gather`; the first P are the row."""
         return self._staging.new_zeros(self._staging.shape[1])
 
-    def direction(self) -> Tensor:
-        """Zeros [P]; `spread` gathers in their memory."""
-        if self._gathered is None:
-            self._gathered = self._padded()
-        return self._gathered[: self._layout.numel]
-
-    def part(self, out: Tensor) -> Tensor:
-        """Room [S] of its own."""
+    def part(self) -> Tensor:
+        """[S]."""
         return self.rows.new_empty(self.columns)
 
-    def spread(self, part: Tensor, out: Tensor) -> None:
-        """Gathers the parts; with another `out` than `direction`, through the memory of that."""
-        direction = self.direction()
-        assert self._gathered is not None
+    def spread(self, part: Tensor) -> Tensor:
+        """Gathers the parts."""
+        if self._gathered is None or in_use(self._gathered):
+            self._gathered = self._staging.new_empty(self._staging.shape[1])
         self._processes.gather(part, self._gathered)
-        if out.data_ptr() != direction.data_ptr():
-            out.copy_(direction)
+        return self._gathered[: self._layout.numel]
 
     def whole(self, rows: Tensor, *, keep: bool = True) -> Tensor:
         """All columns [count, P] of `rows` [count, S], gathered a row at a time. Every process calls it; without
@@ -237,7 +231,7 @@ class ShardedRows(Rows):
 class _Bucket:
     """Gradients of some parameters of one dtype behind one another, in one buffer, made when it is needed first."""
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
         self.buffer = torch.empty(0, dtype=parameters[0].dtype, device=parameters[0].device)
         self.views: list[Tensor] = []
@@ -251,7 +245,8 @@ class _Bucket:
             sizes = [p.numel() for p in self.parameters]
             self.buffer = self.buffer.new_zeros(sum(sizes))
             pieces = self.buffer.split(sizes)
-            self.views = [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
+            laid = zip(pieces, self.parameters, strict=True)
+            self.views = [piece.as_strided(p.shape, memory_order(p), piece.storage_offset()) for piece, p in laid]
         start = self.buffer.untyped_storage().data_ptr()
         self.before = []
         for parameter in self.parameters:
@@ -271,8 +266,9 @@ class GradientReducer:
     in buckets, in reverse order of the parameters, each sent as soon as it is complete.
 
     It works beside `torch.autograd.grad`, which DistributedDataParallel does not. A parameter that the pass
-    reaches in no process keeps its `.grad` as it was; one that it reaches in some gets their sum in all.
-    Afterwards `.grad` is a view of a buffer that the next call reuses (keep a clone, not the tensor).
+    reaches in no process keeps its `.grad` as it was; one that it reaches in some gets their sum in all. Sparse
+    gradients become dense. After `backward` `.grad` is a view of a buffer that the next call reuses (keep a clone, not
+    the tensor).
 
     Args:
         groups: lists of parameters, the same in every process; the last ones of the last list are expected to
@@ -287,7 +283,7 @@ class GradientReducer:
 
     def __init__(
         self,
-        groups: Sequence[Sequence[Parameter]],
+        groups: Sequence[Sequence[Tensor]],
         processes: Processes,
         bucket: int = 1 << 22,
         overlap: bool = True,
@@ -300,7 +296,7 @@ class GradientReducer:
         self._groups: list[list[_Bucket]] = []
         for group in reversed(groups):
             buckets: list[_Bucket] = []
-            taken: list[Parameter] = []
+            taken: list[Tensor] = []
             for parameter in reversed(group):
                 size = sum(p.numel() for p in taken) + parameter.numel()
                 if taken and (size > bucket or taken[0].dtype != parameter.dtype):
@@ -320,8 +316,8 @@ class GradientReducer:
         self.begin()
         try:
             for bucket in self._active:
-                for parameter in bucket.parameters:
-                    self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrived))
+                trained = [parameter for parameter in bucket.parameters if parameter.requires_grad]
+                self._hooks += [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in trained]
             if total is not None:
                 torch.autograd.backward(total)
         except BaseException:
@@ -341,12 +337,18 @@ class GradientReducer:
         for bucket in self._active:
             bucket.begin()
 
-    def add(self, parameters: Sequence[Parameter], gradients: Sequence[Tensor]) -> None:
-        """Adds gradients of this process to the pass begun; several may be of one parameter."""
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+    def add(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Adds gradients of this process to the pass begun; gives those back whose parameter it is not about."""
+        rest = []
+        for parameter, gradient in gradients:
+            bucket = self._where.get(id(parameter))
+            if bucket is None:
+                rest.append((parameter, gradient))
+                continue
             assert parameter.grad is not None
             parameter.grad.add_(gradient)
-            self._where[id(parameter)].missing.discard(id(parameter))
+            bucket.missing.discard(id(parameter))
+        return rest
 
     def start(self) -> None:
         """Sends what has not been sent; nothing may be added afterwards."""
@@ -356,8 +358,35 @@ class GradientReducer:
 
     def finish(self) -> None:
         """Waits for the sums and adds them to what `.grad` held before `begin`."""
+        for bucket, everywhere in self._complete():
+            sums: list[Tensor] = []
+            olds: list[Tensor] = []
+            before = zip(bucket.parameters, bucket.views, bucket.before, everywhere, strict=True)
+            for parameter, view, old, reached in before:
+                if not reached:
+                    parameter.grad = old
+                elif old is not None:
+                    sums.append(view)
+                    olds.append(old)
+            if sums:
+                torch._foreach_add_(sums, olds)
+            bucket.before = []
+
+    def sums(self) -> list[tuple[Tensor, Tensor]]:
+        """Waits for the sums, and leaves `.grad` as it was before `begin`; views that the next pass overwrites."""
+        found = []
+        for bucket, everywhere in self._complete():
+            for parameter, old in zip(bucket.parameters, bucket.before, strict=True):
+                parameter.grad = old
+            bucket.before = []
+            summed = zip(bucket.parameters, bucket.views, everywhere, strict=True)
+            found += [(parameter, view) for parameter, view, reached in summed if reached]
+        return found
+
+    def _complete(self) -> list[tuple[_Bucket, list[bool]]]:
+        """The buckets, summed, and which of their parameters some process reaches."""
         if not self._active:
-            return
+            return []
         try:
             self.start()
             # A parameter missing here may have been reached elsewhere; nothing missing here needs no look.
@@ -371,22 +400,10 @@ class GradientReducer:
         except BaseException:
             self._restore()
             raise
-        everywhere = reached if all(reached) else (flags > 0).tolist()
-        at = 0
-        for bucket in self._active:
-            sums: list[Tensor] = []
-            olds: list[Tensor] = []
-            for parameter, view, old in zip(bucket.parameters, bucket.views, bucket.before, strict=True):
-                if not everywhere[at]:
-                    parameter.grad = old
-                elif old is not None:
-                    sums.append(view)
-                    olds.append(old)
-                at += 1
-            if sums:
-                torch._foreach_add_(sums, olds)
-            bucket.before = []
+        everywhere = iter(reached if all(reached) else (flags > 0).tolist())
+        found = [(bucket, list(islice(everywhere, len(bucket.parameters)))) for bucket in self._active]
         self._active = []
+        return found
 
     def _arrived(self, parameter: Tensor) -> None:
         """The gradient of a parameter is complete; sends every bucket that is, in their order."""

@@ -4,17 +4,18 @@ The gradient of a weight that one linear layer uses once is `d_out^T x`: autogra
 what the layer returned, and the product is written into the row of the task (`umda_fast.ops.linear_weight_gradient`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.nn import Parameter
 
 from umda_fast.ops import linear_weight_gradient
 from umda_fast.sgl.buffers import write_row
+from umda_fast.sgl.graph import Reach
 
+_unknown = object()
 #: Elements from which on a weight is worth it.
 LEAST = 1 << 14
 
@@ -27,52 +28,42 @@ class LinearUse:
         self.x = x
 
 
-def linear_uses(losses: Iterable[Tensor], parameters: Sequence[Parameter]) -> list[LinearUse | None]:
+def linear_uses(reach: Reach, parameters: Sequence[Tensor]) -> list[LinearUse | None]:
     """For each parameter its use by a linear layer, None unless that is the only one on the way of the losses.
 
     A layer is recognised by its node in the autograd graph: a product of two matrices, the second of which is the
     transpose of the weight. So a weight used twice, under autocast, through a parametrisation, or with a hook is left
     to autograd.
     """
-    leaves = {
-        id(p)
+    return [
+        _use(p, reach.nodes[id(p)], reach.users)
+        if p.dim() == 2
+        and p.numel() >= LEAST
+        and p.is_contiguous()
+        and not p._backward_hooks
+        and p in reach
+        else None
         for p in parameters
-        if p.dim() == 2 and p.numel() >= LEAST and not p._backward_hooks and p.layout == torch.strided
-    }
-    if not leaves:
-        return [None] * len(parameters)
-    users: dict[Any, list[tuple[Any, int]]] = {}
-    nodes: dict[int, Any] = {}  # of the leaves
-    stack: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        for place, (following, _) in enumerate(node.next_functions):
-            if following is None:
-                continue
-            users.setdefault(following, []).append((node, place))
-            if following not in seen:
-                seen.add(following)
-                stack.append(following)
-                leaf = getattr(following, "variable", None)
-                if leaf is not None and id(leaf) in leaves:
-                    nodes[id(leaf)] = following
-    return [_use(p, nodes[id(p)], users) if id(p) in nodes else None for p in parameters]
+    ]
 
 
-def _use(weight: Parameter, leaf: Any, users: dict[Any, list[tuple[Any, int]]]) -> LinearUse | None:
-    if len(users[leaf]) != 1:
+def _use(weight: Tensor, leaf: Any, users: dict[Any, list[tuple[Any, int]]]) -> LinearUse | None:
+    if len(users.get(leaf, ())) != 1:
         return None
     transpose = users[leaf][0][0]
     if transpose.name() != "TBackward0" or len(users.get(transpose, ())) != 1:
         return None
     product, place = users[transpose][0]
     if product.name() == "AddmmBackward0" and place == 2 and product._saved_alpha == 1:
-        x = product._saved_mat1
+        saved = "mat1"
     elif product.name() == "MmBackward0" and place == 1:
-        x = product._saved_self
+        saved = "self"
     else:
         return None
+    # Where a hook unpacks what was saved, to look is to do its work: a checkpoint would run its part once more.
+    if getattr(getattr(product, f"_raw_saved_{saved}"), "unpack_hook", _unknown) is not None:
+        return None
+    x = getattr(product, f"_saved_{saved}")
     if x is None or x.dtype != weight.dtype or x.layout != torch.strided or x.shape[1:] != weight.shape[1:]:
         return None
     return LinearUse(GradientEdge(product, 0), x.detach())

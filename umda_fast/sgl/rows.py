@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn import Parameter
 
-from umda_fast.sgl.buffers import FlatLayout
+from umda_fast.sgl.buffers import FlatLayout, in_use
+from umda_fast.sgl.graph import Reach
 from umda_fast.sgl.linear import LinearUse, linear_uses, write_gradients
 
 
@@ -25,7 +25,7 @@ class Rows(ABC):
     rows: Tensor
 
     @abstractmethod
-    def uses(self, losses: Sequence[Tensor], parameters: Sequence[Parameter]) -> list[LinearUse | None]:
+    def uses(self, reach: Reach, parameters: Sequence[Tensor]) -> list[LinearUse | None]:
         """For each parameter where its gradient is to be asked for instead; None for the parameter itself."""
 
     @abstractmethod
@@ -37,16 +37,12 @@ class Rows(ABC):
         """Completes every row."""
 
     @abstractmethod
-    def part(self, out: Tensor) -> Tensor:
-        """Where this process's columns of `out` [P] are to be written."""
+    def part(self) -> Tensor:
+        """Room for this process's columns of a combination of rows."""
 
     @abstractmethod
-    def spread(self, part: Tensor, out: Tensor) -> None:
-        """All columns in `out` [P], from what the processes wrote into their parts of it."""
-
-    @abstractmethod
-    def direction(self) -> Tensor:
-        """Room [P] for a combination of rows."""
+    def spread(self, part: Tensor) -> Tensor:
+        """All columns [P], from the parts of the processes."""
 
     @abstractmethod
     def whole(self, rows: Tensor, *, keep: bool = True) -> Tensor:
@@ -65,10 +61,11 @@ class LocalRows(Rows):
         self._backend = backend
         self.rows = layout.zeros(count)
         self._views = [layout.views(row) for row in self.rows]
+        self._part: Tensor | None = None
 
-    def uses(self, losses: Sequence[Tensor], parameters: Sequence[Parameter]) -> list[LinearUse | None]:
+    def uses(self, reach: Reach, parameters: Sequence[Tensor]) -> list[LinearUse | None]:
         """See `linear.linear_uses`."""
-        return linear_uses(losses, parameters)
+        return linear_uses(reach, parameters)
 
     def put(self, row: int, gradients: Sequence[Tensor | None], uses: Sequence[LinearUse | None]) -> None:
         """Writes the gradients into the row."""
@@ -77,16 +74,15 @@ class LocalRows(Rows):
     def wait(self) -> None:
         """Nothing is on its way."""
 
-    def part(self, out: Tensor) -> Tensor:
-        """All of it."""
-        return out
+    def part(self) -> Tensor:
+        """[P]; the memory of the last one where nobody has it any more."""
+        if self._part is None or in_use(self._part):
+            self._part = self.rows.new_empty(self._layout.numel)
+        return self._part.detach()
 
-    def spread(self, part: Tensor, out: Tensor) -> None:
-        """It is there already."""
-
-    def direction(self) -> Tensor:
-        """Zeros [P]."""
-        return self._layout.zeros()
+    def spread(self, part: Tensor) -> Tensor:
+        """It is all of them."""
+        return part
 
     def whole(self, rows: Tensor, *, keep: bool = True) -> Tensor:
         """The rows themselves."""

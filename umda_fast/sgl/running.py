@@ -10,6 +10,7 @@ from torch import Tensor
 
 from umda_fast.sgl.balancers import Balancer, StatefulBalancer
 from umda_fast.sgl.batch import Present, SGLStep
+from umda_fast.sgl.buffers import finite
 from umda_fast.sgl.exchange import Exchange
 from umda_fast.sgl.scopes.base import GradientScope, Measured
 from umda_fast.sgl.statistics import GramStatistics, TaskWeights
@@ -104,7 +105,7 @@ class Running:
             got = tuple(new.shape)
             raise ValueError(f"balancer: expected {losses.shape[0]} weights of {name}, got shape {got}")
         new = self.exchange.agreed(new)
-        ready = ready & new.isfinite().all()
+        ready = ready & finite(new).all()
         if isinstance(balancer, StatefulBalancer):
             balancer.forget(before, present.mask & ~sound | ~ready)
         self.weights.update(new, present, sound & ready)

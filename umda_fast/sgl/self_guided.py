@@ -20,9 +20,11 @@ A task absent from `losses` keeps all its statistics and contributes nothing; a 
 alone and does not count. A balancer of losses only (`Equal` too) makes every step a plain one, unless
 `statistics=True`; so are the steps between two statistics steps with `every=m`: weights held, one backward pass.
 
-Gradients are added to `.grad`, as `Tensor.backward` does; the caller zeroes it. A shared parameter that no task has
-reached so far keeps its `.grad` as it was. In the exact scope a missing `.grad` becomes a view of a buffer that the
-next call reuses (keep a clone, not the tensor), and with micro-batches each call is one step of the average. A step
+Gradients are added to `.grad` by autograd itself, as `Tensor.backward` does, for every leaf that the losses reach:
+hooks of leaves, memory formats, sparse and complex gradients and parameters frozen midway are as in plain PyTorch; the
+caller zeroes `.grad`. A shared parameter that no task has reached so far keeps its `.grad` as it was. In the exact scope
+micro-batches are steps of the average. What cannot be served (a re-entrant checkpoint, parameters replaced since) is an
+error that names it, before anything is changed. Hooks between the leaves and the losses see every pass by itself. A step
 reads nothing back from the device, unless the balancer says so (`Balancer.synchronizes`). What is not finite enters no
 average and no weight. float16 parameters and losses are refused; float16 autocast goes with `scaler=`.
 
@@ -48,7 +50,7 @@ from umda_fast.sgl.exchange import Alone, Exchange, Together
 from umda_fast.sgl.parameters import ParameterLists
 from umda_fast.sgl.registry import as_balancer
 from umda_fast.sgl.running import Running
-from umda_fast.sgl.scopes import SCOPES, Direction, Representation, Scope, Setting, Unmeasured
+from umda_fast.sgl.scopes import SCOPES, Direction, Look, Representation, Scope, Setting, Unmeasured
 from umda_fast.sgl.statistics import GramStatistics, TaskWeights
 from umda_fast.sgl.variance import UpdateTelemetry
 
@@ -59,12 +61,12 @@ class SelfGuided:
     """Balances the tasks of a multi-task model; see the module docstring for what is computed.
 
     Args:
-        shared_parameters: parameters that several tasks train; frozen ones are left out. One device.
+        shared_parameters: parameters that several tasks train, or other leaves that require grad; frozen ones are left
+            out. One device.
         tasks: names of the T tasks, in the order of all [T] results.
         task_parameters: all other trainable parameters that the losses reach (heads, branches). Needed by the
-            exact scope only, and in all scopes by several processes. Empty: they are found by a walk through the
-            autograd graph at every statistics step, which takes some microseconds per node. Given, they are checked
-            against the graph the first time a task appears.
+            exact scope only, and in all scopes by several processes. Empty: they are found in the autograd graph.
+            Given, they are checked against it. Leaves that are no Parameters are found in any case.
         balancer: a `Balancer`, the name of one (`registry.BALANCERS`), a weighting, aggregator or scalariser
             of torchjd, or any function gram [T, T] -> weights [T].
         scope: where task gradients are taken.
@@ -84,7 +86,8 @@ class SelfGuided:
             all of them), see docs/distributed.md; None, or a group of one: no communication.
 
     Raises:
-        TypeError: `shared_parameters` or another list holds something that is not a Parameter.
+        TypeError: `shared_parameters` or another list holds something that is neither a Parameter nor a leaf that
+            requires grad.
         ValueError: an argument out of range, repeated task names, no trainable shared parameter, parameters
             on several devices, float16 parameters, a parameter that is both shared and a task's.
     """
@@ -254,8 +257,10 @@ class SelfGuided:
         Raises:
             TypeError: a loss or the penalty is not a Tensor, the scaler not a scaler.
             ValueError: an unknown task, a loss that is not a scalar, is float16 or has no gradient, a count
-                that is missing or not positive, a missing or constant representation, a loss that reaches a parameter
-                in neither list (exact scope, or several processes).
+                that is missing or not positive, a missing or constant representation or one that no loss reaches, a
+                loss that reaches a parameter in neither list (exact scope, or several processes), losses that reach none
+                of the scope's parameters, a re-entrant checkpoint in the way, a sparse gradient to be averaged. Nothing
+                is changed then.
             ProcessLostError: another process ended, or did not answer in time.
         """
         check_losses(self.tasks, losses, counts, penalty)
@@ -266,19 +271,23 @@ class SelfGuided:
         scope = running.scope
         scale = loss_scale(scaler, running.weights.running.device)
         learned = penalty if penalty is None or penalty.requires_grad else None
-        batch = running.exchange.batch(losses, counts, learned, scale)
+        measured_step = self._calls % self.every == 0
+        rows = {self.tasks.index(name): loss for name, loss in losses.items()}
+        look = scope.look(rows, learned) if measured_step else Look()
+        batch = running.exchange.batch(losses, counts, learned, scale, look.flags)
         present = batch.present
         if not present.rows:
             running.exchange.backward(batch.total(running.weights.running))
             return running.step(torch.zeros_like(running.weights.running), present)
 
         self._calls += 1
-        if (self._calls - 1) % self.every:
+        if not measured_step:
             weights, everyone = running.weights.of_step(present)
             running.exchange.backward(batch.total(weights))
             return running.step(everyone, present)
-        running.telemetry.begin()
-        measured = scope.measure(batch, representation)
+        if not scope.tells_added:
+            running.telemetry.begin()
+        measured = scope.measure(batch, look, representation)
         running.balance(measured, present)
         weights, everyone = running.weights.of_step(present)
         scope.apply(measured, batch, weights, everyone)

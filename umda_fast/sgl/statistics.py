@@ -7,6 +7,7 @@ from torch import Tensor
 
 from umda_fast.sgl._gradients import bias_correction
 from umda_fast.sgl.batch import Present
+from umda_fast.sgl.buffers import finite
 from umda_fast.sgl.telemetry import cosine_matrix
 
 
@@ -51,9 +52,9 @@ class GramStatistics:
             losses: [A].
             squares: [T] squared lengths of the gradients, None: there are none.
         """
-        sound = torch.zeros_like(present.mask).index_copy(0, present.index, losses.isfinite())
+        sound = torch.zeros_like(present.mask).index_copy(0, present.index, finite(losses))
         if squares is not None:
-            sound = sound & squares.isfinite()
+            sound = sound & finite(squares)
         self.skipped += present.mask & ~sound
         return sound
 

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from umda_fast.sgl.buffers import FlatLayout, write_row
+from umda_fast.sgl.buffers import FlatLayout, as_numbers, finite, write_row
 
 
 class DirectionVariance:
@@ -41,19 +40,18 @@ class DirectionVariance:
     def update(self, direction: Tensor, scale: Tensor | None = None) -> None:
         """Takes one update direction [P], which is `scale` times too long; no wait for the device."""
         norm = torch.linalg.vector_norm(direction)
-        finite = norm.isfinite()
-        direction = torch.where(finite, direction, torch.zeros_like(norm))
-        norm = torch.where(finite, norm, torch.zeros_like(norm))
+        sound = finite(norm)
+        norm = torch.where(sound, norm, torch.zeros_like(norm))
         inverse = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
-        self._unit_sum.addcmul_(direction, inverse)
-        if scale is None:
-            self._sum.add_(direction)
-        else:
-            self._sum.addcdiv_(direction, scale)
+        kept = sound.to(norm.dtype) if scale is None else sound / scale
+        numbers = torch.nan_to_num(direction, 0.0, 0.0, 0.0)  # for 0 times inf would be NaN
+        self._sum.addcmul_(numbers, kept)
+        self._unit_sum.addcmul_(numbers, inverse)
+        if scale is not None:
             norm = norm / scale
         self._square.add_(norm.double().square())
         self._units.add_(norm > 0)
-        self._taken.add_(finite)
+        self._taken.add_(sound)
         self._count += 1
         if self._count >= self._window:
             self._last = self._figures()
@@ -125,7 +123,7 @@ class UpdateTelemetry:
         control: whether there is a second direction.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], layout: FlatLayout, window: int, control: bool) -> None:
+    def __init__(self, parameters: Sequence[Tensor], layout: FlatLayout, window: int, control: bool) -> None:
         self._parameters = parameters
         self._layout = layout
         names = ["gradient_variance"] if window else []
@@ -136,10 +134,10 @@ class UpdateTelemetry:
         self._before: list[Tensor | None] | None = None
 
     def begin(self) -> None:
-        """Remembers `.grad` as it is before the call."""
+        """Remembers `.grad` as it is before a call that will not tell what it adds."""
+        self._before = None
         if not self.variances:
             return
-        self._before = None
         if any(parameter.grad is not None for parameter in self._parameters):
             self._before = [None if p.grad is None else p.grad.clone() for p in self._parameters]
 
@@ -166,7 +164,7 @@ class UpdateTelemetry:
         write_row(views, [parameter.grad for parameter in self._parameters])
         for view, old in zip(views, self._before or [], strict=False):
             if old is not None:
-                view.sub_(old)
+                view.sub_(as_numbers(old))
         return self._observed
 
     def figures(self) -> dict[str, float]:

@@ -7,16 +7,16 @@ A scope finds the Gram matrix [T, T] of the task gradients, `measure`, and adds 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from umda_fast.sgl.batch import Batch
 from umda_fast.sgl.buffers import FlatLayout
 from umda_fast.sgl.exchange import Exchange
+from umda_fast.sgl.graph import Reach
 from umda_fast.sgl.parameters import ParameterLists
 from umda_fast.sgl.statistics import GramStatistics
 
@@ -53,12 +53,28 @@ class Setting:
     tasks: int
     parameters: ParameterLists
     layout: FlatLayout
-    scoped: list[Parameter]
+    scoped: list[Tensor]
     exchange: Exchange
     statistics: GramStatistics
     direction: Direction
     control: bool
     backend: str | None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a scope sees of this process's losses before anything is computed.
+
+    Attributes:
+        flags: what counts if it is so in any process (`Batch.flags`).
+        hits: for each parameter of the scope whether the losses reach it.
+        tasks: what the losses reach. penalty: what the penalty does. None where the scope does not ask.
+    """
+
+    flags: Sequence[bool] = ()
+    hits: Sequence[bool] = ()
+    tasks: Reach | None = None
+    penalty: Reach | None = None
 
 
 @dataclass(frozen=True)
@@ -70,15 +86,23 @@ class Measured:
         losses: [A] of the tasks present, detached.
         sound: bool [T], the tasks present whose loss and gradient are finite. Only these enter averages.
         broken: bool [T], in the exact scope, the tasks whose gradient is not.
-        unshared: in the exact scope, gradients of all other parameters in this process: (parameter, position of the
-            task among those present, gradient), -1 for the penalty.
+        unshared: in the exact scope, gradients of all other leaves in this process: (leaf, position of the task among
+            those present, gradient), -1 for the penalty.
     """
 
     gram: Tensor | None
     losses: Tensor
     sound: Tensor
     broken: Tensor | None = None
-    unshared: Sequence[tuple[Parameter, int, Tensor]] = ()
+    unshared: Sequence[tuple[Tensor, int, Tensor]] = ()
+
+
+def reentrant(place: str) -> str:
+    """What to say of a re-entrant checkpoint."""
+    return (
+        f"losses: a re-entrant checkpoint lies {place}, through which PyTorch takes no gradient of a single task; use "
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or a scope above it"
+    )
 
 
 class GradientScope(ABC):
@@ -86,11 +110,13 @@ class GradientScope(ABC):
 
     Attributes:
         needs_layer: whether `last_shared_layer` has to be given.
+        tells_added: whether `added` knows what is added to the `.grad` of the shared parameters.
         reached: for each parameter of the scope, whether a task has reached it so far.
         control: [P] in the exact scope on demand: what equal weights would have added to `.grad` minus what was.
     """
 
     needs_layer: ClassVar[bool] = False
+    tells_added: ClassVar[bool] = False
     control: Tensor | None = None
 
     def __init__(self, setting: Setting) -> None:
@@ -98,7 +124,7 @@ class GradientScope(ABC):
         self.reached = [False] * len(setting.scoped)
 
     @classmethod
-    def parameters(cls, lists: ParameterLists) -> list[Parameter]:
+    def parameters(cls, lists: ParameterLists) -> list[Tensor]:
         """Those that the scope is about."""
         return lists.shared
 
@@ -107,9 +133,21 @@ class GradientScope(ABC):
         """What a backward call with these arguments lacks, in words; nothing by default."""
         return ""
 
+    def look(self, losses: Mapping[int, Tensor], penalty: Tensor | None) -> Look:
+        """Looks at this process's losses, by task, before a statistics step.
+
+        Raises:
+            ValueError: their task gradients cannot be taken.
+        """
+        return Look()
+
     @abstractmethod
-    def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
-        """Takes the gradients of the tasks present; keeps the graph unless `apply` needs none."""
+    def measure(self, batch: Batch, look: Look, representation: Tensor | Representation | None) -> Measured:
+        """Takes the gradients of the tasks present; keeps the graph unless `apply` needs none.
+
+        Raises:
+            ValueError: no gradient comes to the scope.
+        """
 
     def apply(self, measured: Measured, batch: Batch, weights: Tensor, everyone: Tensor) -> None:
         """Adds the gradient of the weighted total loss to every `.grad`: by ONE backward pass.
@@ -123,7 +161,7 @@ class GradientScope(ABC):
         self._setting.exchange.backward(batch.total(weights))
 
     def added(self) -> Tensor | None:
-        """[P] what `apply` added to the `.grad` of the shared parameters, where that is at hand."""
+        """[P] what `apply` added to the `.grad` of the shared parameters, but for what hooks did to it; once."""
         return None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -150,8 +188,8 @@ class GradientScope(ABC):
 class Unmeasured(GradientScope):
     """No task gradients at all, for a balancer that reads losses only."""
 
-    def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
+    def measure(self, batch: Batch, look: Look, representation: Tensor | Representation | None) -> Measured:
         """The losses."""
         setting = self._setting
-        losses, _, _ = setting.exchange.totals(batch.values(setting.layout.dtype), None, ())
+        (losses,) = setting.exchange.totals(batch.values(setting.layout.dtype))
         return Measured(None, losses, setting.statistics.judge(losses, None, batch.present))

@@ -11,12 +11,11 @@ own of the rows, and the Gram matrices of the columns are added up.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from umda_fast.sgl.batch import Batch
 from umda_fast.sgl.parameters import ParameterLists
 from umda_fast.sgl.scopes.averaged import AveragedScope
-from umda_fast.sgl.scopes.base import Measured, Representation
+from umda_fast.sgl.scopes.base import Look, Measured, Representation
 
 
 class LastSharedLayerScope(AveragedScope):
@@ -25,15 +24,17 @@ class LastSharedLayerScope(AveragedScope):
     needs_layer = True
 
     @classmethod
-    def parameters(cls, lists: ParameterLists) -> list[Parameter]:
+    def parameters(cls, lists: ParameterLists) -> list[Tensor]:
         """The layer's."""
         return lists.layer
 
-    def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
+    def measure(self, batch: Batch, look: Look, representation: Tensor | Representation | None) -> Measured:
         """Gram matrix of the averages."""
         setting = self._setting
-        self.fill(batch, (), keep_graph=True)
+        self.check(batch)
+        found = self.fill(batch, look, (), keep_graph=True)
+        self.reached = [old or new for old, new in zip(self.reached, found.reached, strict=True)]
         self.rows.wait()
-        losses, squares, _ = setting.exchange.totals(batch.values(setting.layout.dtype), self.squares(batch), ())
+        losses, squares = setting.exchange.totals(batch.values(setting.layout.dtype), self.squares(batch))
         sound = setting.statistics.judge(losses, squares, batch.present)
         return Measured(self.smoothed_gram(sound), losses, sound)

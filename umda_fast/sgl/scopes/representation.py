@@ -19,7 +19,8 @@ from torch import Tensor
 
 from umda_fast.sgl import _gradients
 from umda_fast.sgl.batch import Batch
-from umda_fast.sgl.scopes.base import GradientScope, Measured, Representation, Setting
+from umda_fast.sgl.buffers import as_numbers
+from umda_fast.sgl.scopes.base import GradientScope, Look, Measured, Representation, Setting, reentrant
 
 
 class RepresentationScope(GradientScope):
@@ -28,6 +29,7 @@ class RepresentationScope(GradientScope):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._gram_ema = torch.zeros_like(setting.statistics.gram)
+        self._some = False  # whether a gradient came to a representation
 
     @classmethod
     def missing(cls, representation: Tensor | Representation | None) -> str:
@@ -40,12 +42,11 @@ class RepresentationScope(GradientScope):
             return f"{wanted} {got} (of several tensors, their concatenation, or what they are made of)"
         return "" if representation.requires_grad else f"{wanted} a constant"
 
-    def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
+    def measure(self, batch: Batch, look: Look, representation: Tensor | Representation | None) -> Measured:
         """Gram matrix of this batch, averaged into the running one."""
         setting, statistics = self._setting, self._setting.statistics
         part = self._part(batch, representation)
-        losses, gram, _ = setting.exchange.totals(batch.values(setting.layout.dtype), part, ())
-        assert gram is not None
+        losses, gram = setting.exchange.totals(batch.values(setting.layout.dtype), part)
         batch.unscale_(gram, 2)
         sound = statistics.judge(losses, gram.diagonal(), batch.present)
         statistics.counts += sound
@@ -73,10 +74,21 @@ class RepresentationScope(GradientScope):
         dtype, backend = self._setting.layout.dtype, self._setting.backend
         if not isinstance(representation, Tensor):
             return representation.gradient_gram(losses, backend=backend).to(dtype)
-        gradients = []
+        found: list[Tensor | None] = []
         for loss in losses:
-            (grad,) = torch.autograd.grad(loss, representation, retain_graph=True, allow_unused=True)
-            gradients.append(torch.zeros_like(representation) if grad is None else grad)
+            try:
+                found += torch.autograd.grad(loss, representation, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                if "use_reentrant=True" in str(error):
+                    raise ValueError(reentrant("between the losses and the representation")) from error
+                raise
+        if all(gradient is None for gradient in found) and not self._some:
+            raise ValueError(
+                "representation: no loss reaches it; expected the tensor of this forward pass through which the tasks "
+                "reach the trunk, not a copy of it"
+            )
+        self._some = True
+        gradients = [as_numbers(torch.zeros_like(representation) if g is None else g) for g in found]
         return _gradients.gram(gradients, dtype, backend)
 
     def tensors(self) -> dict[str, Tensor]:

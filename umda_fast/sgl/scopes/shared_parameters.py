@@ -2,10 +2,12 @@
 
     g_t   =   dL_t / d(shared)                     mhat_t: its average, see `averaged`
     .grad +=  sum_t w_t mhat_t + d(penalty)        of the shared parameters; direction="gradient": g_t for mhat_t
-    .grad +=  sum_t w_t dL_t + d(penalty)          of every other parameter
+    .grad +=  sum_t w_t dL_t + d(penalty)          of every other leaf
 
-T backward passes, one for each task, and one of the penalty. Memory beyond the model: the gradients and their averages,
-2 T P numbers, and P for the result. A missing `.grad` of a shared parameter becomes a view of that.
+T backward passes, one for each task, and one of the penalty; then what is to be added is handed to autograd, so that
+hooks of leaves, their memory order and the way `.grad` accumulates are PyTorch's own (`handover`). A gradient that is
+sparse for every task stays so. Memory beyond the model: the gradients and their averages, 2 T P numbers, and P for the
+result, of which a missing `.grad` of a shared parameter becomes a view.
 
 Over several processes (W of them) the gradients of a task, as soon as they are there, are on their way, summed over the
 processes, to the process that keeps these columns, while the next task's backward pass runs. Each process keeps,
@@ -16,60 +18,105 @@ Gradients of the other parameters are weighted, then summed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from umda_fast.sgl import _gradients
 from umda_fast.sgl.batch import Batch
-from umda_fast.sgl.buffers import accumulate
-from umda_fast.sgl.exchange import Gradients
-from umda_fast.sgl.scopes.averaged import AveragedScope
-from umda_fast.sgl.scopes.base import Measured, Representation, Setting
+from umda_fast.sgl.buffers import finite
+from umda_fast.sgl.graph import Reach
+from umda_fast.sgl.handover import hand_over, hooks_held, weighted_sums
+from umda_fast.sgl.scopes.averaged import AveragedScope, taken
+from umda_fast.sgl.scopes.base import Look, Measured, Representation, Setting, reentrant
 
 
 class SharedParametersScope(AveragedScope):
     """See the head of this file."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting, more_rows=int(setting.exchange.penalty_in_rows))
-        self._direction = self.rows.direction()
-        self._views = self.layout.views(self._direction)
-        # Which parameters the penalty of this step reaches, where it is a row. Once tasks have reached all of them,
-        # in any process, nobody asks any more.
-        self._penalized = [False] * len(self.scoped)
-        self._all_reached = False
-        self._filled: set[int] = set()  # rows that may hold gradients
-        if setting.control:
-            self.control = self.layout.zeros()
+    tells_added: ClassVar[bool] = True
+    from_everything: ClassVar[bool] = True
 
-    def measure(self, batch: Batch, representation: Tensor | Representation | None) -> Measured:
-        """Gram matrix of the averages, and the gradients of all other parameters."""
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting, more_rows=int(setting.exchange.several))
+        self._filled: set[int] = set()  # rows that may hold gradients
+        self._direction: Tensor | None = None
+        # Of the step that is going on, by the number of a shared parameter: which get something, which of these
+        # gradients are sparse, and the gradients of this process's penalty.
+        self._given: list[bool] = []
+        self._sparse: set[int] = set()
+        self._penalty: dict[int, Tensor] = {}
+
+    def look(self, losses: Mapping[int, Tensor], penalty: Tensor | None) -> Look:
+        """What losses and penalty reach."""
+        look = super().look(losses, penalty)
+        reach = Reach([] if penalty is None else [penalty])
+        if losses and reach.reentrant:
+            raise ValueError(reentrant("in the graph of the penalty"))
+        return Look([*look.flags, *(p in reach for p in self.scoped)], look.hits, look.tasks, reach)
+
+    def measure(self, batch: Batch, look: Look, representation: Tensor | Representation | None) -> Measured:
+        """Gram matrix of the averages, and the gradients of all other leaves."""
         setting, exchange = self._setting, self._setting.exchange
-        others = exchange.unshared(batch)
+        assert look.tasks is not None
+        hits = self.check(batch)
+        others = setting.parameters.outside(look.tasks, complete=exchange.several)
         for row in self._filled.difference(batch.present.rows):
             self.gradients[row].zero_()  # of weight 0 in the combination, to which 0 * inf would be NaN
         self._filled = set(batch.present.rows)
-        passes = self.fill(batch, others, keep_graph=batch.penalty is not None)
-        if exchange.penalty_in_rows:
-            self._penalized = [False] * len(self.scoped)
-            if batch.penalized:
-                output = None if batch.penalty is None else batch.scaled(batch.penalty)
-                found = passes.gradients(output, -1, retain=False)
-                self._penalized = [grad is not None for grad in found]
-                self.rows.put(setting.tasks, found, [None] * len(found))
+        filled = self.fill(batch, look, others, keep_graph=batch.penalty is not None)
+        if filled.sparse and setting.direction == "average":
+            raise ValueError(
+                "shared_parameters: sparse gradients (as of Embedding(sparse=True)) have no sparse average; expected "
+                'direction="gradient"'
+            )
+        if not exchange.several:
+            hits = filled.reached
+        self.reached = [old or new for old, new in zip(self.reached, hits, strict=True)]
+        penalized = self._penalize(batch, look, filled.others)
+        here = self.reached if setting.direction == "average" else hits
+        self._given = [task or penalty for task, penalty in zip(here, penalized, strict=True)]
+        self._keep_sparse(filled.sparse, filled.others)
         self.rows.wait()
-        flags = [] if self._all_reached else [*self.reached, *self._penalized]
-        losses, squares, flags = exchange.totals(batch.values(setting.layout.dtype), self.squares(batch), flags)
-        if flags:
-            count = len(self.reached)
-            self.reached, self._penalized = flags[:count], flags[count:]
-            self._all_reached = all(self.reached)
-        assert squares is not None
+        losses, squares = exchange.totals(batch.values(setting.layout.dtype), self.squares(batch))
         sound = setting.statistics.judge(losses, squares, batch.present)
-        broken = batch.present.mask & ~squares.isfinite()
-        return Measured(self.smoothed_gram(sound), losses, sound, broken, passes.kept)
+        broken = batch.present.mask & ~finite(squares)
+        return Measured(self.smoothed_gram(sound), losses, sound, broken, filled.others)
+
+    def _penalize(self, batch: Batch, look: Look, others: list[tuple[Tensor, int, Tensor]]) -> list[bool]:
+        """Takes the penalty's gradients; which shared parameters it reaches."""
+        self._penalty = {}
+        if not batch.penalized:
+            return [False] * len(self.scoped)
+        exchange, reach = self._setting.exchange, look.penalty
+        assert reach is not None
+        hits = [number for number, p in enumerate(self.scoped) if p in reach]
+        outside = self._setting.parameters.outside(reach, complete=exchange.several)
+        wanted = [*(self.scoped[number] for number in hits), *outside]
+        with hooks_held(wanted):
+            found = taken(None if batch.penalty is None else batch.scaled(batch.penalty), wanted, retain=False)
+        self._penalty = {n: gradient for n, gradient in zip(hits, found, strict=False) if gradient is not None}
+        kept = zip(outside, found[len(hits) :], strict=True)
+        others.extend((leaf, -1, gradient) for leaf, gradient in kept if gradient is not None)
+        if not exchange.several:
+            return [number in self._penalty for number in range(len(self.scoped))]
+        numbers = range(len(self.scoped))
+        self.rows.put(self._setting.tasks, [self._penalty.get(n) for n in numbers], [None] * len(numbers))
+        return list(batch.flags[1 + len(self.scoped) :])
+
+    def _keep_sparse(self, sparse: dict[int, dict[int, Tensor]], others: list[tuple[Tensor, int, Tensor]]) -> None:
+        """Lets gradients that are sparse for every task, and the penalty, stay so, in one process."""
+        self._sparse = set()
+        if self._setting.exchange.several:
+            return
+        for number, found in sparse.items():
+            penalty = self._penalty.get(number)
+            if penalty is None or penalty.layout != torch.strided:
+                found = found if penalty is None else {**found, -1: penalty}
+                others.extend((self.scoped[number], position, gradient) for position, gradient in found.items())
+                self._sparse.add(number)
 
     def apply(self, measured: Measured, batch: Batch, weights: Tensor, everyone: Tensor) -> None:
         """Combines the rows and adds everything to `.grad`."""
@@ -84,55 +131,38 @@ class SharedParametersScope(AveragedScope):
         else:
             rows, factor = self.gradients, torch.ones_like(everyone)
         factor = batch.scaled(factor)
-        unshared: list[Gradients] = []
-        for position in range(-1, len(batch.present.rows)):
-            of = [(parameter, grad) for parameter, at, grad in measured.unshared if at == position]
-            if of:
-                found = [grad for _, grad in of]
-                scaled = found if position < 0 else list(torch._foreach_mul(found, weights[position]))
-                unshared.append(([parameter for parameter, _ in of], scaled))
-        exchange.begin(unshared)
-        self._release()
+        exchange.begin(weighted_sums(measured.unshared, weights))
         self._combine(rows, everyone * factor, batch.present.mask.to(factor.dtype) * factor, batch.penalized)
-        reached = [task or penalty for task, penalty in zip(self.reached, self._penalized, strict=True)]
-        parameters = [p for p, seen in zip(self.scoped, reached, strict=True) if seen]
-        accumulate(parameters, [view for view, seen in zip(self._views, reached, strict=True) if seen])
-        exchange.finish(unshared, None if batch.penalty is None else batch.scaled(batch.penalty))
-
-    def restore(self, reached: Sequence[bool]) -> None:
-        """Puts `reached` back."""
-        super().restore(reached)
-        self._all_reached = all(self.reached)
+        given = exchange.finish()
+        assert self._direction is not None
+        # Made anew, and held by nobody else: a missing .grad takes their place without a copy.
+        pieces = self.layout.gradients(self._direction)
+        for number, penalty in self._penalty.items():
+            if not exchange.several:
+                pieces[number].add_(penalty)
+        self._penalty = {}
+        for number, (parameter, piece) in enumerate(zip(self.scoped, pieces, strict=True)):
+            if self._given[number] and number not in self._sparse and parameter.requires_grad:
+                given.append((parameter, piece.to(parameter.dtype)))
+        del piece, pieces
+        hand_over(given)
 
     def added(self) -> Tensor | None:
-        """The direction, where every `.grad` is a view of it still."""
-        here = all(
-            parameter.grad is None or parameter.grad.data_ptr() == view.data_ptr()
-            for parameter, view in zip(self.scoped, self._views, strict=True)
-        )
-        return self._direction if here else None
+        """The direction."""
+        found, self._direction = self._direction, None
+        return found
 
     def _combine(self, rows: Tensor, weights: Tensor, equal: Tensor, penalized: bool) -> None:
         """The direction [P], and on demand the difference to it of the direction with equal weights."""
-        backend = self._setting.backend
-        control = None
-        if self.control is not None:
+        backend, control = self._setting.backend, None
+        if self._setting.control:
             # Only the difference is kept: whoever reads it adds the update, and with it the penalty's gradient.
-            control = self.rows.part(self.control)
+            control = self.rows.part()
             _gradients.combine(rows, equal, control, backend)
-        part = self.rows.part(self._direction)
+        part = self.rows.part()
         _gradients.combine(rows, weights, part, backend)
-        if control is not None and self.control is not None:
-            control.sub_(part)
-            self.rows.spread(control, self.control)
-        if penalized and self._setting.exchange.penalty_in_rows:
+        if control is not None:
+            self.control = self.rows.spread(control.sub_(part))
+        if penalized and self._setting.exchange.several:
             part.add_(self.rows.rows[self._setting.tasks])
-        self.rows.spread(part, self._direction)
-
-    def _release(self) -> None:
-        """Gives every `.grad` that is still a view of the direction its own memory."""
-        start = self._direction.untyped_storage().data_ptr()
-        for parameter in self.scoped:
-            grad = parameter.grad
-            if grad is not None and grad.untyped_storage().data_ptr() == start:
-                parameter.grad = grad.clone()
+        self._direction = self.rows.spread(part)
