@@ -21,12 +21,13 @@ alone and does not count. A balancer of losses only (`Equal` too) makes every st
 `statistics=True`; so are the steps between two statistics steps with `every=m`: weights held, one backward pass.
 
 Gradients are added to `.grad` by autograd itself, as `Tensor.backward` does, for every leaf that the losses reach:
-hooks of leaves, memory formats, sparse and complex gradients and parameters frozen midway are as in plain PyTorch; the
-caller zeroes `.grad`. A shared parameter that no task has reached so far keeps its `.grad` as it was. In the exact scope
-micro-batches are steps of the average. What cannot be served (a re-entrant checkpoint, parameters replaced since) is an
-error that names it, before anything is changed. Hooks between the leaves and the losses see every pass by itself. A step
-reads nothing back from the device, unless the balancer says so (`Balancer.synchronizes`). What is not finite enters no
-average and no weight. float16 parameters and losses are refused; float16 autocast goes with `scaler=`.
+hooks of leaves, memory formats, sparse and complex gradients and parameters frozen midway are as in plain PyTorch;
+the caller zeroes `.grad`. A shared parameter that no task has reached so far keeps its `.grad` as it was. In the
+exact scope micro-batches are steps of the average. What cannot be served (a re-entrant checkpoint, parameters
+replaced since) is an error that names it, before anything is changed. Hooks between the leaves and the losses see
+every pass by itself. A step reads nothing back from the device, unless the balancer says so
+(`Balancer.synchronizes`). What is not finite enters no average and no weight. float16 parameters and losses are
+refused; float16 autocast goes with `scaler=`.
 
 Formulas are in docs/model.md, section 4, and at the head of each file of `scopes`; several processes
 (`process_group=`) and FSDP2 in docs/distributed.md.
@@ -258,9 +259,9 @@ class SelfGuided:
             TypeError: a loss or the penalty is not a Tensor, the scaler not a scaler.
             ValueError: an unknown task, a loss that is not a scalar, is float16 or has no gradient, a count
                 that is missing or not positive, a missing or constant representation or one that no loss reaches, a
-                loss that reaches a parameter in neither list (exact scope, or several processes), losses that reach none
-                of the scope's parameters, a re-entrant checkpoint in the way, a sparse gradient to be averaged. Nothing
-                is changed then.
+                loss that reaches a parameter in neither list (exact scope, or several processes), losses that reach
+                none of the scope's parameters, a re-entrant checkpoint in the way, a sparse gradient to be averaged.
+                Nothing is changed then.
             ProcessLostError: another process ended, or did not answer in time.
         """
         check_losses(self.tasks, losses, counts, penalty)
