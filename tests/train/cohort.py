@@ -45,12 +45,31 @@ class Cohort:
         lines += [",".join([name, label, *columns.values()]) for name, label in sorted(self.labels.items())]
         (self.root / "labels.csv").write_text("\n".join(lines) + "\n")
 
+    def swap(self, name: str, other: str) -> None:
+        """Each under the other's name."""
+        self.rename(name, "between")
+        self.rename(other, name)
+        self.rename("between", other)
+
+    def replace(self, name: str) -> None:
+        """Another bag under the name."""
+        self.remove(name)
+        self.add(name)
+
     def copy(self, root: Path) -> Cohort:
         """The same in another place."""
         other = object.__new__(Cohort)
         other.root, other.bags, other.labels, other.made = root, dict(self.bags), dict(self.labels), self.made
         shutil.copytree(self.root, root)
         return other
+
+
+def moved_run(run: Path, trained_on: Cohort, cohort: Cohort, place: Path) -> Path:
+    """A copy of a run, at `place`, as if it had been trained on `cohort`."""
+    shutil.copytree(run, place)
+    config = (place / "config.yaml").read_text().replace(str(trained_on.root), str(cohort.root))
+    (place / "config.yaml").write_text(config)
+    return place
 
 
 def cohort_config(source: Path | str, **data: object) -> RunConfig:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.command_line import call
-from tests.train.cohort import Cohort, cohort_config
+from tests.train.cohort import Cohort, cohort_config, moved_run
 from umda_fast.data import BagDataset, load_source
 from umda_fast.data.content import batch_contents, same_content
 from umda_fast.errors import DataError
@@ -37,11 +37,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.fixture
 def moved(trained: Trained, tmp_path: Path) -> Trained:
     """Copies of both that may be changed."""
-    shutil.copytree(trained[1], tmp_path / "run")
     cohort = trained[0].copy(tmp_path / "bags")
-    config = (tmp_path / "run" / "config.yaml").read_text().replace(str(trained[0].root), str(cohort.root))
-    (tmp_path / "run" / "config.yaml").write_text(config)
-    return cohort, tmp_path / "run"
+    return cohort, moved_run(trained[1], trained[0], cohort, tmp_path / "run")
 
 
 @pytest.fixture

@@ -166,8 +166,8 @@ class SplitRecord:
 
         Args:
             names: of the bags, distinct.
-            contents: of the bags at some rows; called for those only that matter for `wanted`, unless one of these has
-                changed.
+            contents: of the bags at some rows; called for those only that matter for `wanted`, unless one of these is
+                missing or has changed.
             own: whether this is the data that the run had, as it is today.
             wanted: splits whose bags are to be used.
         """
@@ -184,15 +184,15 @@ class SplitRecord:
                 found[row] = content
 
         look(rows)
-        if own and any(not self._named_alike(names[row], found[row]) for row in rows.tolist()):
+        matched = self._matched(names, found, own)
+        if own and (matched.changed or any(bag.split in wanted for bag in matched.gone)):
+            # A bag that is looked for may be under the name of one that is not.
             look(np.array([row for row in range(len(names)) if found[row] is None], dtype=np.int64))
-        return self._matched(names, found, own)
-
-    def _named_alike(self, name: str, content: str | None) -> bool:
-        """Whether a bag of that name and content is recorded; an empty bag is known by its name alone."""
-        return self._exact(name, content) is not None
+            matched = self._matched(names, found, own)
+        return matched
 
     def _exact(self, name: str, content: str | None) -> int | None:
+        """The recorded bag of that name and content; of an empty bag, or one that nobody looked at, the name alone."""
         places = self._named.get(name, ())
         if content is None or not content.strip(";"):
             return self._strictest(places)
