@@ -109,6 +109,28 @@ class Recomputed(nn.Module):
         return checkpoint(self._run, x, use_reentrant=False)
 
 
+class Narrow(nn.Module):
+    """A block of another precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.float32), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.float()).to(x.dtype)
+
+
+class Wave(nn.Module):
+    """A complex linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH, dtype=torch.cdouble)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.to(torch.cdouble)).abs()
+
+
 class Unusual(nn.Module):
     """Parameters with gaps in memory, of no dimension and transposed, and one that nothing reaches."""
 
@@ -136,6 +158,8 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "lstm": lambda: Recurrent(nn.LSTM),
     "gru": lambda: Recurrent(nn.GRU),
     "complex": Fourier,
+    "wave": Wave,
+    "float32": Narrow,
     "lora": LowRank,
     "tied": Tied,
     "checkpoint": lambda: Recomputed(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())),
@@ -223,6 +247,11 @@ class Drawn(nn.Module):
             losses[task] = F.mse_loss(out, torch.full_like(out, number)) * 3.0**number
         penalty = 0.1 * (z.square().mean() + sum(p.abs().square().sum() for p in self.blocks[0].parameters()))
         return losses, penalty if self.penalty else None
+
+    @property
+    def precision(self) -> float:
+        """Relative, of the coarsest parameter."""
+        return max(torch.finfo(p.dtype).eps for p in self.parameters())
 
     def shared(self) -> list[Tensor]:
         return list(self.blocks.parameters())

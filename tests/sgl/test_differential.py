@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.processes import run_together
 from tests.sgl.models import AMONG_ROWS, BLOCKS, WIDTH, Drawn
-from umda_fast.sgl import SelfGuided
+from umda_fast.sgl import SelfGuided, linear
 
 SCOPES = ("shared_parameters", "last_shared_layer", "representation")
 SEEDS, BLOCK = 360, 30
@@ -44,8 +44,10 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.layout != torch.strided else tensor
 
 
-def assert_close(mine: Tensor, theirs: Tensor, name: str) -> None:
-    torch.testing.assert_close(dense(mine), dense(theirs), rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}")
+def assert_close(mine: Tensor, theirs: Tensor, model: Drawn, name: str) -> None:
+    """Within rounding of the coarsest dtype on the way."""
+    atol = max(8 * model.precision * float(dense(theirs).detach().abs().sum()), 1e-11)
+    torch.testing.assert_close(dense(mine), dense(theirs), rtol=1e-9, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
 def summed(calls: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -80,7 +82,7 @@ def compare(seed: int, scope: str) -> None:
         for (name, p), q in zip(mine.leaves(x).items(), theirs.leaves(y).values(), strict=True):
             assert (p.grad is None) == (q.grad is None), (name, step)
             if p.grad is not None and q.grad is not None:
-                assert_close(p.grad, q.grad, f"{name}, step {step}")
+                assert_close(p.grad, q.grad, mine, f"{name}, step {step}")
                 assert p.grad.layout == q.grad.layout, name
                 assert p.grad.dtype == q.grad.dtype
                 if p.grad.layout == torch.strided:
@@ -88,13 +90,13 @@ def compare(seed: int, scope: str) -> None:
         found, expected = (sorted(model.calls.leaves, key=lambda call: call[0]) for model in (mine, theirs))
         assert [name for name, _ in found] == [name for name, _ in expected]
         for (name, a), (_, b) in zip(found, expected, strict=True):
-            assert_close(a, b, name)
+            assert_close(a, b, mine, name)
         if scope == "shared_parameters":
             # Between leaves and losses hooks see the gradient of each task, and the penalty's, by itself.
             for name, b in summed(theirs.calls.between).items():
-                assert_close(summed(mine.calls.between)[name], b, name)
+                assert_close(summed(mine.calls.between)[name], b, mine, name)
             if theirs.retained is not None:
-                assert_close(mine.retained.grad, theirs.retained.grad, "retained")  # type: ignore[union-attr, arg-type]
+                assert_close(mine.retained.grad, theirs.retained.grad, mine, "retained")  # type: ignore[union-attr, arg-type]
 
 
 def through(model: Drawn, x: Tensor) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
@@ -107,9 +109,10 @@ def through(model: Drawn, x: Tensor) -> tuple[dict[str, Tensor], Tensor | None, 
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
-def test_gradients_are_those_of_plain_pytorch(first: int) -> None:
+def test_gradients_are_those_of_plain_pytorch(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     for seed in range(first, first + BLOCK):
+        monkeypatch.setattr(linear, "LEAST", 0 if seed % 4 < 2 else 1 << 14)
         compare(seed, SCOPES[0] if seed % 3 else SCOPES[1 + seed % 2])
 
 
@@ -146,7 +149,8 @@ def test_two_processes_make_the_gradients_of_one() -> None:
         and not any(p._post_accumulate_grad_hooks or p._backward_hooks for p in Drawn(seed).parameters())
     ][:14]
     first, second = run_together(shared_out, 2, seeds)
-    assert {name for seed in seeds for name in Drawn(seed).names} >= BLOCKS.keys() - AMONG_ROWS - {"embedding"}
+    drawn = {name for seed in seeds for name in Drawn(seed).names}
+    assert drawn >= BLOCKS.keys() - AMONG_ROWS - {"embedding", "float32"}
     for seed in seeds:
         model = Drawn(seed)
         for step in range(2):
@@ -159,5 +163,5 @@ def test_two_processes_make_the_gradients_of_one() -> None:
                 assert (mine is None) == (other is None) == (p.grad is None), (seed, scope, name)
                 if mine is not None and p.grad is not None:
                     assert torch.equal(mine, other)
-                    assert_close(mine, p.grad, f"{seed} {scope} {name}")
+                    assert_close(mine, p.grad, model, f"{seed} {scope} {name}")
                     assert strides == (own if p.grad.layout != torch.strided else p.grad.stride()), (scope, name)

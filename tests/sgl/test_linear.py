@@ -134,3 +134,15 @@ def test_the_same_steps_as_without(monkeypatch: pytest.MonkeyPatch, scope: Scope
     composed, exact = (steps(scope, direction, dtype) for dtype in (torch.float32, torch.float64))
     for (name, one), (_, same), (_, right) in zip(ours, composed, exact, strict=True):
         assert_close(name, one, right, same, GRADIENT_FACTOR)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64])
+def test_layers_of_other_dtypes_are_left_to_autograd(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, dtype=dtype)
+    sgl = SelfGuided(layer.parameters(), ["a", "b"], balancer="equal", statistics=True, direction="gradient")
+    a, b, _ = layer(X.to(dtype)).abs().square().mean(0)
+    expected = torch.autograd.grad(a + b, list(layer.parameters()), retain_graph=True)
+    sgl.backward({"a": a, "b": b})
+    for p, gradient in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)

@@ -64,8 +64,9 @@ class LocalRows(Rows):
         self._part: Tensor | None = None
 
     def uses(self, reach: Reach, parameters: Sequence[Tensor]) -> list[LinearUse | None]:
-        """See `linear.linear_uses`."""
-        return linear_uses(reach, parameters)
+        """See `linear.linear_uses`; of parameters of the rows' dtype."""
+        uses = linear_uses(reach, parameters)
+        return [use if p.dtype == self._layout.dtype else None for p, use in zip(parameters, uses, strict=True)]
 
     def put(self, row: int, gradients: Sequence[Tensor | None], uses: Sequence[LinearUse | None]) -> None:
         """Writes the gradients into the row."""
