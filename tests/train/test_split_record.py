@@ -207,6 +207,20 @@ def test_an_ensemble_needs_one_test_split(trained: Trained, tmp_path: Path) -> N
         evaluate(load_ensemble([run, tmp_path / "other"]), progress=False)
 
 
+def test_another_run_may_have_its_split(trained: Trained, tmp_path: Path) -> None:
+    cohort, run = trained[0].copy(tmp_path / "bags"), trained[1]
+    cohort.labels["S03"] = "a"
+    cohort.add()
+    cohort.write()
+    config = cohort_config(cohort.root, seed=7, options={"splits": str(run)})
+    train(config, tmp_path / "other", progress=False, plots=False)
+    for split in ("train", "val", "test"):
+        assert recorded(tmp_path / "other", split) == recorded(run, split)
+    assert evaluate(load_ensemble([tmp_path / "other", run]), progress=False).bags == len(recorded(run, "test"))
+    with pytest.raises(DataError, match="or one such file, or a run directory, got none"):
+        load_source(cohort.root, splits=str(cohort.root))
+
+
 def test_a_run_is_resumed_on_its_bags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cohort, run, plain = Cohort(tmp_path / "bags", 24), tmp_path / "run", tmp_path / "plain"
     cohort.write()

@@ -90,7 +90,7 @@ def train(
     one_decides(processes, lambda: run.begin(resume=resume))
     config, datasets = training_data(config, datasets, run, resume=resume)
     if not resume:
-        record = SplitRecord.of(datasets, config.data, processes)
+        record = SplitRecord.of(datasets, config.data, processes, progress=progress and zero)
         if zero:
             record.write(run.splits)
     on_cpu = fabric.device.type == "cpu"

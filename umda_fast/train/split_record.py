@@ -19,6 +19,7 @@ from umda_fast.data.files.names import some_names
 from umda_fast.errors import DataError
 from umda_fast.files import write_text
 from umda_fast.runtime.config import DataConfig
+from umda_fast.runtime.progress import ProgressReport
 from umda_fast.score.inference import batches_in_order
 from umda_fast.sgl.distributed import Processes
 
@@ -107,6 +108,7 @@ class SplitRecord:
         data: DataConfig,
         processes: Processes | None = None,
         patients: Mapping[str, str] | None = None,
+        progress: bool = False,
     ) -> SplitRecord:
         """Of the bags that a run is about to use; reads every bag whose content is not known yet, of several processes
         each its share. `patients` by bag; None takes those that `datasets` know."""
@@ -115,7 +117,7 @@ class SplitRecord:
             tuple(
                 RecordedBag(name, split, content, patients.get(name, ""))
                 for split, dataset in datasets.items()
-                for name, content in zip(dataset.names, bag_contents(dataset, data, processes), strict=True)
+                for name, content in zip(dataset.names, bag_contents(dataset, data, processes, progress), strict=True)
             )
         )
 
@@ -266,14 +268,18 @@ def _patient(group: str) -> str:
     return {"patient": name, "slide": ""}.get(kind, group)
 
 
-def bag_contents(dataset: BagDataset, data: DataConfig, processes: Processes | None = None) -> list[str]:
+def bag_contents(
+    dataset: BagDataset, data: DataConfig, processes: Processes | None = None, progress: bool = False
+) -> list[str]:
     """The contents of all bags of `dataset`, in its order; those known already are not read again."""
     lacking = np.flatnonzero([content is None for content in dataset.contents])
     if len(lacking):
         part = dataset.subset(lacking)
         found: dict[str, str] = {}
-        for batch in batches_in_order(part, data, processes):
-            found.update(zip(batch.names, batch_contents(batch), strict=True))
+        with ProgressReport("read", enabled=progress) as report:
+            for batch in batches_in_order(part, data, processes):
+                found.update(zip(batch.names, batch_contents(batch), strict=True))
+                report.update(len(found) / len(part), instances=batch.num_instances)
         for other in [] if processes is None else processes.objects(found):
             found.update(other)
         part.note_contents(found)

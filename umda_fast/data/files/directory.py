@@ -200,9 +200,9 @@ def _split_files(path: Path, given: str | None, index: SlideIndex) -> list[Path]
         directory = Path(given)
         if directory.is_file():
             return [directory]
-        files = split_files(directory)
+        files = split_files(directory) or [file for file in [directory / "splits.csv"] if file.is_file()]
         if not files:
-            raise DataError(f"{given}: expected splits_0.csv, ... or one such file, got none")
+            raise DataError(f"{given}: expected splits_0.csv, ... or one such file, or a run directory, got none")
         return files
     directory_found = find_splits(path)
     if directory_found is None:

@@ -1,4 +1,5 @@
-"""Split files of CLAM: `splits_0.csv`, `splits_1.csv`, ..., each with columns train, val and test of names."""
+"""Split files of CLAM: `splits_0.csv`, `splits_1.csv`, ..., each with columns train, val and test of names; and the
+splits.csv of a run, with columns bag and split."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def is_split(path: Path) -> bool:
 
 
 def read_split(path: Path, bags: Bags, report: Report) -> dict[str, IntArray]:
-    """One of CLAM's split files: columns train, val and test, each with names of slides.
+    """One of CLAM's split files, columns train, val and test, each with names of slides; or a run's, a line a slide.
 
     Returns:
         Split -> int64 indices into the bags' names, in ascending order. A slide that the file does not name is in none.
@@ -43,21 +44,22 @@ def read_split(path: Path, bags: Bags, report: Report) -> dict[str, IntArray]:
     """
     table = read_table(path)
     header, rows = table.header, table.rows
-    if not {"train", "test"} <= set(header):
+    if {"bag", "split"} <= set(header):
+        bag_column, split_column = header.index("bag"), header.index("split")
+        named = [(row[split_column], row[bag_column]) for row in rows if row[split_column] in SPLITS]
+    elif {"train", "test"} <= set(header):
+        named = [(split, row[header.index(split)]) for split in SPLITS if split in header for row in rows]
+    else:
         raise DataError(f"{path}: expected columns train, val and test, got {', '.join(map(repr, header))}")
     index = NameIndex(bags)
     part: dict[int, str] = {}
     missing: list[str] = []
-    for split in SPLITS:
-        if split not in header:
+    for split, text in named:
+        if not known_text(text):
             continue
-        column = header.index(split)
-        for text in (row[column] for row in rows):
-            if not known_text(text):
-                continue
-            bag = index.find(text, missing)
-            if bag is not None and part.setdefault(bag, split) != split:
-                raise DataError(f"{path}: slide {text!r}: expected in one split, got {part[bag]} and {split}")
+        bag = index.find(text, missing)
+        if bag is not None and part.setdefault(bag, split) != split:
+            raise DataError(f"{path}: slide {text!r}: expected in one split, got {part[bag]} and {split}")
     if missing:
         report(f"{path}: missing slides: {some_names(missing)}")
     return {

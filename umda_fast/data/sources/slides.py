@@ -49,7 +49,7 @@ class SplitOptions:
     """How slides are split.
 
     Attributes:
-        splits: CLAM's split files, as of `open_slides`.
+        splits: CLAM's split files, or the directory of a run, as of `open_slides`.
         fold: which of the split files.
         val_share, test_share: of the bags.
         class_weights: "balanced" or None.
