@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.slide_files import grid, write_clam, write_stamp, write_trident
+from umda_fast.data import load_source
 from umda_fast.data.files.bag_file import check_step
 from umda_fast.data.files.readers import read_bag, read_coords, read_header
 from umda_fast.errors import DataError
@@ -287,6 +288,33 @@ class TestNpz:
         np.savez(path, features=np.array([[None]]))
         with pytest.raises(DataError, match=r"a\.npz: "):
             read_header(path)
+
+
+@pytest.mark.parametrize("kind", ["h5", "pt", "npz"])
+def test_a_first_axis_of_one_slide(tmp_path, features, coords, kind):
+    path = tmp_path / f"a.{kind}"
+    content = {"features": features[None], "coords": coords[None]}
+    if kind == "h5":
+        with h5py.File(path, "w") as file:
+            for name, value in content.items():
+                file[name] = value
+    elif kind == "pt":
+        torch.save({name: torch.from_numpy(value) for name, value in content.items()}, path)
+    else:
+        np.savez(path, **content)
+    file = read_header(path)
+    assert (file.rows, file.width) == (70, 6)
+    got, where = read_bag(file)
+    np.testing.assert_array_equal(got, features)
+    np.testing.assert_array_equal(where, coords)
+    np.testing.assert_array_equal(read_coords(file), coords)
+    np.testing.assert_array_equal(np.frombuffer(file.probe[-1], features.dtype), features[0])
+
+
+def test_a_link_to_nothing(tmp_path):
+    (tmp_path / "a.h5").symlink_to(tmp_path / "gone.h5")
+    with pytest.raises(DataError, match=r"a\.h5: expected a file, got a link to what is not there"):
+        load_source(tmp_path)
 
 
 def test_a_file_that_is_being_written(tmp_path, features, coords):

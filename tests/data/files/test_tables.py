@@ -144,6 +144,7 @@ class TestColumns:
         assert "'note' (looks like an identifier" in report.problems[0]
         assert report.faults == report.problems[:1]
         (root / "labels.csv").rename(root.parent / "clinical.csv")
+        (root / "another.csv").write_text("a,b\n1,2\n")
         (fault,) = inspect_source(root).faults
         assert "no labels.csv or labels.tsv or labels.xlsx in it or beside it; is it clinical.csv? --set" in fault
 
@@ -171,6 +172,7 @@ class TestTexts:
             (["1.0", "2.0", "3.0"], "multiclass", ("1", "2", "3")),
             (["a", "#N/A", "b", "NA", "n/a", "NaN", "<NA>", ""], "binary", ("a", "b")),
             (["inf", "sup"], "binary", ("inf", "sup")),
+            (["'--", "Stage I", "Stage II"], "binary", ("Stage I", "Stage II")),
         ],
     )
     def test_classes(self, root, texts, kind, classes):
@@ -185,11 +187,16 @@ class TestTexts:
         table(root, {"slide_id": NAMES, "y": [*map(str, range(20, 43)), "?"]})
         with pytest.raises(DataError, match=r"column 'y': expected numbers, got '\?'; .*missing=\[\"\?\"\]"):
             load_source(root)
+        table(root, {"slide_id": NAMES, "y": [*map(str, range(20, 32)), *["?"] * 12]})
+        assert load_source(root).tasks == ()  # as many words as numbers: no numbers
+        table(root, {"slide_id": NAMES, "y": [*(str(20 + age % 10) for age in range(21)), "?", "?", "?"]})
+        with pytest.raises(DataError, match=r"column 'y': expected numbers, got '\?'"):
+            load_source(root)
         table(root, {"slide_id": NAMES, "y": [*(f"{age}.5" for age in range(20, 43)), "-999"]})
         assert "task 'y': '-999' is a value as others are" in load_source(root).description
 
     def test_decimal_commas(self, root):
-        for delimiter in ";\t":
+        for delimiter in ";\t|":
             assert task(root, [f"{index},5" for index in range(12)], delimiter) == ("regression", None)
         splits = load_source(root)
         assert splits.whole.labels["y"][:3].tolist() == [0.5, 1.5, 2.5]
@@ -228,6 +235,36 @@ class TestTexts:
         with pytest.raises(DataError, match=r"column 'site': expected classes, got 22 different .*ignore='\[site\]'"):
             load_source(root)
         assert load_source(root, tasks=["site"]).tasks[0].classes == 22
+
+    @pytest.mark.parametrize(
+        ("above", "row"),
+        [("Cohort 2023\n", 2), ("Cohort 2023,\n,\n", 3), ("# made by x\n# on Monday\n", 3), ("#a,b\n#1,1\n", 3)],
+    )
+    def test_titles_and_comments(self, root, above, row):
+        text = "slide_id,y\n" + "".join(f"{n},{y}\n" for n, y in zip(NAMES, Y, strict=True))
+        (root / "labels.csv").write_text(above + text)
+        assert uses(root) == {"slide_id": "bag", "y": "task (binary)"}
+        assert f"the table begins with its row {row}, below a title or comments" in load_source(root).description
+
+    @pytest.mark.parametrize("head", ["#slide_id,y", "slide_id,y"])
+    def test_a_header_is_no_title(self, root, head):
+        (root / "labels.csv").write_text(f"{head}\n" + "".join(f"{n},{y}\n" for n, y in zip(NAMES, Y, strict=True)))
+        assert uses(root) == {"slide_id": "bag", "y": "task (binary)"}
+        assert "title" not in load_source(root).description
+
+    def test_what_may_be_one(self, root):
+        names = [f"{'Pp'[index % 2]}{index // 4}" for index in range(24)]
+        table(root, {"slide_id": NAMES, "patient": [*names[:22], "", ""], "y": ["Tumour", "tumour", "none"] * 8})
+        report = inspect_source(root)
+        assert "task 'y': 'Tumour' and 'tumour' are different classes; are they one?" in report.problems
+        assert f"{root / 'labels.csv'}: 'P0' and 'p0' are different patients; are they one?" in report.problems
+        assert "2 bags without a patient, each one of its own" in report.description
+        assert report.faults == []
+
+    def test_another_encoding(self, root):
+        (root / "labels.csv").write_bytes("slide_id,y\nS00,groß\n".encode("latin-1"))
+        with pytest.raises(DataError, match="expected a readable table in UTF-8, got another encoding in row 2"):
+            load_source(root)
 
     def test_a_formula_that_failed(self, root):
         table(root, {"slide_id": NAMES, "y": ["1", "#REF!", "2"] * 8})

@@ -172,7 +172,48 @@ class TestPlaces:
         with pytest.raises(DataError, match=r"b/s\.h5: wrong unit or slide: expected at least 50% .* got 48% \("):
             load_source(tmp_path)
 
-    def test_folders_of_patients(self, tmp_path):
+    def test_a_folder_for_each_slide(self, tmp_path):
+        names = [f"P{index}" for index in range(5)]
+        for index, name in enumerate(names):
+            write(tmp_path / name, "features", index, encoder=None)
+        assert views_of(tmp_path) == ({"features": 4}, names)
+        assert "bags are called after their folders" in load_source(tmp_path).description
+        for index, name in enumerate(names):
+            write(tmp_path / name, "other", index, width=3, encoder=None)
+        write_labels(tmp_path / "labels.csv", {"slide": names, "y": [0, 1, 0, 1, 0]})
+        assert views_of(tmp_path) == ({"features": 4, "other": 3}, names)
+        assert load_source(tmp_path).whole.labels["y"].tolist() == [0, 1, 0, 1, 0]
+        (tmp_path / "P2" / "features.h5").write_bytes(b"")
+        (tmp_path / "P2" / "other.h5").write_bytes(b"")
+        splits = load_source(tmp_path, skip_bad=True)
+        assert splits.whole.names == ["P0", "P1", "P3", "P4"]
+        assert len(splits.skipped) == 2  # and nothing about the row of P2
+
+    def test_a_folder_for_each_patient_with_slides_of_the_same_names(self, tmp_path):
         for index in range(5):
-            write(tmp_path / f"P{index}", "scan", index, encoder=None)
-        assert views_of(tmp_path) == ({"features": 4}, [f"P{index}/scan" for index in range(5)])
+            for number, name in enumerate(("left", "right")):
+                write(tmp_path / f"P{index}", name, 10 * index + number, encoder=None)
+        assert views_of(tmp_path) == ({"features": 4}, [f"P{k}/{side}" for k in range(5) for side in ("left", "right")])
+
+    def test_three_views_of_one_slide(self, tmp_path):
+        features, coords = bag(0)
+        for shift, view in enumerate("abc"):
+            write_clam(tmp_path / view, "s", features + shift, coords, pt=False)
+        assert views_of(tmp_path) == ({"a": 4, "b": 4, "c": 4}, ["s"])
+        write_clam(tmp_path / "c", "s", features, coords, pt=False)
+        assert "views a and c seem to be the same features" in load_source(tmp_path).description
+
+    def test_jobs_of_several_cohorts(self, tmp_path):
+        for cohort, seed in (("A", 0), ("B", 10)):
+            for pixels in (256, 512):
+                folder = tmp_path / cohort / f"20x_{pixels}px_0px_overlap" / "features_uni_v1"
+                for index in range(2):
+                    features, coords = bag(seed + index)
+                    shifted = features + pixels
+                    write_clam(folder, f"{cohort}{index}", shifted, coords // 512 * 2 * pixels, pt=False)
+        assert views_of(tmp_path, views=["uni_v1_20x_256px"])[1] == ["A0", "A1", "B0", "B1"]
+
+    def test_folders_that_look_like_a_split(self, tmp_path):
+        for folder, name, seed in (("train", "a", 0), ("train", "b", 1), ("test", "c", 2)):
+            write(tmp_path / folder, name, seed)
+        assert "folders called train, val, test are no split" in load_source(tmp_path).description

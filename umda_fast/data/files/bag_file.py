@@ -75,13 +75,20 @@ class Reader:
 
 
 def check_shapes(path: Path, features: tuple[int, ...], coords: tuple[int, ...] | None) -> tuple[int, int | None]:
-    """Rows and width. Raises DataError: features or coordinates of another shape."""
+    """Rows and width; a first axis of length 1, that of one slide, may stand before them.
+
+    Raises:
+        DataError: features or coordinates of another shape.
+    """
+    given = features
+    features = features[1:] if len(features) == 3 and features[0] == 1 else features
+    coords = coords[1:] if coords is not None and len(coords) == 3 and coords[0] == 1 else coords
     if features == (0,):
         rows, width = 0, None
     elif len(features) == 2 and features[1] > 0:
         rows, width = features
     else:
-        raise DataError(f"{path}: features: expected [N, D], got {list(features)}")
+        raise DataError(f"{path}: features: expected [N, D], got {list(given)}")
     if coords is not None and coords != (rows, 2) and not (rows == 0 and coords == (0,)):
         raise DataError(f"{path}: coords: expected [{rows}, 2], one row for each of the features, got {list(coords)}")
     return rows, width

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +72,22 @@ def no_labels(name: str, texts: Sequence[str]) -> Reason | None:
     if (alike and few and distinct >= _SOME_GROUPS) or (2 * bags < _A_GROUP * distinct and distinct > _SOME_GROUPS):
         return None if strays(present) else Reason(f"looks like an identifier; {many}", grouped)
     return None
+
+
+def are_measured(texts: Sequence[str]) -> bool:
+    """Whether the numbers among texts are more than classes would be."""
+    numbers = [number for text in texts if (number := parse_number(text)) is not None]
+    whole = all(number % 1 == 0 for number in numbers)
+    return not whole or len(set(numbers)) > max(2, min(MAX_CLASSES, len(numbers) // 3))
+
+
+def alike_in_all_but_writing(texts: Iterable[str]) -> list[list[str]]:
+    """Groups of different texts that only differ in capitals, blanks or a `.0`."""
+    forms: dict[str, list[str]] = {}
+    for text in dict.fromkeys(texts):
+        if text:
+            forms.setdefault(re.sub(r"\s|(?<=\d)\.0+$", "", text.casefold()), []).append(text)
+    return [group for group in forms.values() if len(group) > 1]
 
 
 def strays(texts: Sequence[str]) -> list[str]:

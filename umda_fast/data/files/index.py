@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from umda_fast.data.arrays import FloatArray, IntArray
 from umda_fast.data.files.alignment import Slide, align, common_unit, step_ratios
 from umda_fast.data.files.bag_file import BagFile, check_step
+from umda_fast.data.files.column_meanings import part_named
 from umda_fast.data.files.file_options import FileOptions
 from umda_fast.data.files.isolated import IsolatedCalls
 from umda_fast.data.files.layouts import unread_folders
@@ -26,7 +28,8 @@ from umda_fast.data.metadata import Positions
 from umda_fast.errors import DataError
 from umda_fast.model.specs import ViewSpec
 
-PixelSizes: TypeAlias = Callable[[Sequence[str]], list[float]]
+PixelSizes: TypeAlias = Callable[[Mapping[str, Sequence[str]]], list[float]]
+"""Called with the names of all bags and the folders in which their files lie: micrometres per level-0 pixel, or NaN."""
 
 
 class SlideIndex(Protocol):
@@ -60,7 +63,7 @@ class FileIndex:
     Args:
         path: the directory.
         options: how its files are read.
-        pixel_sizes: micrometres per level-0 pixel of slides by name, NaN: as their files say.
+        pixel_sizes: of the slides, NaN: as their files say.
         skipped: is told of what is not used.
 
     Raises:
@@ -86,7 +89,8 @@ class FileIndex:
             ]
             if skipped.skip_bad:
                 slides = [slide for slide in slides if _verified(slide, skipped, isolated)]
-            for slide, size in zip(slides, pixel_sizes([slide.name for slide in slides]), strict=True):
+            folders = {slide.name: _folders(path, slide) for slide in slides}
+            for slide, size in zip(slides, pixel_sizes(folders), strict=True):
                 slide.set_pixel_size(size)
             self._unit = common_unit(slides, options.match, skipped)
             views = [view.name for view in self.views]
@@ -133,10 +137,12 @@ class FileIndex:
             lacking = sum(spec.name not in slide.files for slide in self._slides)
             if lacking:
                 notes.append(f"{lacking} without view {spec.name}")
-        apart = [name for name in self.names if "/" in name]
-        if apart:
-            notes.append(f"{len(apart)} names that several folders have, told apart as {some_names(apart)}")
-        return notes + [slide.nested for slide in self._slides if slide.nested][:1]
+        for one, other in combinations([spec.name for spec in self.views], 2):
+            both = [slide.files for slide in self._slides if {one, other} <= slide.files.keys()]
+            if both and all(files[one].rows and files[one].probe == files[other].probe for files in both):
+                notes.append(f"views {one} and {other} seem to be the same features")
+        nested = [slide.nested for slide in self._slides if slide.nested]
+        return [*notes, *_folder_notes(path, self._slides), *nested[:1]]
 
     def dtype(self, view: str) -> torch.dtype:
         """Of the features of a view as `read` gives them."""
@@ -178,6 +184,25 @@ class FileIndex:
                 coords[moved >= 0] = places[view][moved[moved >= 0]]
         mask = torch.from_numpy(~missing) if missing.any() else None
         return views, mask, None if self._unit is None else torch.from_numpy(coords.astype(np.float32))
+
+
+def _folder_notes(path: Path, slides: Sequence[Slide]) -> list[str]:
+    """What the folders of slides were taken for, where that is not plain."""
+    notes = []
+    apart = [slide.name for slide in slides if "/" in slide.name]
+    if apart:
+        notes.append(f"{len(apart)} names that several folders have, told apart as {some_names(apart)}")
+    if all(slide.name.split("/")[-1] not in {file.path.stem for file in slide.files.values()} for slide in slides):
+        notes.append("bags are called after their folders, which hold files of the same names")
+    named = {part_named(parts[0]) for slide in slides if (parts := _folders(path, slide))}
+    if "train" in named and len(named) > 1:
+        notes.append("folders called train, val, test are no split")
+    return notes
+
+
+def _folders(path: Path, slide: Slide) -> list[str]:
+    """Names of the folders in which a slide's files lie, below `path`."""
+    return [part for file in slide.files.values() for part in file.path.relative_to(path).parts[:-1]]
 
 
 def _moved(features: Tensor, rows: npt.NDArray[np.int32], present: npt.NDArray[np.bool_]) -> Tensor:

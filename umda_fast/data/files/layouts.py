@@ -44,7 +44,9 @@ def _entries(directory: Path) -> tuple[list[Path], list[Path]]:
     if any(entry.name == "metrics.jsonl" for entry in entries):
         return [], []  # a run directory, whose checkpoint is no bag
     shown = [entry for entry in entries if not entry.name.startswith((".", "_"))]
-    files = [Path(entry.path) for entry in shown if Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file()]
+    # A link to what is gone is a file too, which cannot be read.
+    bags = [entry for entry in shown if Path(entry.name).suffix.lower() in SUFFIXES]
+    files = [Path(entry.path) for entry in bags if entry.is_file() or not os.path.exists(entry.path)]
     folders = [Path(entry.path) for entry in shown if entry.is_dir() and not _NOT_FEATURES.fullmatch(entry.name)]
     return files, folders
 
@@ -94,24 +96,23 @@ def find_folders(path: Path) -> list[Folder]:
         return [Folder((), files, _tiling(path.name))]
     folders = _entries(path)[1]
     sizes = [folder for folder in folders if _TRIDENT.fullmatch(folder.name)]
-    found = [
-        replace(inner, tiling=_tiling(folder.name) or _tiling(path.name))
-        for folder in sizes or folders
-        for inner in _folders_below(folder, () if sizes else (folder.name,), _DEPTH)
-    ]
+    start = Folder((), [], _tiling(path.name))
+    found = [inner for folder in sizes or folders for inner in _folders_below(folder, start, _DEPTH)]
     if not found:
         raise DataError(f"{path}: expected files of bags ({', '.join(SUFFIXES)}), got none")
     return found
 
 
-def _folders_below(directory: Path, parts: tuple[str, ...], depth: int) -> Iterator[Folder]:
+def _folders_below(directory: Path, above: Folder, depth: int) -> Iterator[Folder]:
+    tiling = _tiling(directory.name)
+    here = replace(above, tiling=tiling) if tiling else replace(above, parts=(*above.parts, directory.name))
     clam = _clam_files(directory)
     files, folders = _entries(directory)
     if clam or files:
-        yield Folder(parts, clam or files)
+        yield replace(here, files=clam or files)
     if depth and not clam:
         for folder in folders:
-            yield from _folders_below(folder, (*parts, folder.name), depth - 1)
+            yield from _folders_below(folder, here, depth - 1)
 
 
 def _tiling(name: str) -> str | None:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePath, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 from umda_fast.data.files.readers import SUFFIXES
@@ -84,34 +84,31 @@ class NameIndex:
 
 
 class BagFiles:
-    """Where the files of the bags are, below their directory: what a table may name before any file is read.
+    """The bags of a directory by what a table may call them, or their patients.
 
     Args:
-        paths: of the files, relative.
+        folders: name of a bag -> folders in which its files lie.
     """
 
-    def __init__(self, paths: Sequence[PurePath]) -> None:
-        self._folders: dict[str, set[str]] = {}
-        for path in paths:
-            for stem in {path.stem, plain_name(path.stem)}:
-                self._folders.setdefault(stem, set()).update(path.parts[:-1])
-        self._stems = {path.stem for path in paths}
+    def __init__(self, folders: Mapping[str, Iterable[str]]) -> None:
+        self._folders = {name: sorted(set(parts)) for name, parts in folders.items()}
+        self._forms = {form: name for name in folders for form in _forms(name)}
 
     def are_named(self, texts: Sequence[str]) -> int:
         """How many of the texts name a bag."""
-        return sum(plain_name(text) in self._folders for text in texts if text)
+        return sum(not self._forms.keys().isdisjoint(_forms(text)) for text in texts if text)
 
     def seem_named(self, texts: Sequence[str]) -> bool:
         """Whether half of the texts, or of all bags, are named by the other."""
-        named = {plain_name(text) for text in texts if text}
-        return bool(named) and 2 * len(named & self._folders.keys()) >= min(len(named), len(self._stems))
+        present = {text for text in texts if text}
+        named = {self._forms[form] for text in present for form in _forms(text) if form in self._forms}
+        return bool(present) and 2 * len(named) >= min(len(present), len(self._folders))
 
     def seem_grouped(self, texts: Sequence[str]) -> bool:
         """Whether half of the texts, or of all bags, go together, as a patient and his slides do."""
         owners = {text: row for row, text in enumerate(texts) if text}
-        found = [self.owner(stem, owners) for stem in self._stems]
-        bags, rows = sum(row is not None for row in found), len({row for row in found if row is not None})
-        return bags > 0 and (2 * bags >= len(self._stems) or 2 * rows >= len(owners))
+        found = [row for bag in self._folders if (row := self.owner(bag, owners)) is not None]
+        return bool(found) and (2 * len(found) >= len(self._folders) or 2 * len(set(found)) >= len(owners))
 
     def owner(self, bag: str, owners: Mapping[str, int]) -> int | None:
         """The row of the patient whose slide a bag is: whose name is a folder of its file or, the longest, begins its
@@ -120,7 +117,7 @@ class BagFiles:
         for stop in range(len(stem), 0, -1):
             if stem[:stop] in owners and not stem[stop : stop + 1].isalnum():
                 return owners[stem[:stop]]
-        return next((owners[name] for name in folders or sorted(self._folders.get(stem, ())) if name in owners), None)
+        return next((owners[name] for name in folders or self._folders.get(bag, []) if name in owners), None)
 
 
 def _forms(name: str) -> list[str]:

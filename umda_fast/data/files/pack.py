@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from umda_fast.data.files.directory import LabelOptions, OpenedSlides, open_slides
+from umda_fast.data.files.directory import OpenedSlides, open_slides
 from umda_fast.data.files.file_options import FileOptions, Matching
 from umda_fast.data.files.index import FileIndex
+from umda_fast.data.files.label_files import LabelOptions
 from umda_fast.data.files.labels_table import LabelTable
 from umda_fast.data.files.layouts import is_slides
 from umda_fast.data.files.packed import COORDS, DTYPES, MANIFEST, MASK, VERSION, checksum, view_file

@@ -108,7 +108,7 @@ def _open(path: Path) -> Iterator[_Datasets]:
 
 def _header(path: Path) -> BagFile:
     with _open(path) as opened:
-        first = opened.features[0].tobytes() if opened.rows else b""
+        first = opened.features[(0,) * (opened.features.ndim - 1)].tobytes() if opened.rows else b""
         return BagFile(
             path=path,
             rows=opened.rows,
@@ -122,7 +122,8 @@ def _header(path: Path) -> BagFile:
 def _content(file: BagFile, features: bool) -> tuple[Tensor | None, Array | None]:
     with _open(file.path) as opened:
         check_unchanged(file, opened.rows, opened.width, opened.dtype, opened.coords is not None)
-        content = torch.from_numpy(read_rows(file.path, opened.features)) if features else None
+        read = read_rows(file.path, opened.features) if features else None
+        content = None if read is None else torch.from_numpy(read.reshape(read.shape[-2:]))
         stored = None if opened.coords is None else read_rows(file.path, opened.coords).reshape(file.rows, 2)
         return content, stored
 

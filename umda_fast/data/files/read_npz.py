@@ -38,7 +38,7 @@ def _header(path: Path) -> BagFile:
     with _open(path) as (archive, members):
         with archive.open(members[_features_member(path, archive, members)]) as member:
             shape, fortran, kind = _npy_header(member)
-            first = b"" if fortran or len(shape) != 2 else member.read(shape[1] * kind.itemsize)
+            first = b"" if fortran or len(shape) < 2 else member.read(shape[-1] * kind.itemsize)
         small = [name for name in ("coords", "unit", "patch_size", "mpp", "encoder") if name in members]
         named: dict[str, Any] = {name: _member(archive, members[name]) for name in small}
     stored = named.get("coords")
@@ -56,7 +56,7 @@ def _content(file: BagFile, features: bool) -> tuple[Tensor | None, Array | None
     if content is not None:
         rows, width = check_shapes(file.path, content.shape, None if stored is None else stored.shape)
         check_unchanged(file, rows, width, torch_dtype(file.path, content.dtype), stored is not None)
-        content = np.ascontiguousarray(content, content.dtype.newbyteorder("="))
+        content = np.ascontiguousarray(content, content.dtype.newbyteorder("=")).reshape(content.shape[-2:])
     if stored is not None and stored.size != 2 * file.rows:
         raise DataError(f"{file.path}: changed while in use: expected {file.rows} coordinates, got {stored.size // 2}")
     return (

@@ -50,6 +50,7 @@ def _open(path: Path, mapped: bool) -> tuple[Mapping[str, Any], Tensor, Array | 
         raise DataError(f"{path}: coords: expected a tensor [N, 2], got {type(coords).__name__}")
     stored = None if coords is None else coords.detach().numpy()
     rows, width = check_shapes(path, tuple(features.shape), None if stored is None else stored.shape)
+    features = features.reshape(features.shape[-2:])
     return named, features, None if stored is None else stored.reshape(rows, 2), rows, width
 
 

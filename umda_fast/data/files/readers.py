@@ -27,6 +27,8 @@ def read_header(path: Path) -> BagFile:
     Raises:
         DataError: naming the file, when it cannot be read or holds no instances.
     """
+    if not path.exists():
+        raise DataError(f"{path}: expected a file, got a link to what is not there")
     return READERS[path.suffix.lower()].header(path)
 
 

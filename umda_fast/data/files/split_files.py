@@ -28,11 +28,6 @@ def split_files(directory: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def is_split(path: Path) -> bool:
-    """Whether a file is one that CLAM writes about a split."""
-    return re.fullmatch(r"splits_\d+(_bool|_descriptor)?\.csv", path.name) is not None
-
-
 def read_split(path: Path, bags: Bags, report: Report) -> dict[str, IntArray]:
     """One of CLAM's split files, columns train, val and test, each with names of slides; or a run's, a line a slide.
 

@@ -10,7 +10,14 @@ import numpy as np
 
 from umda_fast.data.arrays import ArrayInput, FloatArray
 from umda_fast.data.columns import ColumnUse
-from umda_fast.data.files.identifiers import no_labels, perhaps_missing, strays, too_many_classes
+from umda_fast.data.files.identifiers import (
+    alike_in_all_but_writing,
+    are_measured,
+    no_labels,
+    perhaps_missing,
+    strays,
+    too_many_classes,
+)
 from umda_fast.data.files.labels_table import LabelTable
 from umda_fast.data.labels import KindOverride, KindOverrides, ignore_label, label_columns
 from umda_fast.data.metadata import Metadata
@@ -104,6 +111,11 @@ def read_tasks(
     uses += [ColumnUse(spec.name, f"task ({spec.kind})", _why(spec, spec.name in named)) for spec in specs]
     guessed = [spec.name for spec in specs if spec.name not in named]
     notes = [note for name in guessed for note in _notes(name, table.columns[name], used)]
+    doubts += [
+        f"task {spec.name!r}: {' and '.join(map(repr, group))} are different classes; are they one?"
+        for spec in specs
+        for group in alike_in_all_but_writing(spec.labels or ())
+    ]
     return TableTasks(specs, labels, uses, notes, doubts)
 
 
@@ -127,14 +139,16 @@ def _cells(
 def _check_texts(table: LabelTable, name: str, cells: Sequence[str]) -> None:
     """Raise DataError for texts that can neither be classes nor numbers unless someone says so."""
     present = [text for text in cells if text]
-    if all(parse_number(text) is not None for text in present) or not too_many_classes(present):
+    if all(parse_number(text) is not None for text in present):
         return
     others = strays(present)
-    if others:
+    if others and are_measured(present):
         raise DataError(
             f"{table.where}: column {name!r}: expected numbers, got {others[0]!r}; if that means a missing value: "
             f"--set 'data.options.missing={json.dumps(others, ensure_ascii=False)}'"
         )
+    if not too_many_classes(present):
+        return
     raise DataError(
         f"{table.where}: column {name!r}: expected classes, got {len(set(present))} different texts in "
         f"{len(present)} rows, such as {present[0]!r}; leave it out with --set data.options.ignore='[{name}]', or "

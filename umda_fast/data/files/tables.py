@@ -16,7 +16,7 @@ from umda_fast.errors import DataError
 SUFFIXES = (".csv", ".tsv", ".xlsx")
 
 # Without case; docs/data.md lists them. What else may mean "not known" (null, None, unknown, -, ?) is also a name.
-_MISSING = frozenset(("", "na", "n/a", "nan", "<na>", "#n/a"))
+_MISSING = frozenset(("", "na", "n/a", "nan", "<na>", "#n/a", "'--"))
 _ERRORS = frozenset(("#DIV/0!", "#REF!", "#VALUE!", "#NAME?", "#NUM!", "#NULL!"))  # of a spreadsheet's formulas
 
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:\.[0-9]{3})+),[0-9]+")  # 12,5 and 1.234,5
@@ -80,7 +80,7 @@ def read_table(path: Path) -> Table:
         delimiter, rows = "", sheet_rows(path, notes)
     else:
         delimiter, rows = _text_rows(path)
-    lines = [(number, row) for number, row in rows if any(row)]
+    lines = _without_title(rows, notes)
     if not lines:
         raise DataError(f"{path}: expected a header and rows, got an empty file")
     header, width = lines[0][1], len(lines[0][1])
@@ -104,13 +104,40 @@ def read_table(path: Path) -> Table:
     )
 
 
+def _without_title(rows: Sequence[tuple[int, list[str]]], notes: list[str]) -> list[tuple[int, list[str]]]:
+    """The rows that are not blank, from the header on: without lines of comments (`# ...`) or a title above it, that is
+    a cell by itself before a blank line or a longer one. One line with `#` before as many names is a header."""
+    lines = [(number, row) for number, row in rows if any(row)]
+    start = 0
+    while start + 1 < len(lines) and lines[start][1][0].startswith("#"):
+        start += 1
+    if start == 1 and len(lines[0][1]) == len(lines[1][1]) and any(lines[0][1][1:]):
+        number, (first, *rest) = lines[0]
+        return [(number, [first.removeprefix("#").strip(), *rest]), *lines[1:]]
+    while start + 1 < len(lines):
+        (number, row), (following, longer) = lines[start : start + 2]
+        alone = bool(row[0]) and not any(row[1:]) and any(longer[1:])
+        if not alone or (following == number + 1 and len(row) > 1):
+            break
+        start += 1
+    if start:
+        notes.append(f"the table begins with its row {lines[start][0]}, below a title or comments")
+    return lines[start:]
+
+
 def _text_rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:
     try:
         content = path.read_bytes()
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if wide else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(f"{path}: expected a readable table in UTF-8, got: {error}") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}: expected a readable table in UTF-8, got another encoding in row {line}; in a spreadsheet "
+            "program: save as CSV UTF-8"
+        ) from error
     head = text.lstrip().partition("\n")[0].rstrip("\r")
     said = re.fullmatch(r"sep=(.)", head)  # a line that spreadsheets write for each other
     if said:
@@ -118,7 +145,7 @@ def _text_rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:
     elif path.suffix.lower() == ".tsv" and "\t" in head:
         delimiter = "\t"
     else:
-        delimiter = max(",;\t", key=head.count)
+        delimiter = max(",;\t|", key=head.count)
     reader = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter, strict=True)
     rows: list[tuple[int, list[str]]] = []
     try:

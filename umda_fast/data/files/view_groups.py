@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise
 
 from umda_fast.data.files.bag_file import BagFile
 from umda_fast.data.files.layouts import Folder
@@ -18,9 +19,14 @@ from umda_fast.data.files.layouts import Folder
 Together = Callable[[BagFile, BagFile], float | None]
 """How much of one file's patches lies on those of another, 0 to 1; None where that cannot be known."""
 
+_FOLDERS = 3  # from how many on they may be of slides, with views in them
 _TRIED = 5  # slides that two folders have in common
 _PERHAPS = 0.5  # share of patches from which folders are views of one slide
 _SURELY = 0.95  # and where they have one encoder: sites share one more often than views do
+
+
+FolderOfBags = tuple[Folder, dict[str, BagFile]]
+"""A folder and the files in it that can be read, by their stems."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,58 @@ class View:
         widths = {member.width for member in self.groups} | {group.width}
         first = self.groups[0]
         return (first.encoder, first.tiling) == (group.encoder, group.tiling) and len(widths - {None}) < 2
+
+
+def turned(folders: Sequence[FolderOfBags], together: Together) -> tuple[list[FolderOfBags], bool]:
+    """Folders of which each is a slide, and its files are views (`S1/uni.h5`, `S1/conch.h5`, `S2/uni.h5`, ...), as
+    folders of views with slides in them; and whether they are that.
+
+    They are where at least half of the folders, which are more than the names in them, have each of these names; where
+    files of one name are of one encoder and width, and of different slides; and where files of two names are not, or
+    lie on top of each other.
+    """
+    names = Counter(stem for _, files in folders for stem in files)
+    if len(folders) < _FOLDERS or not 0 < len(names) < len(folders) or 2 * min(names.values()) < len(folders):
+        return list(folders), False
+    columns = {name: [files[name] for _, files in folders if name in files] for name in names}
+    pairs = [
+        (one, other, [files for _, files in folders if {one, other} <= files.keys()])
+        for one, other in combinations(names, 2)
+    ]
+    if not all(_are_slides(files, together) for files in columns.values()) or not all(
+        _kinds(columns[one]).isdisjoint(_kinds(columns[other]))
+        or _most(_on_each_other(files[one], files[other], together) for files in slides[:_TRIED])
+        for one, other, slides in pairs
+    ):
+        return list(folders), False
+    found: dict[tuple[str, ...], FolderOfBags] = {}
+    for folder, files in folders:
+        for stem, file in files.items():
+            parts = (*folder.parts[:-1], stem)
+            _, members = found.setdefault(parts, (replace(folder, parts=parts, files=[]), {}))
+            members[folder.parts[-1]] = file
+    return list(found.values()), True
+
+
+def _kinds(files: Sequence[BagFile]) -> set[tuple[str | None, int | None]]:
+    return {(file.encoder, file.width) for file in files if file.rows}
+
+
+def _are_slides(files: Sequence[BagFile], together: Together) -> bool:
+    """Whether files of one name in different folders are of different slides."""
+    pairs = list(pairwise(files))[:_TRIED]
+    return len(_kinds(files)) < 2 and not _most(_on_each_other(one, other, together) for one, other in pairs)
+
+
+def _on_each_other(one: BagFile, other: BagFile, together: Together) -> bool:
+    """Whether two files are of the same patches; without coordinates, of as many."""
+    share = together(one, other)
+    return one.rows == other.rows if share is None else share >= _PERHAPS
+
+
+def _most(votes: Iterable[bool]) -> bool:
+    cast = list(votes)
+    return 2 * sum(cast) > len(cast)
 
 
 def groups_of(folder: Folder, files: dict[str, BagFile]) -> list[Group]:
@@ -106,7 +164,7 @@ def _on_top(view: View, group: Group, together: Together) -> bool:
     for stem in common[:: max(1, len(common) // _TRIED)][:_TRIED]:
         shares = [together(other, group.files[stem]) for _, other in view.stems[stem][:_TRIED]]
         votes.append(any(share is None or share >= least for share in shares))
-    return 2 * sum(votes) > len(votes)
+    return _most(votes)
 
 
 def view_names(views: Sequence[View]) -> list[str]:
@@ -124,10 +182,12 @@ def view_names(views: Sequence[View]) -> list[str]:
             return names
     tops = Counter(top for view in views for top in {group.parts[:1] for group in view.groups})
     folders = [_folder_name(view, shared=max(tops.values()) > 1, alone=len(views) == 1) for view in views]
-    for names in ([re.sub(r"^(patch_)?features_(?=.)", "", name) for name in folders], folders):
+    short = [re.sub(r"^(patch_)?features_(?=.)", "", name) for name in folders]
+    tiled = [f"{name}_{view.groups[0].tiling}" for name, view in zip(short, views, strict=True)]
+    for names in (short, folders, tiled):
         if len(set(names)) == len(names):
             return names
-    return ["/".join(view.groups[0].parts) + f"_{view.groups[0].tiling or number}" for number, view in enumerate(views)]
+    return [f"{'/'.join(view.groups[0].parts)}_{number}" for number, view in enumerate(views)]
 
 
 def _said(view: View, what: Callable[[BagFile], str | None]) -> str | None:

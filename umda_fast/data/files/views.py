@@ -21,7 +21,7 @@ from umda_fast.data.files.layouts import find_folders
 from umda_fast.data.files.nesting import grid_step, match_views, shared_share
 from umda_fast.data.files.readers import read_bag, read_coords, read_header
 from umda_fast.data.files.skipped import Skipped
-from umda_fast.data.files.view_groups import bag_names, groups_of, view_names, views_of
+from umda_fast.data.files.view_groups import bag_names, groups_of, turned, view_names, views_of
 from umda_fast.errors import DataError
 from umda_fast.model.specs import ViewSpec
 
@@ -59,9 +59,12 @@ def read_views(
         DataError: no such view, no features; unless `skipped` skips it, a file that cannot be used.
     """
     folders = find_folders(path)
-    headers = [(folder, _headers(folder.files, skipped, isolated)) for folder in folders]
+    together = partial(_together, isolated)
+    headers, by_folder = turned(
+        [(folder, _headers(folder.files, skipped, isolated)) for folder in folders], together
+    )
     groups = [group for folder, files in headers for group in groups_of(folder, files)]
-    views = views_of(groups, partial(_together, isolated))
+    views = views_of(groups, together)
     if not views:
         count = sum(len(folder.files) for folder in folders)
         raise DataError(f"{path}: expected features, got none that can be read in {count} files")
@@ -72,9 +75,10 @@ def read_views(
             found[name][bag] = members[0]
             for other in members[1:]:
                 skipped(f"{other.path}: duplicate slide: {members[0].path} has the same name")
-    read = {file.stem for _, files in headers for file in (header.path for header in files.values())}
-    there = {file.stem for folder in folders for file in folder.files} - read
-    there |= {bag for files in found.values() for bag in files}
+    read = {header.path for _, files in headers for header in files.values()}
+    unread = {file for folder in folders for file in folder.files} - read
+    there = {bag for files in found.values() for bag in files}
+    there |= {file.parent.name if by_folder else file.stem for file in unread}
     if chosen is not None:
         unknown = [view for view in chosen if view not in found]
         if unknown:

@@ -13,9 +13,11 @@ from umda_fast.data.arrays import FloatArray
 from umda_fast.data.bag import Bag, bag_labels
 from umda_fast.data.columns import ColumnUse
 from umda_fast.data.dataset import BagDataset
-from umda_fast.data.files.directory import LabelOptions, OpenedSlides, open_slides
+from umda_fast.data.files.directory import OpenedSlides, open_slides
 from umda_fast.data.files.file_options import FileOptions
+from umda_fast.data.files.identifiers import alike_in_all_but_writing
 from umda_fast.data.files.index import SlideIndex
+from umda_fast.data.files.label_files import LabelOptions
 from umda_fast.data.files.table_columns import read_metadata, read_tasks
 from umda_fast.data.labels import ClassWeights, fixed_tasks, label_columns
 from umda_fast.data.options import as_names, option
@@ -123,12 +125,19 @@ class SlidesSource(FileOptions, SplitOptions, LabelOptions, BagSource):
             notes += [f"{unused} patients of it without a bag"] if unused else []
         elif table.patients is None:
             notes.append("no column of patients, so each bag is one of its own")
+        patients = table.patients or ()
+        nobody = sum(not patients[row] for row in rows if row is not None) if patients else 0
+        notes += [f"{nobody} bags without a patient, each one of its own"] if nobody else []
+        doubts = [
+            f"{table.where}: {' and '.join(map(repr, group))} are different patients; are they one?"
+            for group in alike_in_all_but_writing(patients)
+        ]
         uses = {use.name: use for use in [*table.uses, *tasks.uses]}
         order = [name or f"column {number}" for number, name in enumerate(table.table.header, start=1)]
         about = About(
             columns=[uses[name] for name in order],
             faults=[] if tasks.specs else [_no_task(table.where, [*table.uses, *tasks.uses])],
-            doubts=tasks.doubts,
+            doubts=[*tasks.doubts, *doubts],
         )
         notes = [*index.notes, *notes, *table.notes, *tasks.notes]
         return dataset.with_metadata(read_metadata(table, rows)), about, notes
