@@ -90,6 +90,12 @@ def test_a_cohort_of_no_split_is_measured_whole_unless_a_part_is_asked_for(
     assert "does not say how it is split: test is drawn at random; --split all" in capsys.readouterr().err
 
 
+def test_without_labels_there_is_nothing_to_measure(run: Path, tmp_path: Path) -> None:
+    bare = str(write(tmp_path / "bare.npz", 1, y_kind=None, Y=None))
+    with pytest.raises(DataError, match=r"bare\.npz: expected labels to measure by, got none for kind, Y"):
+        evaluate(load_run(run), source=bare, progress=False)
+
+
 def test_a_view_that_is_missing_altogether_is_said(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,22 @@ def test_splits_csv_names_every_bag(trained: Trained) -> None:
         assert [row["bag"] for row in rows if row["split"] == split] == data[split].names
 
 
+def test_bags_in_no_split_are_not_new_later(tmp_path: Path, measured: list[list[str]]) -> None:
+    cohort = Cohort(tmp_path / "bags", 20)
+    cohort.write()
+    names = sorted(cohort.bags)
+    lines = ["train,val,test", *(f"{names[k]},{names[10 + k]},{names[14 + k]}" for k in range(4))]
+    (cohort.root / "splits_0.csv").write_text("\n".join([*lines, *(f"{names[k]},," for k in range(4, 10))]) + "\n")
+    train(cohort_config(cohort.root), tmp_path / "run", progress=False, plots=False)
+    assert recorded(tmp_path / "run", "none") == names[18:]
+    run = load_run(tmp_path / "run")
+    evaluate(run, split="all", progress=False)
+    assert measured == [names[14:]]
+    with pytest.raises(DataError, match="split 'new' holds no bags"):
+        evaluate(run, split="new", progress=False)
+    assert not any("new" in said for said in run.told)
+
+
 def test_patients_have_a_column(tmp_path: Path) -> None:
     cohort = Cohort(tmp_path / "bags", 12)
     table = ["patient,slide_id,y", *(f"P{k // 2},S{k:02},{'ab'[k // 2 % 2]}" for k in range(12) if k != 3)]

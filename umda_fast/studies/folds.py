@@ -8,7 +8,7 @@ import io
 import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from umda_fast.runtime.config import RunConfig
 from umda_fast.runtime.together import one_decides
 from umda_fast.sgl.distributed import Processes
 from umda_fast.train.data import load_configured_folds
-from umda_fast.train.split_record import RecordedBag, SplitRecord, bag_contents
+from umda_fast.train.split_record import RecordedBag, SplitRecord, bag_contents, patients_of
 
 __all__ = ["kept_folds"]
 
@@ -41,13 +41,12 @@ class _FoldTable:
         cls, folds: Sequence[Splits], names: Sequence[str], config: RunConfig, processes: Processes | None
     ) -> _FoldTable:
         whole = folds[0].whole
-        everything = replace(folds[0], train=whole, val=whole.subset([]), test=whole.subset([]))
-        found = SplitRecord.of(everything, config.data, processes)
+        found = SplitRecord.of({_BAGS: whole}, config.data, processes, patients_of(folds[0]))
         runs = {}
         for name, fold in zip(names, folds, strict=True):
             split_of = {bag: split for split, part in fold.items() for bag in part.names}
             runs[name] = [split_of.get(bag, "") for bag in whole.names]
-        return cls(SplitRecord(tuple(replace(bag, split=_BAGS) for bag in found.bags)), runs)
+        return cls(found, runs)
 
     def write(self, path: Path) -> None:
         text = io.StringIO()

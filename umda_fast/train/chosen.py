@@ -15,7 +15,7 @@ from umda_fast.data.files.names import some_names
 from umda_fast.errors import DataError
 from umda_fast.runtime.config import RunConfig
 from umda_fast.train.loading import Run
-from umda_fast.train.split_record import NEW, SEEN, MatchedBags, SplitRecord, bag_contents
+from umda_fast.train.split_record import NEW, SEEN, UNUSED, MatchedBags, SplitRecord, bag_contents
 
 __all__ = ["ALL", "check_same_split", "chosen_rows", "data_seed", "tell", "tell_excluded"]
 
@@ -105,7 +105,7 @@ def chosen_rows(
     records = [member.record for member in run.each if member.record is not None]
     if len(records) < len(run.each):
         return _recomputed(run, loaded, split, own)
-    wanted = ("test", NEW) if split in (None, ALL) else (str(split),)
+    wanted = ("test", UNUSED, NEW) if split in (None, ALL) else (str(split),)
 
     def contents(rows: IntArray) -> list[str]:
         return bag_contents(whole.subset(rows), run.config.data)

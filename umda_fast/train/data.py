@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 from lightning_fabric import Fabric
 
 from umda_fast.data import SPLITS, BagDataset, Splits, concat, find_format, load_folds, load_source
@@ -143,7 +144,7 @@ def model_data(
     there.
 
     Raises:
-        DataError: there is no such split, or the data does not fit the model.
+        DataError: there is no such split, the data does not fit the model, or there is nothing to measure by.
     """
     model = run.model.config
     metadata = getattr(model, "metadata", ())
@@ -161,7 +162,8 @@ def model_data(
         if split not in (None, ALL, *datasets):
             raise DataError(f"datasets: expected a split among {', '.join(datasets)}, got {split!r}")
         parts = [adapted(part) for name, part in datasets.items() if split in (None, ALL, name)]
-        return (parts[0] if len(parts) == 1 else concat(parts, "datasets")), fabric
+        whole = parts[0] if len(parts) == 1 else concat(parts, "datasets")
+        return _labelled(whole, measured), fabric
     if split in SPLITS:
         check_same_split(run, split)
     own = is_own(run, source)
@@ -169,7 +171,15 @@ def model_data(
     whole = adapted(loaded.whole)
     if split not in (None, ALL) or measured:
         whole = whole.subset(chosen_rows(run, loaded, whole, split, own=own, measured=measured))
-    return whole, fabric
+    return _labelled(whole, measured), fabric
+
+
+def _labelled(dataset: BagDataset, measured: bool) -> BagDataset:
+    """`dataset`, which, if it has bags and is measured, has labels."""
+    if measured and len(dataset) and all(np.isnan(column).all() for column in dataset.labels.values()):
+        tasks = ", ".join(task.name for task in dataset.tasks)
+        raise DataError(f"{dataset.name}: expected labels to measure by, got none for {tasks}")
+    return dataset
 
 
 def tell_missing_views(run: Run, part: BagDataset) -> None:

@@ -23,10 +23,12 @@ from umda_fast.runtime.progress import ProgressReport
 from umda_fast.score.inference import batches_in_order
 from umda_fast.sgl.distributed import Processes
 
-__all__ = ["NEW", "SEEN", "TRUNK", "MatchedBags", "RecordedBag", "SplitRecord", "bag_contents", "patients_of"]
+__all__ = ["NEW", "SEEN", "TRUNK", "UNUSED", "MatchedBags", "RecordedBag", "SplitRecord", "bag_contents", "patients_of"]
 
 NEW = "new"
 """The part of the bags that the run knew nothing of."""
+UNUSED = "none"
+"""Bags that were there when the run began, in none of its splits."""
 TRUNK = "trunk"
 """In a run made by `adapt`: bags that the trunk was trained or validated on and its heads were not."""
 SEEN = ("train", TRUNK, "val")
@@ -113,10 +115,15 @@ class SplitRecord:
         """Of the bags that a run is about to use; reads every bag whose content is not known yet, of several processes
         each its share. `patients` by bag; None takes those that `datasets` know."""
         patients = patients_of(datasets) if patients is None else patients
+        parts = dict(datasets)
+        if isinstance(datasets, Splits):
+            used = {name for dataset in parts.values() for name in dataset.names}
+            whole = datasets.whole
+            parts[UNUSED] = whole.subset([row for row, name in enumerate(whole.names) if name not in used])
         return cls(
             tuple(
                 RecordedBag(name, split, content, patients.get(name, ""))
-                for split, dataset in datasets.items()
+                for split, dataset in parts.items()
                 for name, content in zip(dataset.names, bag_contents(dataset, data, processes, progress), strict=True)
             )
         )
@@ -243,7 +250,7 @@ class SplitRecord:
             if place in taken:
                 extra.add(row)
             taken.add(place)
-        gone = [bag for place, bag in enumerate(self.bags) if place not in taken and bag.split != TRUNK]
+        gone = [bag for place, bag in enumerate(self.bags) if place not in taken and bag.split not in (TRUNK, UNUSED)]
         return MatchedBags(
             record,
             [NEW if place is None else self.bags[place].split for place in record],
