@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 
-def _enter(function: Callable[..., Any], rank: int, size: int, place: str, seconds: float, args: tuple) -> None:
+def _enter(function: Callable[..., Any], rank: int, size: int, place: str, seconds: float, args: bytes) -> None:
     directory = Path(place)
     torch.set_num_threads(1)
     os.environ |= {
@@ -36,7 +36,7 @@ def _enter(function: Callable[..., Any], rank: int, size: int, place: str, secon
             world_size=size,
             timeout=timedelta(seconds=seconds),
         )
-        (directory / f"result {rank}").write_bytes(pickle.dumps(function(*args)))
+        (directory / f"result {rank}").write_bytes(pickle.dumps(function(*pickle.loads(args))))
         dist.destroy_process_group()
     except BaseException:
         (directory / f"error {rank}").write_text(traceback.format_exc(), encoding="utf-8")
@@ -65,9 +65,11 @@ def run_together(
     context = multiprocessing.get_context("forkserver")
     # Imported once, by the first to come here, for all tests of this process.
     context.set_forkserver_preload([__name__, "umda_fast.train", "torch.distributed.fsdp"])
+    # As bytes: a process takes some 250 tensors at most.
+    given = pickle.dumps(args)
     with tempfile.TemporaryDirectory() as place:
         processes = [
-            context.Process(target=_enter, args=(function, rank, size, place, timeout, args), daemon=True)
+            context.Process(target=_enter, args=(function, rank, size, place, timeout, given), daemon=True)
             for rank in range(size)
         ]
         for process in processes:

@@ -138,6 +138,24 @@ def test_half_precisions(dtype: torch.dtype) -> None:
         SelfGuided([Parameter(torch.zeros(2, dtype=dtype))], "ab")
 
 
+def test_losses_that_are_no_real_numbers() -> None:
+    weight = Parameter(torch.ones(2, dtype=torch.cfloat))
+    sgl = SelfGuided([weight], "ab", **OPTIONS)
+    with pytest.raises(ValueError, match=r"^losses\['a'\]: expected a real number, got torch\.complex64"):
+        sgl.backward({"a": weight.sum(), "b": weight.abs().sum()})
+
+
+@pytest.mark.parametrize("scope", ["shared_parameters", "representation"])
+def test_a_representation_wider_than_the_trunk(scope: str) -> None:
+    trunk = nn.Linear(8, 4)
+    sgl = SelfGuided(trunk.parameters(), "ab", scope=scope, **OPTIONS)  # type: ignore[arg-type]
+    z = trunk(torch.randn(5, 8)).double()
+    step = sgl.backward(pair(z), **({"representation": z} if scope == "representation" else {}))
+    assert step.gram.dtype == torch.float32
+    assert bool(step.norms.all())
+    assert trunk.weight.grad is not None
+
+
 def test_parameters_that_are_trained_later() -> None:
     trunk = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 2))
     sgl = SelfGuided(trunk.parameters(), "ab", **OPTIONS)
@@ -165,6 +183,26 @@ def in_two_processes() -> None:
     sgl = SelfGuided(trunk.parameters(), "ab", **options)
     parameters[1].register_post_accumulate_grad_hook(lambda p: None)
     refused(sgl, parameters, "^process_group: expected no hooks", lambda: sgl.backward(pair(trunk(x))))
+    for scope in ("shared_parameters", "last_shared_layer", "representation"):
+        trunk, head = nn.Linear(8, 8), nn.Linear(8, 2)
+        layer = trunk.parameters() if scope == "last_shared_layer" else ()
+        sgl = SelfGuided(
+            trunk.parameters(),
+            "ab",
+            task_parameters=head.parameters(),
+            scope=scope,  # type: ignore[arg-type]
+            last_shared_layer=layer,
+            process_group=dist.group.WORLD,
+        )
+        z = trunk(x)
+        with_z = {"representation": z} if scope == "representation" else {}
+        sgl.backward(pair(head(z)), **with_z)
+        trunk.load_state_dict({name: value.clone() for name, value in trunk.state_dict().items()}, assign=True)
+        z = trunk(x)
+        with_z = {"representation": z} if scope == "representation" else {}
+        losses = pair(head(z))
+        message = "^task_parameters: the losses reach 2 parameters"
+        refused(sgl, list(head.parameters()), message, lambda: sgl.backward(losses, **with_z))  # noqa: B023
 
 
 def test_what_several_processes_refuse() -> None:

@@ -20,6 +20,16 @@ def test_the_gradient_is_that_of_the_shifted_point() -> None:
     torch.testing.assert_close(torch.cat([x.grad, y.grad]), torch.tensor([3.3, 4.8]))
 
 
+def test_complex_and_sparse_gradients() -> None:
+    turned, table = Parameter(torch.tensor([3 + 0j, 0j])), Parameter(torch.zeros(3, 1))
+    turned.grad = torch.tensor([3j, 0j])
+    table.grad = torch.sparse_coo_tensor([[1, 1]], [[1.0], [3.0]], (3, 1), check_invariants=True)
+    with ascended([turned, table], rho=0.5):
+        torch.testing.assert_close(turned.detach(), torch.tensor([3 + 0.3j, 0j]))
+        torch.testing.assert_close(table.detach(), torch.tensor([[0.0], [0.4], [0.0]]))
+    assert turned.tolist() == [3, 0]
+
+
 def test_parameters_come_back_after_an_error_and_a_zero_gradient_moves_nothing() -> None:
     x = Parameter(torch.tensor([0.1, 0.7]))
     before = x.detach().clone()

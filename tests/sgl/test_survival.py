@@ -189,7 +189,7 @@ def test_the_variance_leaves_out_what_is_not_finite() -> None:
     assert math.isfinite(sgl.metrics()["gradient_variance"])
     other = make(model, direction="gradient", variance_window=4)
     state = sgl.state_dict()
-    for name in ("skipped", "last_loss", "known"):
+    for name in ("skipped", "last_loss", "known", "held"):
         del state["tensors"][name]
     del state["variance"]["gradient_variance"]["taken"]
     other.load_state_dict(state)  # one of an earlier version
@@ -201,6 +201,7 @@ def test_weights_that_are_not_finite_are_not_taken() -> None:
     sgl = SelfGuided([weight], ["a", "b"], balancer=lambda gram: gram.diagonal() / 0)
     step = sgl.backward({"a": weight.sum(), "b": weight.square().sum()})
     assert step.weights.tolist() == [1, 1]
+    assert sgl.metrics()["weights_held"] == 1
 
 
 def one_bad_share() -> dict[str, Any]:

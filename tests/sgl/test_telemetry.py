@@ -137,8 +137,8 @@ def test_the_control_is_what_equal_weights_would_have_given() -> None:
 def test_metrics_name_tasks_and_leave_out_those_not_seen() -> None:
     model = TwoHeads()
     sgl = SelfGuided(model.shared(), ["t0", "t1", "t2"], variance_window=0)
-    start = {"weight": 1.0, "skipped": 0.0}
-    assert sgl.metrics() == {f"{name}/t{row}": value for name, value in start.items() for row in range(3)}
+    start, held = {"weight": 1.0, "skipped": 0.0}, {"weights_held": 0.0}
+    assert sgl.metrics() == {f"{name}/t{row}": value for name, value in start.items() for row in range(3)} | held
     losses, _, _ = model.losses(torch.ones(3, 5, dtype=torch.float64))
     del losses["t1"]
     step = sgl.backward(losses)

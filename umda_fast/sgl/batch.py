@@ -171,8 +171,8 @@ def check_losses(
 
     Raises:
         TypeError: a loss or the penalty is not a Tensor.
-        ValueError: an unknown task, a loss that is not a scalar, is float16 or has no gradient, a count that is missing
-            or not positive.
+        ValueError: an unknown task, a loss that is not a real scalar, is float16 or has no gradient, a count that is
+            missing or not positive.
     """
     unknown = [name for name in losses if name not in tasks]
     if unknown:
@@ -185,6 +185,8 @@ def check_losses(
             raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
         if value.numel() != 1:
             raise ValueError(f"{name}: expected a scalar, got shape {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise ValueError(f"{name}: expected a real number, got {value.dtype}")
         if value.dtype == torch.float16:
             raise ValueError(f"{name}: expected anything but float16: {NO_FLOAT16}")
     for name, loss in losses.items():

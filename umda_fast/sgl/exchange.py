@@ -16,6 +16,7 @@ from torch import Tensor
 from umda_fast.sgl.batch import Batch, TaskSets
 from umda_fast.sgl.buffers import FlatLayout
 from umda_fast.sgl.distributed import GradientReducer, Processes, ShardedRows
+from umda_fast.sgl.graph import Look
 from umda_fast.sgl.handover import Gradient
 from umda_fast.sgl.parameters import ParameterLists
 from umda_fast.sgl.rows import LocalRows, Rows
@@ -44,7 +45,7 @@ class Exchange(ABC):
         counts: Mapping[str, float] | None,
         penalty: Tensor | None,
         scale: Tensor | None,
-        flags: Sequence[bool],
+        look: Look,
     ) -> Batch:
         """What all processes have of a batch, given what this one has."""
 
@@ -88,12 +89,12 @@ class Alone(Exchange):
         counts: Mapping[str, float] | None,
         penalty: Tensor | None,
         scale: Tensor | None,
-        flags: Sequence[bool],
+        look: Look,
     ) -> Batch:
         """The losses in the order of the tasks."""
         rows = tuple(row for row, task in enumerate(self._tasks) if task in losses)
         parts: list[Tensor | None] = [losses[self._tasks[row]].reshape(()) for row in rows]
-        return Batch(self.sets(rows), parts, penalty, penalty is not None, flags, scale)
+        return Batch(self.sets(rows), parts, penalty, penalty is not None, look.flags, scale)
 
     def rows(self, layout: FlatLayout, count: int, backend: str | None) -> Rows:
         """All columns."""
@@ -142,20 +143,19 @@ class Together(Exchange):
         counts: Mapping[str, float] | None,
         penalty: Tensor | None,
         scale: Tensor | None,
-        flags: Sequence[bool],
+        look: Look,
     ) -> Batch:
         """Each loss as this process's part of that of the whole batch; one exchange of T + 1 numbers and the flags."""
-        self._parameters.check_together()
+        outputs = {self._tasks.index(task): loss for task, loss in losses.items()}
+        self._parameters.check_together(outputs if penalty is None else {**outputs, -1: penalty}, look)
         own = [0.0 if task not in losses else 1.0 if counts is None else float(counts[task]) for task in self._tasks]
-        numbers = self._processes.total_on_host([*own, float(penalty is not None), *map(float, flags)])
+        numbers = self._processes.total_on_host([*own, float(penalty is not None), *map(float, look.flags)])
         totals, (penalized, *raised) = numbers[: len(own)], numbers[len(own) :]
         rows = tuple(row for row, total in enumerate(totals) if total > 0)
         parts: list[Tensor | None] = []
         for row in rows:
             loss = losses.get(self._tasks[row])
             parts.append(None if loss is None else loss.reshape(()) * (own[row] / totals[row]))
-        outputs = {row: part for row, part in zip(rows, parts, strict=True) if part is not None}
-        self._parameters.check_reached(outputs if penalty is None else {**outputs, -1: penalty})
         return Batch(self.sets(rows), parts, penalty, penalized > 0, [flag > 0 for flag in raised], scale)
 
     def rows(self, layout: FlatLayout, count: int, backend: str | None) -> Rows:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -60,3 +61,19 @@ class Reach:
 
     def __contains__(self, leaf: Tensor) -> bool:
         return id(leaf) in self.nodes
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a scope sees of this process's losses before anything is computed.
+
+    Attributes:
+        flags: what counts if it is so in any process (`Batch.flags`).
+        hits: for each parameter of the scope whether the losses reach it.
+        tasks: what the losses reach. penalty: what the penalty does. None where nobody asks.
+    """
+
+    flags: Sequence[bool] = ()
+    hits: Sequence[bool] = ()
+    tasks: Reach | None = None
+    penalty: Reach | None = None

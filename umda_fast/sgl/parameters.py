@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from umda_fast.sgl.batch import NO_FLOAT16
 from umda_fast.sgl.distributed import is_sharded
-from umda_fast.sgl.graph import Reach
+from umda_fast.sgl.graph import Look, Reach
 
 
 class ParameterLists:
@@ -67,11 +67,16 @@ class ParameterLists:
             self._check(found, "" if complete else ", or an empty list to find them")
         return found
 
-    def check_together(self) -> None:
+    def check_together(self, outputs: Mapping[int, Tensor], look: Look) -> None:
         """That several processes can sum all gradients.
 
+        Args:
+            outputs: this process's losses by task, and its penalty (-1).
+            look: what they reach; where nobody has looked, the first time a task appears.
+
         Raises:
-            ValueError: a parameter was frozen when the buffers were made, or has hooks that would see part of the sum.
+            ValueError: a parameter is not listed, was frozen when the buffers were made, or has hooks that would see
+                part of the sum.
         """
         if any(p.requires_grad for p in self._frozen):
             raise ValueError(
@@ -83,16 +88,13 @@ class ParameterLists:
                 "process_group: expected no hooks registered by register_post_accumulate_grad_hook, which would see "
                 "the gradient of one process only"
             )
-
-    def check_reached(self, outputs: Mapping[int, Tensor]) -> None:
-        """The first time a task appears (-1: a penalty), that all it reaches is listed.
-
-        Raises:
-            ValueError: it is not.
-        """
-        if self.sharded or self._checked.issuperset(outputs):
+        if self.sharded:
             return  # with FSDP2 the graph ends in parameters of its own
-        self._check(Reach(outputs.values()).leaves, "")
+        if look.tasks is None and not self._checked.issuperset(outputs):
+            look = Look(tasks=Reach(outputs.values()))
+        for reach in (look.tasks, look.penalty):
+            if reach is not None:
+                self.outside(reach, complete=True)
         self._checked.update(outputs)
 
     def _check(self, found: Sequence[Tensor], remedy: str) -> None:

@@ -44,7 +44,12 @@ class Running:
     def later(self) -> dict[str, Tensor]:
         """Those that a state of before version 0.2 lacks; then they stay as they are."""
         statistics = self.statistics
-        return {"skipped": statistics.skipped, "last_loss": statistics.last_loss, "known": statistics.known}
+        return {
+            "skipped": statistics.skipped,
+            "last_loss": statistics.last_loss,
+            "known": statistics.known,
+            "held": self.weights.held,
+        }
 
     def state(self, *, keep: bool) -> dict[str, Any]:
         """Clones of everything; every process calls it, without `keep` for nothing."""
@@ -108,6 +113,7 @@ class Running:
         ready = ready & finite(new).all()
         if isinstance(balancer, StatefulBalancer):
             balancer.forget(before, present.mask & ~sound | ~ready)
+        self.weights.held += ~ready
         self.weights.update(new, present, sound & ready)
 
     def step(self, weights: Tensor, present: Present) -> SGLStep:
@@ -122,6 +128,7 @@ class Running:
         result = {f"weight/{task}": weight for task, weight in zip(tasks, weights, strict=True)}
         skipped = statistics.skipped.tolist()
         result.update((f"skipped/{task}", float(count)) for task, count in zip(tasks, skipped, strict=True))
+        result["weights_held"] = float(self.weights.held)
         result.update(self.telemetry.figures())
         seen = statistics.counts.nonzero().flatten()
         if not len(seen):

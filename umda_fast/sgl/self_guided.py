@@ -48,10 +48,11 @@ from umda_fast.sgl.batch import Scaler, SGLStep, check_losses, loss_scale
 from umda_fast.sgl.buffers import FlatLayout
 from umda_fast.sgl.distributed import Processes, is_sharded
 from umda_fast.sgl.exchange import Alone, Exchange, Together
+from umda_fast.sgl.graph import Look
 from umda_fast.sgl.parameters import ParameterLists
 from umda_fast.sgl.registry import as_balancer
 from umda_fast.sgl.running import Running
-from umda_fast.sgl.scopes import SCOPES, Direction, Look, Representation, Scope, Setting, Unmeasured
+from umda_fast.sgl.scopes import SCOPES, Direction, Representation, Scope, Setting, Unmeasured
 from umda_fast.sgl.statistics import GramStatistics, TaskWeights
 from umda_fast.sgl.variance import UpdateTelemetry
 
@@ -275,7 +276,7 @@ class SelfGuided:
         measured_step = self._calls % self.every == 0
         rows = {self.tasks.index(name): loss for name, loss in losses.items()}
         look = scope.look(rows, learned) if measured_step else Look()
-        batch = running.exchange.batch(losses, counts, learned, scale, look.flags)
+        batch = running.exchange.batch(losses, counts, learned, scale, look)
         present = batch.present
         if not present.rows:
             running.exchange.backward(batch.total(running.weights.running))
@@ -302,8 +303,9 @@ class SelfGuided:
         """Figures for a log, of the last statistics step and the last window of updates (waits for the
         device).
 
-        Keys: `weight/<task>`; `skipped/<task>`, the statistics steps on which its loss or gradient was not finite; with
-        a variance window `gradient_variance` and `gradient_variance_matched` (see `variance.DirectionVariance`), with
+        Keys: `weight/<task>`; `skipped/<task>`, the statistics steps on which its loss or gradient was not finite;
+        `weights_held`, those on which no weight moved, because new ones were not finite or a task never was; with a
+        variance window `gradient_variance` and `gradient_variance_matched` (see `variance.DirectionVariance`), with
         `control` the same two with the prefix `control_`; with task gradients `gradient_norm/<task>`,
         `cosine/<task>/<task>` for every pair, and the figures of `telemetry.gram_metrics`, all over the tasks seen so
         far. A figure that has no value yet is nan.

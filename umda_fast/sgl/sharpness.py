@@ -38,7 +38,7 @@ def ascended(parameters: Iterable[Parameter], rho: float = 0.05) -> Iterator[Non
     moved: list[Tensor] = [p for p in parameters if p.grad is not None]
     if not moved:
         raise ValueError("parameters: expected a gradient in .grad of at least one, got none")
-    gradients = [p.grad for p in moved if p.grad is not None]
+    gradients = [p.grad if p.grad.layout == torch.strided else p.grad.to_dense() for p in moved if p.grad is not None]
     with torch.no_grad():
         norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(gradients)]))
         factor = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))

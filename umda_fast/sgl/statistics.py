@@ -90,13 +90,15 @@ class TaskWeights:
 
     Attributes:
         running: [T].
+        held: int64, updates on which no weight moved, for want of finite ones.
     """
 
     def __init__(self, count: int, beta: float, normalized: bool, device: torch.device, dtype: torch.dtype) -> None:
         self.beta = beta
         self.normalized = normalized
         self.running = torch.ones(count, device=device, dtype=dtype)
-        self._held: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self.held = torch.zeros((), device=device, dtype=torch.int64)
+        self._of_step: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def update(self, new: Tensor, present: Present, taken: Tensor) -> None:
         """Smooths new weights [A] of the tasks present into the running ones, where `taken` [T] holds."""
@@ -108,7 +110,7 @@ class TaskWeights:
 
     def forget(self) -> None:
         """The running weights have changed: what was made of them is no longer so."""
-        self._held.clear()
+        self._of_step.clear()
 
     def used(self, present: Present) -> Tensor:
         """Weights [A] of the tasks present; they sum to their number where the balancer's always do."""
@@ -118,8 +120,8 @@ class TaskWeights:
 
     def of_step(self, present: Present) -> tuple[Tensor, Tensor]:
         """`used`, and [T] with 0 for the others; made once between two updates."""
-        if present.rows not in self._held:
+        if present.rows not in self._of_step:
             weights = self.used(present)
             everyone = torch.zeros_like(self.running).index_copy(0, present.index, weights)
-            self._held[present.rows] = weights, everyone
-        return self._held[present.rows]
+            self._of_step[present.rows] = weights, everyone
+        return self._of_step[present.rows]

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from umda_fast.sgl.scopes.base import Direction, GradientScope, Look, Measured, Representation, Setting, Unmeasured
+from umda_fast.sgl.scopes.base import Direction, GradientScope, Measured, Representation, Setting, Unmeasured
 from umda_fast.sgl.scopes.last_shared_layer import LastSharedLayerScope
 from umda_fast.sgl.scopes.representation import RepresentationScope
 from umda_fast.sgl.scopes.shared_parameters import SharedParametersScope
@@ -19,7 +19,6 @@ __all__ = [
     "SCOPES",
     "Direction",
     "GradientScope",
-    "Look",
     "Measured",
     "Representation",
     "Scope",

@@ -16,10 +16,10 @@ from torch import Tensor
 from umda_fast.sgl import _gradients
 from umda_fast.sgl.batch import Batch
 from umda_fast.sgl.buffers import FlatLayout
-from umda_fast.sgl.graph import Reach
+from umda_fast.sgl.graph import Look, Reach
 from umda_fast.sgl.handover import hooks_held
 from umda_fast.sgl.linear import LinearUse
-from umda_fast.sgl.scopes.base import GradientScope, Look, Setting, reentrant
+from umda_fast.sgl.scopes.base import GradientScope, Setting, reentrant
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class AveragedScope(GradientScope):
             raise ValueError(reentrant("in the graph of the losses"))
         # A task that needs nothing of the scope may be alone in a batch, but no task that did.
         lost = bool(losses) and not any(hits) and (not any(self.reached) or not self._reaching.isdisjoint(losses))
-        return Look([lost, *hits], hits, reach)
+        some = penalty is not None and (self.from_everything or self._setting.exchange.several)
+        return Look([lost, *hits], hits, reach, Reach([penalty] if penalty is not None and some else []))
 
     def check(self, batch: Batch) -> list[bool]:
         """For each parameter whether the losses of any process reach it.

@@ -16,7 +16,7 @@ from torch import Tensor
 from umda_fast.sgl.batch import Batch
 from umda_fast.sgl.buffers import FlatLayout
 from umda_fast.sgl.exchange import Exchange
-from umda_fast.sgl.graph import Reach
+from umda_fast.sgl.graph import Look, Reach
 from umda_fast.sgl.parameters import ParameterLists
 from umda_fast.sgl.statistics import GramStatistics
 
@@ -59,22 +59,6 @@ class Setting:
     direction: Direction
     control: bool
     backend: str | None
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a scope sees of this process's losses before anything is computed.
-
-    Attributes:
-        flags: what counts if it is so in any process (`Batch.flags`).
-        hits: for each parameter of the scope whether the losses reach it.
-        tasks: what the losses reach. penalty: what the penalty does. None where the scope does not ask.
-    """
-
-    flags: Sequence[bool] = ()
-    hits: Sequence[bool] = ()
-    tasks: Reach | None = None
-    penalty: Reach | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +123,9 @@ class GradientScope(ABC):
         Raises:
             ValueError: their task gradients cannot be taken.
         """
-        return Look()
+        if not self._setting.exchange.several or self._setting.parameters.sharded:
+            return Look()
+        return Look(tasks=Reach(losses.values() if penalty is None else [*losses.values(), penalty]))
 
     @abstractmethod
     def measure(self, batch: Batch, look: Look, representation: Tensor | Representation | None) -> Measured:

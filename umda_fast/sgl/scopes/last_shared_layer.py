@@ -13,9 +13,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from umda_fast.sgl.batch import Batch
+from umda_fast.sgl.graph import Look
 from umda_fast.sgl.parameters import ParameterLists
 from umda_fast.sgl.scopes.averaged import AveragedScope
-from umda_fast.sgl.scopes.base import Look, Measured, Representation
+from umda_fast.sgl.scopes.base import Measured, Representation
 
 
 class LastSharedLayerScope(AveragedScope):

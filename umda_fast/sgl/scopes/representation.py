@@ -19,8 +19,9 @@ from torch import Tensor
 
 from umda_fast.sgl import _gradients
 from umda_fast.sgl.batch import Batch
-from umda_fast.sgl.buffers import as_numbers
-from umda_fast.sgl.scopes.base import GradientScope, Look, Measured, Representation, Setting, reentrant
+from umda_fast.sgl.buffers import accumulation_dtype, as_numbers
+from umda_fast.sgl.graph import Look
+from umda_fast.sgl.scopes.base import GradientScope, Measured, Representation, Setting, reentrant
 
 
 class RepresentationScope(GradientScope):
@@ -89,7 +90,7 @@ class RepresentationScope(GradientScope):
             )
         self._some = True
         gradients = [as_numbers(torch.zeros_like(representation) if g is None else g) for g in found]
-        return _gradients.gram(gradients, dtype, backend)
+        return _gradients.gram(gradients, accumulation_dtype(gradients), backend).to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """The running Gram matrix [T, T]."""

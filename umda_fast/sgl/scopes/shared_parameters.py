@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -27,10 +28,10 @@ from torch import Tensor
 from umda_fast.sgl import _gradients
 from umda_fast.sgl.batch import Batch
 from umda_fast.sgl.buffers import finite
-from umda_fast.sgl.graph import Reach
+from umda_fast.sgl.graph import Look
 from umda_fast.sgl.handover import hand_over, hooks_held, weighted_sums
 from umda_fast.sgl.scopes.averaged import AveragedScope, taken
-from umda_fast.sgl.scopes.base import Look, Measured, Representation, Setting, reentrant
+from umda_fast.sgl.scopes.base import Measured, Representation, Setting, reentrant
 
 
 class SharedParametersScope(AveragedScope):
@@ -52,10 +53,10 @@ class SharedParametersScope(AveragedScope):
     def look(self, losses: Mapping[int, Tensor], penalty: Tensor | None) -> Look:
         """What losses and penalty reach."""
         look = super().look(losses, penalty)
-        reach = Reach([] if penalty is None else [penalty])
-        if losses and reach.reentrant:
+        assert look.penalty is not None
+        if losses and look.penalty.reentrant:
             raise ValueError(reentrant("in the graph of the penalty"))
-        return Look([*look.flags, *(p in reach for p in self.scoped)], look.hits, look.tasks, reach)
+        return replace(look, flags=[*look.flags, *(p in look.penalty for p in self.scoped)])
 
     def measure(self, batch: Batch, look: Look, representation: Tensor | Representation | None) -> Measured:
         """Gram matrix of the averages, and the gradients of all other leaves."""
