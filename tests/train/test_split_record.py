@@ -17,7 +17,7 @@ from umda_fast.data import BagDataset, load_source
 from umda_fast.data.content import batch_contents, same_content
 from umda_fast.errors import DataError
 from umda_fast.runtime.config import load_run_config
-from umda_fast.train import evaluate, load_ensemble, load_run, run_config, train
+from umda_fast.train import evaluate, load_ensemble, load_run, predict, run_config, train
 from umda_fast.train import measure as measuring
 from umda_fast.train.split_record import MatchedBags, RecordedBag, SplitRecord
 
@@ -95,6 +95,33 @@ def test_patients_have_a_column(tmp_path: Path) -> None:
         rows = {row["bag"]: row for row in csv.DictReader(stream)}
     assert (rows["S04"]["patient"], rows["S03"]["patient"]) == ("P2", "")
     assert rows["S04"]["split"] == rows["S05"]["split"]
+
+
+def test_new_bags_of_a_patient_that_was_trained_on_are_not_measured(
+    tmp_path: Path, measured: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort = Cohort(tmp_path / "bags", 24)
+
+    def write(new: dict[str, str]) -> None:
+        of = {f"S{k:02}": f"P{k // 2}" for k in range(24)} | new
+        table = ["patient,slide_id,y", *(f"{of[name]},{name},{label}" for name, label in cohort.labels.items())]
+        (cohort.root / "labels.csv").write_text("\n".join(table) + "\n")
+
+    write({})
+    train(cohort_config(cohort.root), tmp_path / "run", progress=False, plots=False)
+    test = recorded(tmp_path / "run", "test")
+    names = [cohort.add() for _ in range(3)]
+    # Of a patient of the training, of one of the test split, of nobody's yet.
+    known = [f"P{int(name[1:]) // 2}" for name in (recorded(tmp_path / "run", "train")[0], test[0])]
+    write(dict(zip(names, [*known, "Q"], strict=True)))
+    capsys.readouterr()
+    copy = str(cohort.copy(tmp_path / "copy").root)
+    for source, split in ((None, "new"), (None, "all"), (copy, None)):
+        evaluate(load_run(tmp_path / "run"), source=source, split=split, progress=False)
+        assert measured[-1] == [*(test if split != "new" else []), *names[1:]]
+        assert f"on other bags of their patients: 1 bags: '{names[0]}'" in capsys.readouterr().err
+    predict(load_run(tmp_path / "run"), split="new", out=tmp_path / "p.csv", progress=False)
+    assert [line.split(",")[0] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]] == names
 
 
 def test_the_test_split_is_that_of_the_training(

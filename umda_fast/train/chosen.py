@@ -15,7 +15,7 @@ from umda_fast.data.files.names import some_names
 from umda_fast.errors import DataError
 from umda_fast.runtime.config import RunConfig
 from umda_fast.train.loading import Run
-from umda_fast.train.split_record import NEW, SEEN, UNUSED, MatchedBags, SplitRecord, bag_contents
+from umda_fast.train.split_record import NEW, SEEN, UNUSED, MatchedBags, SplitRecord, bag_contents, patients_of
 
 __all__ = ["ALL", "check_same_split", "chosen_rows", "data_seed", "tell", "tell_excluded"]
 
@@ -113,13 +113,18 @@ def chosen_rows(
     found = [record.match(whole.names, contents, own=own, wanted=wanted) for record in records]
     _check_drawn(run, loaded, own, found)
     _tell_changes(run, whole, own, records, found)
-    if not own and split in SPLITS and (loaded.given or not _overlap(found)):
-        return _own_part(run, loaded, whole, str(split), found)
-    rows = found[0].rows(*wanted)
-    kept = [row for row in rows.tolist() if all(other.splits[row] in wanted for other in found)]
-    if split in (None, ALL):
-        _tell_seen(run, whole, found)
-    return np.array(kept, dtype=np.int64)
+    overlap = any(place is not None for matched in found for place in matched.record)
+    if not own and split in SPLITS and (loaded.given or not overlap):
+        rows = _own_part(run, loaded, whole, str(split), found)
+    else:
+        rows = found[0].rows(*wanted)
+        agreed = [all(other.splits[row] in wanted for other in found) for row in rows.tolist()]
+        rows = rows[np.array(agreed, dtype=np.bool_)]
+        if split in (None, ALL):
+            _tell_seen(run, whole, found)
+    if measured and (own or overlap):
+        rows = _without_seen_patients(run, loaded, whole, rows, records, found)
+    return rows
 
 
 def _recomputed(run: Run, loaded: Splits, split: str | None, own: bool) -> IntArray:
@@ -141,8 +146,29 @@ def _rows_of(loaded: Splits, part: BagDataset) -> IntArray:
     return np.array([rows[name] for name in part.names], dtype=np.int64)
 
 
-def _overlap(found: Sequence[MatchedBags]) -> bool:
-    return any(place is not None for matched in found for place in matched.record)
+def _without_seen_patients(
+    run: Run,
+    loaded: Splits,
+    whole: BagDataset,
+    rows: IntArray,
+    records: Sequence[SplitRecord],
+    found: Sequence[MatchedBags],
+) -> IntArray:
+    """`rows` less bags in no split of the run whose patients have bags that it was trained or validated on."""
+    seen = {bag.patient for record in records for bag in record.bags if bag.split in SEEN and bag.patient}
+    patients = patients_of(loaded)
+    left_out = np.array(
+        [
+            found[0].splits[row] in (NEW, UNUSED) and patients.get(whole.names[row]) in seen
+            for row in rows.tolist()
+        ],
+        dtype=np.bool_,
+    )
+    names = [whole.names[row] for row in rows[left_out].tolist()]
+    if names:
+        why = "left out, as it was trained or validated on other bags of their patients"
+        tell(run, f"{why}: {len(names)} bags: {some_names(names)}")
+    return rows[~left_out]
 
 
 def _own_part(
