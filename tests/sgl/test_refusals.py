@@ -262,6 +262,21 @@ def test_gradients_that_are_kept_are_not_written_to() -> None:
     assert torch.equal(kept, copy)
 
 
+def test_gradients_are_not_copied() -> None:
+    """A missing `.grad` takes the memory of the result, which the next step uses again where nobody has it."""
+    trunk = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    sgl = SelfGuided(trunk.parameters(), "ab", **OPTIONS)
+    places = []
+    for _ in range(3):
+        trunk.zero_grad()
+        sgl.backward(pair(trunk(torch.randn(4, 8))))
+        (place,) = {p.grad.untyped_storage().data_ptr() for p in trunk.parameters() if p.grad is not None}
+        places.append(place)
+    assert len(set(places)) == 1
+    sgl.backward(pair(trunk(torch.randn(4, 8))))  # added to what stands
+    assert {p.grad.untyped_storage().data_ptr() for p in trunk.parameters() if p.grad is not None} == {place}
+
+
 def test_parameters_that_are_no_parameters() -> None:
     scales = torch.zeros(2, requires_grad=True)
     trunk = nn.Linear(8, 1)

@@ -67,6 +67,10 @@ class Present:
             values = values.index_select(dim, self.index)
         return values
 
+    def put(self, values: Tensor, new: Tensor) -> Tensor:
+        """A [T] tensor with `new` [A] in the place of the present tasks' part."""
+        return new if self.everyone else values.index_copy(0, self.index, new)
+
 
 class TaskSets:
     """`Present` of sets of tasks; tensors are made, and copied to the device, once for each set that occurs."""

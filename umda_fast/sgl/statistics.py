@@ -52,7 +52,7 @@ class GramStatistics:
             losses: [A].
             squares: [T] squared lengths of the gradients, None: there are none.
         """
-        sound = torch.zeros_like(present.mask).index_copy(0, present.index, finite(losses))
+        sound = present.put(torch.zeros_like(present.mask), finite(losses))
         if squares is not None:
             sound = sound & finite(squares)
         self.skipped += present.mask & ~sound
@@ -63,7 +63,7 @@ class GramStatistics:
         usable = present.take(sound, 0)
         held = torch.where(usable, losses, present.take(self.last_loss, 0))
         self.known = self.known | sound
-        self.last_loss = self.last_loss.index_copy(0, present.index, held)
+        self.last_loss = present.put(self.last_loss, held)
         return held, present.take(self.known, 0).all()
 
     def remember(self, gram: Tensor, sound: Tensor) -> None:
@@ -105,7 +105,7 @@ class TaskWeights:
         old = present.take(self.running, 0)
         mixed = self.beta * old + (1 - self.beta) * new.to(old.dtype)
         mixed = torch.where(present.take(taken, 0), mixed, old)
-        self.running = self.running.index_copy(0, present.index, mixed)
+        self.running = present.put(self.running, mixed)
         self.forget()
 
     def forget(self) -> None:
@@ -122,6 +122,7 @@ class TaskWeights:
         """`used`, and [T] with 0 for the others; made once between two updates."""
         if present.rows not in self._of_step:
             weights = self.used(present)
+            # Never the running weights themselves: a step that was handed out is not to change with them.
             everyone = torch.zeros_like(self.running).index_copy(0, present.index, weights)
             self._of_step[present.rows] = weights, everyone
         return self._of_step[present.rows]
