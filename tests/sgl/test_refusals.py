@@ -262,6 +262,27 @@ def test_gradients_that_are_kept_are_not_written_to() -> None:
     assert torch.equal(kept, copy)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_representation_has_the_gradient_of_the_whole(frozen: bool) -> None:
+    """Also a leaf, of a trunk that is not trained; its hooks run once."""
+    trunk, middle, head = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(4, 2)
+    z = trunk(torch.randn(5, 8))
+    calls: list[Tensor] = []
+    if frozen:
+        z = z.detach().requires_grad_()
+        z.register_hook(calls.append)
+    else:
+        z.retain_grad()
+    losses = pair(head(middle(z)))
+    (expected,) = torch.autograd.grad(sum(losses.values()), z, retain_graph=True)  # type: ignore[arg-type]
+    z.grad = torch.ones_like(z)
+    calls.clear()
+    shared = middle if frozen else trunk
+    SelfGuided(shared.parameters(), "ab", scope="representation", **OPTIONS).backward(losses, representation=z)
+    torch.testing.assert_close(z.grad, expected + 1)
+    assert len(calls) == int(frozen)
+
+
 def test_gradients_are_not_copied() -> None:
     """A missing `.grad` takes the memory of the result, which the next step uses again where nobody has it."""
     trunk = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))

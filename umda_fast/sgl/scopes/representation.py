@@ -21,6 +21,7 @@ from umda_fast.sgl import _gradients
 from umda_fast.sgl.batch import Batch
 from umda_fast.sgl.buffers import accumulation_dtype, as_numbers
 from umda_fast.sgl.graph import Look
+from umda_fast.sgl.handover import hooks_held
 from umda_fast.sgl.scopes.base import GradientScope, Measured, Representation, Setting, reentrant
 
 
@@ -76,13 +77,18 @@ class RepresentationScope(GradientScope):
         if not isinstance(representation, Tensor):
             return representation.gradient_gram(losses, backend=backend).to(dtype)
         found: list[Tensor | None] = []
-        for loss in losses:
-            try:
-                found += torch.autograd.grad(loss, representation, retain_graph=True, allow_unused=True)
-            except RuntimeError as error:
-                if "use_reentrant=True" in str(error):
-                    raise ValueError(reentrant("between the losses and the representation")) from error
-                raise
+        # What is kept of the passes by `retain_grad` is to be the last one's, and a leaf's hooks see that one only.
+        retained = representation.grad if representation.retains_grad else None
+        try:
+            with hooks_held([representation] if representation.is_leaf else []):
+                for loss in losses:
+                    found += torch.autograd.grad(loss, representation, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant=True" in str(error):
+                raise ValueError(reentrant("between the losses and the representation")) from error
+            raise
+        if representation.retains_grad:
+            representation.grad = retained
         if all(gradient is None for gradient in found) and not self._some:
             raise ValueError(
                 "representation: no loss reaches it; expected the tensor of this forward pass through which the tasks "
