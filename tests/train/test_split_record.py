@@ -157,6 +157,21 @@ def test_the_test_split_is_that_of_the_training(
     assert [line.split(",")[0] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]] == measured[1]
 
 
+def test_labels_of_bags_that_are_gone_are_no_fault(
+    moved: Trained, measured: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort, run = moved
+    test = recorded(run, "test")
+    (cohort.root / f"{test[0]}.npz").unlink()  # its line in labels.csv is still there
+    evaluate(load_run(run), progress=False)
+    assert measured == [test[1:]]
+    assert f"1 gone: '{test[0]} (test)'" in capsys.readouterr().err
+    assert call("predict", run, "--data", cohort.root, "--out", tmp_path / "p.csv", "-q") == 0
+    with pytest.raises(DataError, match=r"labels\.csv: labels for missing slides"):
+        load_source(cohort.root)
+    assert len(load_source(cohort.root, partial=True).whole) == 23
+
+
 def test_a_trained_bag_under_a_test_bag_s_name_is_not_measured(
     moved: Trained, measured: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +199,10 @@ def test_a_copy_counts_once() -> None:
     found = matched(True, b="4", a="2", c="3")
     assert found.splits == ["new", "test", "test"]
     assert found.rows("test").tolist() == [1, 2]
+    # A record without contents goes by names.
+    plain = SplitRecord((RecordedBag("a", "train"), RecordedBag("b", "test")))
+    found = plain.match(["a", "b", "c"], lambda rows: ["1" for _ in rows], own=True, wanted=("test",))
+    assert (found.splits, found.changed) == (["train", "test", "new"], ())
     # Elsewhere names say nothing; an empty bag is known by its name alone.
     assert matched(False, a="7", b="1").splits == ["new", "train"]
     assert (matched(True, b="").splits, matched(False, b="").splits) == (["test"], ["new"])

@@ -15,7 +15,7 @@ from umda_fast.data.adapt import adapt_dataset
 from umda_fast.data.labels import UnneededLabels
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec
-from umda_fast.runtime.config import RunConfig, as_dict, make_config
+from umda_fast.runtime.config import DataConfig, RunConfig, as_dict, make_config
 from umda_fast.runtime.fabric import make_fabric
 from umda_fast.runtime.rundir import RunDirectory
 from umda_fast.train.chosen import ALL, check_same_split, chosen_rows, data_seed, tell
@@ -69,7 +69,7 @@ def training_data(
         if again is not None:
             check_recorded(again, datasets)
     else:
-        data = config.data if again is None else located(config.data, again.path, "it is needed to go on")
+        data = config.data if again is None else _data_again(config.data, again)
         splits = load_data(replace(config, data=data))
         if again is not None:
             splits = recorded_splits(again, splits, data)
@@ -88,6 +88,14 @@ def training_data(
             "them in labels.csv, a column for each task"
         )
     return config, splits
+
+
+def _data_again(data: DataConfig, run: RunDirectory) -> DataConfig:
+    """The data of a run that is gone on with: where it is now, and which bags are gone the run's record says."""
+    data = located(data, run.path, "it is needed to go on")
+    if run.splits.is_file() and "partial" in find_format(data.source, data.format).options():
+        data = replace(data, options={"partial": True, **data.options})
+    return data
 
 
 def load_configured_folds(config: RunConfig, folds: int, repeats: int = 1) -> Iterator[Splits]:
@@ -205,6 +213,8 @@ def _load_again(
     options |= run.options
     if skip_bad:
         options["skip_bad"] = True
+    if "partial" in understood and (isinstance(tasks, UnneededLabels) or (own and run.record is not None)):
+        options.setdefault("partial", True)  # what is gone, the run's record says
     if "kinds" in understood:
         # What the model was trained on decides what a label means: a file with two of ten classes is not
         # binary.

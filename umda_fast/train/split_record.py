@@ -200,12 +200,15 @@ class SplitRecord:
             matched = self._matched(names, found, own)
         return matched
 
-    def _exact(self, name: str, content: str | None) -> int | None:
-        """The recorded bag of that name and content; of an empty bag, or one that nobody looked at, the name alone."""
+    def _exact(self, name: str, content: str | None, own: bool) -> int | None:
+        """The recorded bag of that name and content; the name alone where one of the contents is not known."""
         places = self._named.get(name, ())
         if content is None or not content.strip(";"):
             return self._strictest(places)
-        return next((p for p in places if same_content(self.bags[p].content, content)), None)
+        exact = next((p for p in places if same_content(self.bags[p].content, content)), None)
+        if exact is None and own:
+            exact = self._strictest([p for p in places if not self.bags[p].content.strip(";")])
+        return exact
 
     def _strictest(self, places: Sequence[int]) -> int | None:
         order = {split: rank for rank, split in enumerate(_STRICTEST)}
@@ -228,7 +231,7 @@ class SplitRecord:
         unknown: list[int] = []
         for row, (name, content) in enumerate(zip(names, found, strict=True)):
             empty = content is None or not content.strip(";")
-            then = self._exact(name, content) if own or not empty else None
+            then = self._exact(name, content, own) if own or not empty else None
             if then is None and not empty:
                 then = self._strictest(alike(str(content)))
                 if then is None:

@@ -68,7 +68,7 @@ class TestRecognition:
 
 
 SLIDES = (
-    *("kinds", "labels", "tasks", "ignore", "metadata", "patient", "missing"),
+    *("kinds", "labels", "tasks", "ignore", "metadata", "patient", "missing", "partial"),
     *("splits", "fold", "val_share", "test_share", "class_weights"),
     *("views", "mpp", "match", "tolerance", "skip_bad", "read_timeout"),
 )

@@ -27,6 +27,7 @@ class OpenedSlides:
         no_table: why there is none.
         split_files: CLAM's split files.
         skipped: what has been skipped so far.
+        partial: whether split files may name bags that are not there.
     """
 
     path: str
@@ -36,10 +37,11 @@ class OpenedSlides:
     no_table: str
     split_files: list[Path]
     skipped: Skipped
+    partial: bool
 
     def read_split(self, file: Path) -> dict[str, IntArray]:
         """The parts that one of the split files names."""
-        return read_split(file, self.index, self.skipped)
+        return read_split(file, self.index, Skipped(True) if self.partial else self.skipped)
 
 
 def find_splits(path: Path) -> Path | None:
@@ -76,7 +78,8 @@ def open_slides(path: str, labels: LabelOptions, splits: str | None, files: File
         table.meet(dict.fromkeys(index.names, ()))
     else:
         index = FileIndex(where, files, table.meet, skipped)
-    return OpenedSlides(path, index, *table.rows_of(index, skipped), _split_files(where, splits, index), skipped)
+    found = table.rows_of(index, skipped)
+    return OpenedSlides(path, index, *found, _split_files(where, splits, index), skipped, labels.partial)
 
 
 def _split_files(path: Path, given: str | None, index: SlideIndex) -> list[Path]:

@@ -28,6 +28,7 @@ class LabelOptions:
         patient: the column of patients, where its name does not say so.
         missing: texts that mean a missing value, beside those that always do (docs/data.md).
         metadata: columns of numbers that are known of a bag (an age, a magnification) and condition the model.
+        partial: whether the table and split files may name bags that are not there; else that is a fault.
     """
 
     kinds: KindOverrides | None = None
@@ -37,6 +38,7 @@ class LabelOptions:
     metadata: Sequence[str] = ()
     patient: str | None = option(None, local=True)
     missing: Sequence[str] = ()
+    partial: bool = option(False, local=True)
 
 
 class LabelFile:
@@ -86,7 +88,7 @@ class LabelFile:
             check_pixel_size(f"{table.where}: slide {name!r}: mpp", text) if text else math.nan
             for name, text in zip(table.names, table.pixel_sizes, strict=True)
         ]
-        rows = match_names(table, _Names(list(folders)), self._bags, Skipped(True))
+        rows = match_names(table, _Names(list(folders)), self._bags, Skipped(True), Skipped(True))
         return [math.nan if row is None else said[row] for row in rows]
 
     def rows_of(self, bags: Bags, report: Report) -> tuple[LabelTable | None, list[int | None], str]:
@@ -100,8 +102,9 @@ class LabelFile:
             return None, nothing, self._nothing_found()
         strangers = unmatched(self._table, bags)
         if strangers is None:
-            return self._table, match_names(self._table, bags, self._bags, report), ""
-        if not self._beside:
+            absent = Skipped(True) if self._options.partial else report
+            return self._table, match_names(self._table, bags, self._bags, report, absent), ""
+        if not self._beside and not self._options.partial:
             raise DataError(strangers)
         return None, nothing, strangers  # of another directory's bags, it seems
 

@@ -132,10 +132,12 @@ def _parts(table: Table, column: str | None, names: Sequence[str], texts: Sequen
     return None if texts is None else parts
 
 
-def match_names(table: LabelTable, bags: Bags, files: BagFiles, report: Report) -> list[int | None]:
+def match_names(
+    table: LabelTable, bags: Bags, files: BagFiles, report: Report, absent: Report
+) -> list[int | None]:
     """For every bag the row of its labels, None where there is none.
 
-    Reports labels for bags that are missing, and bags with more than one row.
+    Reports bags with more than one row, and, to `absent`, labels for bags that are missing.
 
     Raises:
         DataError: names that are written in another way than those of the bags.
@@ -157,7 +159,7 @@ def match_names(table: LabelTable, bags: Bags, files: BagFiles, report: Report) 
             report(f"{table.where}: slide {names[bag]!r}: expected one row, got another in row {line}")
     if missing:
         _check_writing(table, index, missing)
-        report(_missing_line(table, index, missing))
+        absent(_missing_line(table, index, missing))
     return rows
 
 
