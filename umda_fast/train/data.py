@@ -204,7 +204,7 @@ def _load_again(
     run: Run, source: str | None, own: bool, format: str | None, tasks: Sequence[TaskSpec], skip_bad: bool
 ) -> Splits:
     """The run's own data or another source, read as the run read its own."""
-    data = located(run.config.data, run.directory) if own else run.config.data
+    data = located(run.config.data, run.directory, options_only=not own)
     where = source if source is not None and not own else data.source
     kind = find_format(where, format if source is not None else data.format)
     understood = kind.options()

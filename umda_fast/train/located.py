@@ -41,18 +41,22 @@ def _candidates(data: DataConfig, run: Path, text: str) -> list[str]:
     return list(dict.fromkeys(places))
 
 
-def located(data: DataConfig, run: Path, advice: str = "say with --data where the bags are now") -> DataConfig:
+def located(
+    data: DataConfig, run: Path, advice: str = "say with --data where the bags are now", *, options_only: bool = False
+) -> DataConfig:
     """`data` of the run in the directory `run` with what it names where it is now.
 
     Tried in this order: where it was when the run began, the same place as seen from the run directory (both may have
     been moved), as it was named from the working directory, and from the run directory. Says on standard error if it
-    is not the first. `advice` is what to do if it is in none.
+    is not the first. `advice` is what to do if it is in none; with `options_only` the source does not matter.
 
     Raises:
         DataError: the source is in none of them.
     """
     source, options = data.source, dict(data.options)
     for name, text in _named(data):
+        if name is None and options_only:
+            continue
         places = _candidates(data, run, text)
         found = next((place for place in places if os.path.exists(place)), None)
         if found is None and name is None:

@@ -84,7 +84,7 @@ OPTIONS = {
     "mmimdb": ("views", "kinds", "val_share", "test_share", "class_weights"),
     "slides": SLIDES,
 }
-LOCAL = {"slides": ("labels", "tasks", "ignore", "patient", "splits", "fold", "mpp"), "films": ("text",)}
+LOCAL = {"slides": ("labels", "tasks", "ignore", "patient", "partial", "splits", "fold", "mpp"), "films": ("text",)}
 LOCAL["pack"] = LOCAL["slides"]
 
 
