@@ -10,10 +10,8 @@ missing, runs out of memory or out of time is a line of the report. ``--device c
 It writes ``DIR/gpu_suite.json`` and ``DIR/gpu_suite.html``, after every section anew, and on a GPU ``DIR/sections``:
 the records of every process as they come, should the suite itself be killed. The JSON (seconds and bytes throughout)::
 
-    schema      1
-    machine     device, name, capability, multiprocessors, memory_bytes, l2_bytes, driver, processor, cores, threads
-    versions    python, torch, cuda, triton, umda_fast, and the optional packages (null: not installed)
-    git         commit, clean (null outside a checkout)
+    schema, versions, commit, time   as of `umda_fast.runtime.provenance`; JSON schema: umda_fast/schemas/bench.json
+    machine     as there, and device, name, capability, multiprocessors, memory_bytes, l2_bytes, driver
     run         profile (quick | cpu | cuda), ops, began (UTC), seconds, budget_seconds
     rates       copy (bytes/s, read + written), bfloat16, tf32, float32 (FLOP/s of a matrix product), and the summary
                 of each under "measured"
@@ -55,9 +53,9 @@ from umda_fast.ops import backend_status
 from umda_fast.ops._dispatch import reasons_against
 from umda_fast.parity import DTYPES
 from umda_fast.parity.cases import all_cases, dtype_name
+from umda_fast.runtime.provenance import machine, stamped
 
 from .aims import judge
-from .machine import git, versions
 from .measure import Clock
 from .processes import Here, Processes, run_section
 from .report import write_html
@@ -143,11 +141,8 @@ def run(
     here: Here | Processes = Processes(folder=folder) if isolate else Here()
     beside = Processes(max(1, min(8, (os.cpu_count() or 2) // 2)), folder) if isolate else here
 
-    result: Record = {
-        "schema": 1,
-        "machine": {"device": device},
-        "versions": versions(),
-        "git": git(),
+    content: Record = {
+        "machine": {**machine(), "device": device},
         "run": {
             "profile": profile,
             "ops": wanted,
@@ -168,6 +163,7 @@ def run(
         "notes": [],
         "passed": False,
     }
+    result: Record = stamped("bench", content)
     crashed = False
 
     def take(tasks: Sequence[Task], runner: Here | Processes, what: str) -> None:

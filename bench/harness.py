@@ -8,7 +8,6 @@ import argparse
 import atexit
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from umda_fast.heap import keep_freed_pages
 from umda_fast.parity.rule import allowed_error, error_of
+from umda_fast.runtime.provenance import processor
 
 Contender = Callable[[], object]
 
@@ -88,15 +88,6 @@ def start(options: argparse.Namespace) -> argparse.Namespace:
 def arguments(description: str) -> argparse.Namespace:
     """`parser`, parsed, and `start`."""
     return start(parser(description).parse_args())
-
-
-def processor() -> str:
-    """What the system calls the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), platform.processor())
 
 
 def medians(contenders: Mapping[str, Contender], repeats: int) -> dict[str, Seconds]:

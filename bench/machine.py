@@ -1,17 +1,13 @@
 """The machine a benchmark runs on: what it is, with which software, how fast it copies and multiplies."""
 
-import os
-import platform
 import subprocess
-from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .harness import processor
+from umda_fast.runtime import provenance
+
 from .measure import Timer, summary
 
 Record = dict[str, Any]
@@ -20,11 +16,9 @@ Record = dict[str, Any]
 def machine(device: torch.device) -> Record:
     """Name and sizes of the device and its host."""
     found: Record = {
+        **provenance.machine(),
         "device": str(device),
-        "name": processor(),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "name": provenance.processor(),
         "capability": None,
         "multiprocessors": None,
         "memory_bytes": None,
@@ -39,38 +33,19 @@ def machine(device: torch.device) -> Record:
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "l2_bytes": getattr(properties, "L2_cache_size", None),
-            "driver": output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+            "driver": driver(),
         }
     return found
 
 
-def output_of(command: Sequence[str]) -> str | None:
-    """First line that a command prints, None where it fails."""
-    folder = Path(__file__).resolve().parent
+def driver() -> str | None:
+    """Version of the GPU's driver, None where it cannot be asked."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, cwd=folder)
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip().split("\n")[0]
-
-
-def versions() -> Record:
-    """What everything here was run with."""
-    found: Record = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in ("torch", "triton", "umda_fast", "torch_geometric", "torchjd", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    found["torch"] = torch.__version__
-    return found
-
-
-def git() -> Record:
-    """The commit that was checked out, and whether anything differs from it."""
-    commit = output_of(["git", "rev-parse", "HEAD"])
-    clean = None if commit is None else output_of(["git", "status", "--porcelain", "--untracked-files=no"]) == ""
-    return {"commit": commit, "clean": clean}
 
 
 def measure_rates(timer: Timer, device: torch.device, profile: str) -> Record:

@@ -40,11 +40,11 @@ def render(result: Mapping[str, Any]) -> str:
     """The page."""
     machine, run = result["machine"], result["run"]
     took = "" if run["seconds"] is None else f", {run['seconds']:.0f} s"
-    changed = "" if result["git"]["clean"] in (True, None) else " and changes"
+    changed = "" if result["commit"]["clean"] in (True, None) else " and changes"
     title = f"umda_fast on {machine.get('name', machine['device'])}"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p class='soft'>{escape(run['began'])}, commit {escape(str(result['git']['commit'] or 'unknown'))}"
+        f"<p class='soft'>{escape(run['began'])}, commit {escape(str(result['commit']['hash'] or 'unknown'))}"
         f"{changed}, profile {escape(run['profile'])}{took}</p>",
         "<p class='good'>Everything passed.</p>"
         if result["passed"]
@@ -100,8 +100,9 @@ def _aims(aims: Sequence[Mapping[str, Any]]) -> str:
 
 def _machine(result: Mapping[str, Any]) -> str:
     rates = result["rates"]
-    rows = [(name.replace("_", " "), str(value)) for name, value in result["machine"].items() if value is not None]
-    rows += [(f"version of {name}", str(value or "not installed")) for name, value in result["versions"].items()]
+    said = {name: value for name, value in result["machine"].items() if value is not None and name != "devices"}
+    rows = [(name.replace("_", " "), str(value)) for name, value in said.items()]
+    rows += [(f"version of {name}", value) for name, value in result["versions"].items()]
     if rates:
         rows.append(("copy, read + written", f"{rates['copy'] / 1e9:,.0f} GB/s"))
         rows += [(f"matrix product, {x}", f"{rates[x] / 1e12:,.2f} TFLOP/s") for x in ("bfloat16", "tf32", "float32")]

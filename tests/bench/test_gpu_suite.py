@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.written import read_json
 from umda_fast import ops
 from umda_fast.bench import capture, gpu_suite
 from umda_fast.bench.aims import AIMS, judge
@@ -41,8 +42,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(written: Path) -> Result:
-    found: Result = json.loads((written / "gpu_suite.json").read_text())
-    return found
+    return read_json(written / "gpu_suite.json", "bench")
 
 
 def test_every_operation_is_checked_and_timed(result: Result) -> None:

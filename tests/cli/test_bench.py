@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.command_line import call
+from tests.written import read_json
 from umda_fast import ops
 
 
@@ -27,7 +28,7 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "combine_task_gradients" in out
     assert "% of the floor" in out
     assert "machine: " in err
-    result = json.loads(table.read_text())
+    result = read_json(table, "bench")
     assert {x["op"] for x in result["timings"]} == {"combine_task_gradients"}
     assert result["passed"]
     assert page.read_text().startswith("<!DOCTYPE html>")

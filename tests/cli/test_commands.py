@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.command_line import call
+from tests.written import read_json
 from umda_fast.cli import main
 from umda_fast.cli.app import COMMANDS
 from umda_fast.errors import DataError
@@ -102,9 +103,9 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
     records = read_metrics(run / "metrics.jsonl")
     assert {record["kind"] for record in records} == {"inputs", "step", "epoch"}
 
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = read_json(run / "metrics.json", "metrics")
     keys = "seed data tasks mean_score skill view_consistency gradient_variance conflict_share outlier_tasks seconds"
-    keys += " instances_per_second peak_memory_mb processes versions backend linear"
+    keys += " instances_per_second peak_memory_mb processes versions backend linear schema commit machine time"
     assert set(metrics) == set(keys.split())
     assert set(metrics["tasks"]) == {"has_nine", "largest", "present", "mean"}
     assert set(metrics["tasks"]["has_nine"]) == {"auroc", "accuracy"}
@@ -119,7 +120,7 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
 
 def test_evaluate_repeats_the_run_s_own_figures(run: Path, tmp_path: Path) -> None:
     assert call("evaluate", run, "--json", tmp_path / "scores.json", "--quiet") == 0
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    scores = read_json(tmp_path / "scores.json", "evaluate")
     metrics = json.loads((run / "metrics.json").read_text())
     assert scores["tasks"] == metrics["tasks"]
     assert scores["mean_score"] == metrics["mean_score"]
@@ -155,7 +156,7 @@ def test_crossval_keeps_finished_folds(slides: Path, config: Path, tmp_path: Pat
     own = ["--data", slides, "--config", config, "--folds", 2, "--repeats", 2, "--epochs", 1]
     own += ["--set=data.options={}", "--out", tmp_path / "cv", "--quiet"]
     assert call("crossval", *own) == 0
-    report = json.loads((tmp_path / "cv" / "crossval.json").read_text())
+    report = read_json(tmp_path / "cv" / "crossval.json", "crossval")
     assert [(entry["repeat"], entry["fold"]) for entry in report["results"]] == [
         (0, 0),
         (0, 1),
@@ -182,14 +183,14 @@ def test_inspect(slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     for word in ("stain", "texture", "grade", "multiclass", "age", "regression", "coordinates"):
         assert word in shown
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = read_json(tmp_path / "report.json", "inspect")
     assert sum(report["bags"].values()) == 30
 
 
 def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert call("info", "--json", tmp_path / "info.json") == 0
     assert "backend reference" in capsys.readouterr().out
-    report = json.loads((tmp_path / "info.json").read_text())
+    report = read_json(tmp_path / "info.json", "info")
     assert report["backends"]["reference"] is None
     assert report["versions"]["torch"]
 
@@ -263,18 +264,3 @@ def test_a_missing_extra_is_named(
     assert call("predict", run, *own) == 1
     assert "pip install 'umda_fast[io]'" in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()
-
-
-@pytest.mark.parametrize("verdict", ["pass", "fail"])
-def test_parity_exits_with_1_if_one_fails(
-    verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    row = {"op": "bag_pool", "backend": "cpp", "error": 1e-7, "allowed": 2e-7, "verdict": "pass"}
-    other = {**row, "backend": "reference", "verdict": verdict}
-    report = {"rows": [row, other], "passed": verdict == "pass"}
-    monkeypatch.setattr("umda_fast.parity.run_parity", lambda device: report, raising=False)
-    assert call("parity", "--json", tmp_path / "parity.json") == (0 if verdict == "pass" else 1)
-    shown = capsys.readouterr().out
-    assert f"{2 if verdict == 'pass' else 1} of 2 passed" in shown
-    assert "2e-07" in shown
-    assert json.loads((tmp_path / "parity.json").read_text()) == report

@@ -1,11 +1,11 @@
 """`umda-fast compare` as a user calls it."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.command_line import call
+from tests.written import read_json
 
 SMALL = "{train_bags: 20, val_bags: 12, test_bags: 12}"
 
@@ -17,7 +17,7 @@ def test_compare_prints_and_leaves_the_table(tmp_path: Path, capsys: pytest.Capt
     shown = capsys.readouterr().out
     for text in ("mean_pooling", "late_fusion", "has_nine (auroc)", "parameters"):
         assert text in shown
-    report = json.loads((tmp_path / "c" / "compare.json").read_text())
+    report = read_json(tmp_path / "c" / "compare.json", "compare")
     assert f"{report['models']['late_fusion']['mean_score']['mean']:.4f}" in shown
     assert (tmp_path / "c" / "compare.md").read_text().count("\n") == 4
 

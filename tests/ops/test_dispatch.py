@@ -17,6 +17,8 @@ from umda_fast.ops import (
     bag_attention_pool,
     cross_view_attention,
     get_backend,
+    norm_linear,
+    prefer_backend,
     set_backend,
     use_backend,
 )
@@ -181,3 +183,35 @@ def test_triton_in_its_interpreter() -> None:
 
 def test_the_libraries_lie_beside_the_package() -> None:
     assert (Path(_library.__file__).parents[1] / "_C.abi3.so").is_file()
+
+
+def test_a_default_leaves_library_calls_to_pytorch_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.randn(3, 4), torch.randn(5, 4)
+
+    def layer(backend: str | None = None) -> torch.Tensor:
+        return norm_linear(x, torch.ones(4), torch.zeros(4), weight, backend=backend)[0]
+
+    with use_backend("cpp"):
+        torch.testing.assert_close(layer(), layer("reference"))
+        layer()
+        assert backends_used()["norm_linear"] == "composition"
+        with pytest.raises(BackendUnavailableError, match="norm_linear has no CPU kernel"):
+            layer("cpp")
+        monkeypatch.setattr(_library, "cpp_status", "it was not built")
+        with pytest.raises(BackendUnavailableError, match="cannot serve norm_linear: it was not built"):
+            layer()
+        monkeypatch.setattr(_library, "cpp_status", None)
+    with use_backend("cpp", strict=True), pytest.raises(BackendUnavailableError, match="norm_linear has no CPU kernel"):
+        layer()
+    with use_backend("cuda"), pytest.raises(BackendUnavailableError, match="it serves cuda tensors"):
+        layer()
+
+
+def test_a_preference_of_auto_keeps_the_default() -> None:
+    with use_backend("reference"), prefer_backend("auto"):
+        assert get_backend() == "reference"
+    with use_backend("reference"), prefer_backend("cpp"):
+        assert get_backend() == "cpp"
+    with use_backend("cpp", strict=True), prefer_backend("auto"), pytest.raises(BackendUnavailableError):
+        norm_linear(torch.randn(2, 4), torch.ones(4), torch.zeros(4), torch.randn(3, 4))
+    assert get_backend() == "auto"

@@ -10,6 +10,7 @@ import torch
 
 from tests.small import small_config, small_data
 from tests.train.cohort import Cohort, cohort_config
+from tests.written import read_json
 from umda_fast.data import SPLITS, BagDataset, collate
 from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec
@@ -81,6 +82,7 @@ def test_the_adapted_run_is_a_run(run: Run, tmp_path: Path) -> None:
     assert result is not None
     assert result.tasks["light"]["r2"] > 0.9
     assert result.tasks["bright"]["auroc"] > 0.9
+    read_json(tmp_path / "adapted" / "metrics.json", "metrics")
     again = load_run(tmp_path / "adapted")
     for name, value in again.model.trunk.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -98,7 +98,8 @@ def test_it_always_has_the_same_keys(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.log.write_text("")
     assert list(made(run)) == [
+        "schema", "versions", "commit", "machine", "time",
         "seed", "data", "tasks", "mean_score", "skill", "view_consistency", "gradient_variance", "conflict_share",
         "outlier_tasks", "linear", "seconds", "instances_per_second", "peak_memory_mb", "processes",
-        "versions", "backend",
+        "backend",
     ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from umda_fast.cli.common import named
 from umda_fast.cli.options import JsonFile, Quiet
 
 EXAMPLE = "umda-fast bench --device cuda --ops cross_view,knn --report bench.html"
@@ -38,7 +39,7 @@ def bench(
     from umda_fast.cli.render import make_console
     from umda_fast.errors import DataError
 
-    wanted = None if ops is None else [name.strip() for name in ops.split(",") if name.strip()]
+    wanted = named(ops)
     known = timed_operations()
     wrong = sorted(set(wanted or ()) - set(known))
     if wrong:

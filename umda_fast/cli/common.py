@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ __all__ = [
     "keep_pages",
     "load_runs",
     "load_settings",
+    "named",
     "number",
     "save_json",
     "source_options",
@@ -31,7 +32,7 @@ def values(
 ) -> dict[str, Any]:
     """The part of a configuration that options of their own stand for; what was not given is absent."""
     data = {"source": bags.data, "format": bags.format, "options": {"skip_bad": skip_bad or None}}
-    computed = {"device": computing.device, "backend": computing.backend, "seed": seed}
+    computed = {**computing.given(), "seed": seed}
     return _given({**computed, "data": data, "train": {"epochs": epochs}})
 
 
@@ -82,12 +83,18 @@ def source_options(set_: Sequence[str] | None, skip_bad: bool) -> dict[str, Any]
     return {**options, "skip_bad": True} if skip_bad else options
 
 
-def save_json(path: Path | None, result: Any) -> None:
-    """What `--json` asks for."""
+def save_json(path: Path | None, name: str, result: Mapping[str, Any]) -> None:
+    """What `--json` asks for, under the schema of that name."""
     if path is not None:
         from umda_fast.files import write_json
+        from umda_fast.runtime.provenance import stamped
 
-        write_json(path, result)
+        write_json(path, stamped(name, result))
+
+
+def named(names: str | None) -> list[str] | None:
+    """The names of an option that takes several, separated by commas; None where it was not given."""
+    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
 def number(value: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.common import directory_of, keep_pages, load_settings, values
+from umda_fast.cli.common import directory_of, keep_pages, load_settings, named, values
 from umda_fast.cli.options import Bags, Computing, Configuration, Epochs, Quiet, out_option, seed_option
 
 EXAMPLE = "umda-fast compare --data slides.npz --models umda,gated_attention,late_fusion --seeds 3"
@@ -41,7 +41,7 @@ def compare(
     settings = load_settings(configuration, values(bags, computing, seed=seed, epochs=epochs))
     directory = directory_of("compare", out, settings)
     keep_pages()
-    names = tuple(ARCHITECTURES) if models is None else tuple(name.strip() for name in models.split(","))
+    names = tuple(ARCHITECTURES) if models is None else tuple(named(models) or ())
     result = compare_models(settings, directory, models=names, seeds=seeds, folds=folds, progress=not quiet)
     console = make_console()
     console.print(comparison_table(result))

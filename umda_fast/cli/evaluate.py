@@ -42,4 +42,4 @@ def evaluate(
         "mean_score": result.mean_score,
         "view_consistency": result.view_consistency,
     }
-    save_json(json, report)
+    save_json(json, "evaluate", report)

@@ -14,4 +14,4 @@ def info(*, json: JsonFile = None) -> None:
 
     report = collect_info()
     print_info(make_console(), report)
-    save_json(json, report)
+    save_json(json, "info", report)

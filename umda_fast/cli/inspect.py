@@ -34,6 +34,6 @@ def inspect(
     report = inspect_splits(splits, source, find_format(source, format).name)
     scaling = [str(view) for view in view_scalings(splits["train"])]
     print_inspection(make_console(), report, scaling)
-    save_json(json, {**asdict(report), "scaling": scaling})
+    save_json(json, "inspect", {**asdict(report), "scaling": scaling})
     if report.faults:
         raise typer.Exit(2)

@@ -117,9 +117,18 @@ class Computing:
     device: Device = None
     backend: Backend = None
 
+    def given(self) -> dict[str, Any]:
+        """Values of a configuration, None where nothing was given."""
+        if self.backend == "auto":
+            # Elsewhere `auto` leaves it to the environment; on this line it was asked for.
+            from umda_fast.ops import set_backend
+
+            set_backend("auto")
+        return {"device": self.device, "backend": self.backend}
+
     def arguments(self) -> dict[str, Any]:
         """As the functions that use a trained model take them."""
-        return {"device": self.device or "auto", "backend": self.backend or "auto"}
+        return {name: value or "auto" for name, value in self.given().items()}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,47 +108,38 @@ def crossval_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def parity_table(report: Mapping[str, Any]) -> tuple[Table, bool]:
-    """The table of a parity report, failures in bold, and whether all passed.
+def parity_table(report: Mapping[str, Any]) -> Table:
+    """The rows of a parity report, failures in bold.
 
     Args:
-        report: `rows`, a list of mappings with the same keys, one of which, `verdict`, is `pass` for what
-            passed (or says why it was not run); `passed`, whether nothing failed.
+        report: `rows`, a list of mappings with the same keys, one of which, `verdict`, is `pass` for what passed (or
+            says why it was not run).
     """
     rows = report["rows"]
     verdicts = [str(row["verdict"]) for row in rows]
-    passed = bool(report["passed"])
     count = sum(verdict == "pass" for verdict in verdicts)
-    table = Table(
-        title=f"Parity with the float64 reference: {count} of {len(rows)} passed", title_justify="left"
-    )
-    columns = list(rows[0]) if rows else []
+    table = Table(title=f"Parity with the float64 reference: {count} of {len(rows)} passed", title_justify="left")
+    columns = [column for column in rows[0] if any(row[column] for row in rows)] if rows else []
     for column in columns:
         number = all(isinstance(row[column], float) for row in rows)
         table.add_column(column.replace("_", " "), justify="right" if number else "left")
     for row, verdict in zip(rows, verdicts, strict=True):
-        cells = [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c] or "-") for c in columns]
+        cells = [f"{row[c]:.3g}" if isinstance(row[c], float) else escape(str(row[c] or "-")) for c in columns]
         table.add_row(*cells, style="bold red" if verdict == "fail" else None)
-    return table, passed
+    return table
 
 
 def collect_info() -> dict[str, Any]:
     """Versions, devices and backends as plain values."""
-    import torch
-
     from umda_fast import ops
-    from umda_fast.train.summary import versions
+    from umda_fast.runtime.provenance import machine, versions
 
-    name = platform.processor() or platform.machine()
-    devices = [f"cpu: {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            memory = properties.total_memory / 2**30
-            devices.append(
-                f"cuda:{index}: {properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}"
-            )
-    return {"versions": versions(), "devices": devices, "backends": ops.backend_status()}
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "backends": ops.backend_status(),
+        "default_backend": ops.get_backend(),
+    }
 
 
 def print_info(console: Console, report: Mapping[str, Any]) -> None:
@@ -158,10 +147,15 @@ def print_info(console: Console, report: Mapping[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     for name, version in report["versions"].items():
         table.add_row(name, version)
-    for device in report["devices"]:
-        table.add_row("device", device)
+    host = report["machine"]
+    table.add_row("device", f"cpu: {host['processor']}, {host['cores']} cores, {host['threads']} threads")
+    for index, device in enumerate(host["devices"]):
+        memory = f"{device['memory_bytes'] / 2**30:.0f} GiB"
+        table.add_row("device", f"cuda:{index}: {device['name']}, {memory}, {device['capability']}")
     for backend, reason in report["backends"].items():
         table.add_row(f"backend {backend}", "available" if reason is None else f"not available: {reason}")
+    if report["default_backend"] != "auto":
+        table.add_row("UMDA_FAST_BACKEND", report["default_backend"])
     console.print(table)
 
 

@@ -5,6 +5,7 @@ from umda_fast.ops._dispatch import (
     backend_status,
     backends_used,
     get_backend,
+    prefer_backend,
     set_backend,
     use_backend,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "neighbor_attention",
     "neighbor_sum",
     "norm_linear",
+    "prefer_backend",
     "representation_gram",
     "set_backend",
     "share_checks",

@@ -1,7 +1,9 @@
 """Which implementation serves a call: ``auto | reference | cpp | triton | cuda``.
 
 ``auto`` takes the native kernel of the tensor's device where there is one for the dtype, and the reference
-otherwise. A backend named explicitly serves the call or raises; it never falls back in silence.
+otherwise. A backend named explicitly serves the call or raises; it never falls back in silence. One exception, for the
+process default only: what a backend has no kernel for and the reference composes from library calls (a matrix product,
+a layer norm) is served by that composition. `backends_used` says so, and a ``strict`` default refuses it.
 
 Native kernels have the derivative of first order that ``Tensor.backward`` asks for. Where a call is differentiated in
 another way that is known when it is made (forward mode, and what `torch.func` differentiates: ``grad``, ``vjp``,
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from umda_fast.errors import BackendUnavailableError
+from umda_fast.errors import BackendUnavailableError, DataError
 from umda_fast.ops import _library
 from umda_fast.ops._derivatives import beyond_backward
 
@@ -27,6 +29,8 @@ _ENVIRONMENT = "UMDA_FAST_BACKEND"
 _NATIVE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 #: Operations whose reference plans on the host.
 _READING = {"knn", "cross_view_tokens"}
+#: Operations whose reference is library calls, as good as a kernel where the matrix product is all that counts.
+_COMPOSED = {"norm_linear", "linear_residual"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KEYS = {"cpp": ("cpu", "CPU"), "cuda": ("cuda", "CUDA")}
 
@@ -34,29 +38,31 @@ _KEYS = {"cpp": ("cpu", "CPU"), "cuda": ("cuda", "CUDA")}
 @dataclass
 class _State:
     default: str = "auto"
+    strict: bool = False
 
 
 def _check_name(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise DataError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
-_state = _State(_check_name(os.environ.get(_ENVIRONMENT, "auto"), _ENVIRONMENT))
+_state = _State(_check_name(os.environ.get(_ENVIRONMENT) or "auto", _ENVIRONMENT))
 _used: dict[str, str] = {}
 
 
-def set_backend(name: str) -> None:
+def set_backend(name: str, *, strict: bool = False) -> None:
     """Set the process default, used by every call that names no backend.
 
     Args:
         name: ``auto``, ``reference``, ``cpp``, ``triton`` or ``cuda``. It starts as the environment variable
             ``UMDA_FAST_BACKEND``, or ``auto``.
+        strict: a native backend also refuses what it leaves to PyTorch's library calls.
 
     Raises:
-        ValueError: another name.
+        DataError: another name. (It is a ValueError.)
     """
-    _state.default = _check_name(name, "backend")
+    _state.default, _state.strict = _check_name(name, "backend"), strict
 
 
 def get_backend() -> str:
@@ -65,14 +71,27 @@ def get_backend() -> str:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Set the process default inside a ``with`` block. Raises ValueError as `set_backend` does."""
-    before = _state.default
-    set_backend(name)
+def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
+    """Set the process default inside a ``with`` block. Raises as `set_backend` does."""
+    before = _state.default, _state.strict
+    set_backend(name, strict=strict)
     try:
         yield
     finally:
-        _state.default = before
+        _state.default, _state.strict = before
+
+
+@contextmanager
+def prefer_backend(name: str, *, strict: bool = False) -> Iterator[None]:
+    """As `use_backend`, for a setting in which ``auto`` means that nothing was asked for: the process default, which
+    `set_backend` or the environment variable may have chosen, then stays."""
+    undecided = _check_name(name, "backend") == "auto"
+    with use_backend(_state.default if undecided else name, strict=strict or (undecided and _state.strict)):
+        yield
+
+
+def _no_kernel(op: str, backend: str) -> str:
+    return f"{op} has no {'Triton' if backend == 'triton' else _KEYS[backend][1]} kernel"
 
 
 def reasons_against(op: str, backend: str, device: str, dtype: torch.dtype) -> list[str]:
@@ -82,7 +101,7 @@ def reasons_against(op: str, backend: str, device: str, dtype: torch.dtype) -> l
     reasons = []
     if backend == "triton":
         if not _library.has_triton(op):
-            reasons.append(f"{op} has no Triton kernel")
+            reasons.append(_no_kernel(op, backend))
         if _library.triton_status is not None:
             reasons.append(_library.triton_status)
         if device != "cuda" and not _library.TRITON_INTERPRETED:
@@ -95,7 +114,7 @@ def reasons_against(op: str, backend: str, device: str, dtype: torch.dtype) -> l
         if status is not None:
             reasons.append(status)
         elif not _library.has_kernel(op, key):
-            reasons.append(f"{op} has no {key} kernel")
+            reasons.append(_no_kernel(op, backend))
         if device != wanted:
             reasons.append(f"it serves {wanted} tensors, these are on {device}")
     if dtype.is_floating_point and dtype not in _DTYPES:  # a graph alone has no features
@@ -129,7 +148,7 @@ def resolve(op: str, tensor: Tensor, backend: str | None, inputs: Sequence[Tenso
         A backend, or ``meta``: the operation's schema, for tensors without values.
 
     Raises:
-        ValueError: an unknown name.
+        DataError: an unknown name.
         BackendUnavailableError: a backend named explicitly (in the call, or as the process default) that
             cannot serve the call.
     """
@@ -150,6 +169,10 @@ def resolve(op: str, tensor: Tensor, backend: str | None, inputs: Sequence[Tenso
                 'backend="reference" has both'
             )
         if reasons:
+            left = backend is None and not _state.strict and op in _COMPOSED
+            if left and reasons == [_no_kernel(op, wanted)]:
+                _used[op] = "composition"
+                return "reference"
             raise BackendUnavailableError(f"backend {wanted!r} cannot serve {op}: {'; '.join(reasons)}")
         chosen = wanted
     _used[op] = chosen
@@ -162,7 +185,7 @@ def native(op: str, backend: str) -> str:
 
 
 def backends_used() -> dict[str, str]:
-    """For every operation called so far in this process: the backend that served it last."""
+    """For every operation called so far in this process: the backend that served it last, or ``composition``."""
     return dict(sorted(_used.items()))
 
 

@@ -43,8 +43,9 @@ def run_parity(
     Returns:
         ``rows``: per case one mapping for the outputs and one for the gradients, with ``op``, ``backend``,
         ``dtype``, ``shape``, ``pass`` (forward or backward), ``tensor`` (the one nearest to its limit), ``error``,
-        ``allowed`` and ``verdict``: ``pass``, ``fail``, or ``unavailable: ...`` where a backend cannot serve an
-        operation (then once for all of its shapes, error and allowed None). ``passed``: no verdict is ``fail``.
+        ``allowed``, ``verdict``: ``pass``, ``fail``, or ``unavailable: ...`` where a backend cannot serve an operation
+        (then once for all of its shapes, error and allowed None), and ``detail``: what a case raised, else empty.
+        ``passed``: no verdict is ``fail``; nothing need have been tested (`umda_fast.parity.check` asks that).
     """
     rows: list[dict[str, Any]] = []
     known = all_cases() if cases is None else cases
@@ -59,13 +60,22 @@ def run_parity(
             reasons = reasons_against(case.op, backend, kind, torch.float32)
             if not reasons:
                 for dtype in dtypes if case.storage else (torch.float32,):
-                    rows += judge(case, backend, dtype, device)
+                    rows += _judged(case, backend, dtype, device)
             elif case.op not in told:
                 told.add(case.op)
                 rows.append(
                     _row(case.op, backend, "-", "-", "-", "-", None, None, f"unavailable: {'; '.join(reasons)}")
                 )
     return {"device": device, "rows": rows, "passed": all(row["verdict"] != "fail" for row in rows)}
+
+
+def _judged(case: Case, backend: str, dtype: torch.dtype, device: str) -> list[dict[str, Any]]:
+    """`judge`, where a case that raises has failed."""
+    try:
+        return judge(case, backend, dtype, device)
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+        return [_row(case.op, backend, dtype_name(dtype), case.shape, "-", "-", None, None, "fail", said)]
 
 
 def judge(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[dict[str, Any]]:
@@ -102,6 +112,7 @@ def _row(
     error: float | None,
     allowed: float | None,
     verdict: str,
+    detail: str = "",
 ) -> dict[str, Any]:
     return {
         "op": op,
@@ -113,4 +124,5 @@ def _row(
         "error": error,
         "allowed": allowed,
         "verdict": verdict,
+        "detail": detail,
     }

@@ -178,6 +178,9 @@ class RunConfig(_Section):
     device: Device = "auto"
     precision: Precision = "32-true"
     backend: Backend = "auto"
+    """Who computes the operations; `auto` leaves it to `UMDA_FAST_BACKEND`, and else to what the device has."""
+    strict_backend: bool = False
+    """Whether a backend that is named also refuses the layers that it leaves to PyTorch's library calls."""
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
     """`architecture` (umda, or a name in `umda_fast.model.baselines.BASELINES`) and its options: the fields of the

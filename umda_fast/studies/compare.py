@@ -11,7 +11,8 @@ from typing import Any
 from umda_fast.data import BagDataset
 from umda_fast.files import json_ready, write_json, write_text
 from umda_fast.runtime.config import ARCHITECTURES, ConfigError, RunConfig, as_dict, make_config
-from umda_fast.studies.crossval import check_settings, figures, finished_run
+from umda_fast.runtime.provenance import stamped
+from umda_fast.studies.crossval import check_settings, comparable, figures, finished_run
 from umda_fast.studies.folds import kept_folds
 from umda_fast.tasks import kind_of
 from umda_fast.train.build import build_model
@@ -75,7 +76,7 @@ def compare_models(
     settings = {
         "source": config.data.source,
         "folds": folds,
-        "config": json_ready({**as_dict(config), "device": None, "backend": None}),
+        "config": comparable(config),
     }
     check_settings(directory / "compare.json", settings, "a comparison")
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
@@ -93,7 +94,7 @@ def compare_models(
                 model = build_model(run_config, parts["train"])
                 parameters[name] = sum(parameter.numel() for parameter in model.parameters())
             results[name].append({key: metrics[key] for key in ("seed", "tasks", "mean_score", "seconds")})
-            report = _report(settings, results, parameters, primary)
+            report = stamped("compare", _report(settings, results, parameters, primary))
             write_json(directory / "compare.json", report)
             write_text(directory / "compare.md", comparison_markdown(report))
     plain: dict[str, Any] = json_ready(report)

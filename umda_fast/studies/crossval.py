@@ -16,6 +16,7 @@ from umda_fast.errors import DataError
 from umda_fast.files import json_ready, write_json
 from umda_fast.runtime.config import ConfigError, RunConfig, as_dict, complete_run_config, make_config
 from umda_fast.runtime.fabric import make_fabric, processes_of
+from umda_fast.runtime.provenance import stamped
 from umda_fast.runtime.rundir import RunDirectory
 from umda_fast.runtime.together import one_decides
 from umda_fast.studies.folds import kept_folds
@@ -24,6 +25,10 @@ from umda_fast.train.recorded import check_recorded
 from umda_fast.train.run import train
 
 __all__ = ["check_settings", "cross_validate", "figures", "finished_run"]
+
+
+# Who computes is no part of what is computed.
+_NOT_COMPARED = {"device": None, "backend": None, "strict_backend": None}
 
 
 def cross_validate(
@@ -63,7 +68,7 @@ def cross_validate(
         "source": config.data.source,
         "folds": folds,
         "repeats": repeats,
-        "config": json_ready({**as_dict(config), "device": None, "backend": None}),
+        "config": comparable(config),
     }
     one_decides(processes, lambda: check_settings(directory / "crossval.json", settings, "a cross-validation"))
     if datasets is None:
@@ -85,7 +90,7 @@ def cross_validate(
         bags = {split: len(dataset) for split, dataset in parts.items()}
         entry = {key: metrics[key] for key in ("tasks", "mean_score", "seconds")}
         results.append({"repeat": repeat, "fold": fold, "bags": bags, **entry})
-        report = _report(settings, results)
+        report = stamped("crossval", _report(settings, results))
         if processes is None or processes.rank == 0:
             write_json(directory / "crossval.json", report)
     report["pooled"] = _pooled(outputs, folds, repeats)
@@ -123,6 +128,12 @@ def finished_run(
     return result.metrics, result.model
 
 
+def comparable(config: RunConfig) -> dict[str, Any]:
+    """What two runs must have in common to be of one study, as JSON has it: all but who computes it."""
+    settings: dict[str, Any] = json_ready({**as_dict(config), **_NOT_COMPARED})
+    return settings
+
+
 def check_settings(path: Path, settings: Mapping[str, Any], what: str) -> None:
     """Raise DataError if the report at `path`, if there is one, was made with other `settings`."""
     if not path.is_file():
@@ -140,8 +151,9 @@ def check_settings(path: Path, settings: Mapping[str, Any], what: str) -> None:
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
     """A report's configuration with the keys that came to be since."""
     with contextlib.suppress(ConfigError):
-        plain: dict[str, Any] = json_ready(complete_run_config({**config, "device": "auto", "backend": "auto"}))
-        return {**plain, "device": None, "backend": None}
+        whole = {**config, "device": "auto", "backend": "auto", "strict_backend": False}
+        plain: dict[str, Any] = json_ready(complete_run_config(whole))
+        return {**plain, **_NOT_COMPARED}
     return config
 
 

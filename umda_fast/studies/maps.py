@@ -338,7 +338,7 @@ def explain(
     counts = {"bags": 0, "heatmaps": 0, "geojson": 0}
     without, unsized, guessed, unit = [], [], set(), ""
     with ExitStack() as stack:
-        stack.enter_context(ops.use_backend(backend))
+        stack.enter_context(ops.prefer_backend(backend))
         stream = stack.enter_context(atomic_file(place / "top_instances.csv"))
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="", write_through=True)
         stack.callback(text.detach)

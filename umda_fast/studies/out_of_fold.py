@@ -87,7 +87,7 @@ def fold_outputs(config: RunConfig, place: Path, dataset: BagDataset, model: Any
         print(f"{place}: has neither {FILE} nor weights: no predictions of its test bags", file=sys.stderr)
         return None
     fabric = make_fabric(config)
-    with ops.use_backend(config.backend):
+    with ops.prefer_backend(config.backend, strict=config.strict_backend):
         tasks = tuple(model.config.tasks)
         found = collect(fabric.to_device(model), dataset.with_tasks(tasks), fabric, config.data)
     outputs = FoldOutputs(tasks, dataset.names, dataset.sizes.tolist(), found)

@@ -176,7 +176,7 @@ def predict(
     )
     tasks: Sequence[TaskSpec] = run.model.config.tasks
     with ExitStack() as stack:
-        stack.enter_context(ops.use_backend(backend))
+        stack.enter_context(ops.prefer_backend(backend))
         table = stack.enter_context(atomic_file(out))
         text = io.TextIOWrapper(table, encoding="utf-8", newline="", write_through=True)
         stack.callback(text.detach)

@@ -28,6 +28,7 @@ from umda_fast.model import UMDA, TaskSpec
 from umda_fast.model.readout import Readout
 from umda_fast.runtime.config import DataConfig, as_dict, dump_config, make_config
 from umda_fast.runtime.fabric import make_fabric
+from umda_fast.runtime.provenance import stamped
 from umda_fast.runtime.rundir import RunDirectory, save_model
 from umda_fast.score.calibration import Calibration
 from umda_fast.score.collect import calibrate, collect
@@ -177,7 +178,7 @@ def readapt(
     fabric = make_fabric(settings)
     penalties = {}
     calibration: Calibration | None = None
-    with ops.use_backend(backend):
+    with ops.prefer_backend(backend):
         fabric.to_device(run.model)
         model = Readout(run.model.eval(), tasks).eval()
         found = collect(_Features(model.trunk, tasks), parts["train"], fabric, settings.data)
@@ -203,5 +204,5 @@ def readapt(
     report: dict[str, Any] = {"trunk": str(run.directory), "penalties": penalties, "seconds": time.monotonic() - begin}
     if result is not None:
         report |= {"data": {"split": split}, "tasks": result.tasks, "mean_score": result.mean_score}
-    write_json(directory.metrics, report)
+    write_json(directory.metrics, stamped("metrics", report))
     return result

@@ -108,7 +108,7 @@ def write_report(
     if datasets is None:
         split = measured_split(run, source, split)
     split = split or "test"
-    with ops.use_backend(backend):
+    with ops.prefer_backend(backend):
         dataset, fabric = data(split)
         if not len(dataset):
             raise DataError(f"{source or run.config.data.source}: split {split!r} holds no bags to report on")

@@ -154,6 +154,7 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
 _CHANGEABLE = (
     "device",
     "backend",
+    "strict_backend",
     "data.paths",
     "data.workers",
     "train.epochs",

@@ -52,5 +52,5 @@ def evaluate(
     if len(dataset) == 0:
         raise DataError(f"{source or run.config.data.source}: split {split!r} holds no bags to evaluate on")
     model = fabric.to_device(run.model)
-    with ops.use_backend(backend):
+    with ops.prefer_backend(backend):
         return evaluate_dataset(model, dataset, fabric, run.config.data, progress=progress)

@@ -95,7 +95,7 @@ def train(
             record.write(run.splits)
     on_cpu = fabric.device.type == "cpu"
     deterministic = config.train.deterministic if config.train.deterministic is not None else on_cpu
-    with _deterministic(deterministic), ops.use_backend(config.backend):
+    with _deterministic(deterministic), ops.prefer_backend(config.backend, strict=config.strict_backend):
         Fabric.seed_everything(config.seed, verbose=False)
         model = build_model(config, datasets["train"], encoders)
         trainer = Trainer(config, model, datasets, run, fabric, progress=progress)

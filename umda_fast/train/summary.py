@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
-import torch
-
-import umda_fast
 from umda_fast import ops
 from umda_fast.data import BagDataset
 from umda_fast.runtime.config import RunConfig
+from umda_fast.runtime.provenance import stamped, versions
 from umda_fast.runtime.rundir import RunDirectory, read_metrics
 from umda_fast.score.evaluation import SplitResult
 from umda_fast.score.skill import SkillScale
@@ -57,7 +52,7 @@ def summary(
         values = [record[key] for record in stability if record.get(key) is not None]
         return sum(values) / len(values) if values else None
 
-    return {
+    found = {
         "seed": config.seed,
         "data": {
             "source": config.data.source,
@@ -80,9 +75,9 @@ def summary(
         "instances_per_second": state.instances_per_second,
         "peak_memory_mb": peak_memory,
         "processes": processes,
-        "versions": versions(),
         "backend": ops.backends_used(),
     }
+    return stamped("metrics", found)
 
 
 def outliers(guided: SelfGuided | None) -> list[str] | None:
@@ -90,18 +85,3 @@ def outliers(guided: SelfGuided | None) -> list[str] | None:
     if guided is None or not guided.statistics:
         return None
     return outlier_tasks(guided.cosine_ema, guided.tasks)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {
-        "python": platform.python_version(),
-        "umda_fast": umda_fast.__version__,
-        "torch": torch.__version__,
-    }
-    for package in ("numpy", "triton", "lightning-fabric", "torchmetrics"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    if torch.version.cuda is not None:
-        found["cuda"] = torch.version.cuda
-    return found
