@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -137,8 +138,10 @@ def test_the_test_split_is_that_of_the_training(
     cohort.labels[test[1]] = {"a": "b", "b": "a"}[cohort.labels[test[1]]]
     cohort.write()
     capsys.readouterr()
-    assert call("evaluate", run, "-q") == 0
+    assert call("evaluate", run, "--json", tmp_path / "found.json", "-q") == 0
     said = capsys.readouterr().err
+    [note] = json.loads((tmp_path / "found.json").read_text())["notes"]
+    assert note in said
     assert said.count("\n") == 1
     for text in (
         f"5 new, in no split: {', '.join(map(repr, new[:3]))} and 2 more",
@@ -278,6 +281,11 @@ def test_another_run_may_have_its_split(trained: Trained, tmp_path: Path) -> Non
     train(config, tmp_path / "other", progress=False, plots=False)
     for split in ("train", "val", "test"):
         assert recorded(tmp_path / "other", split) == recorded(run, split)
+    shutil.copytree(run, tmp_path / "first")
+    config = cohort_config(cohort.root, seed=8, options={"splits": str(tmp_path / "first")})
+    train(config, tmp_path / "third", progress=False, plots=False)
+    shutil.rmtree(tmp_path / "first")  # the third one has its split now
+    assert evaluate(load_run(tmp_path / "third"), progress=False).bags == len(recorded(run, "test"))
     assert evaluate(load_ensemble([tmp_path / "other", run]), progress=False).bags == len(recorded(run, "test"))
     with pytest.raises(DataError, match="or one such file, or a run directory, got none"):
         load_source(cohort.root, splits=str(cohort.root))

@@ -41,5 +41,6 @@ def evaluate(
         "tasks": result.tasks,
         "mean_score": result.mean_score,
         "view_consistency": result.view_consistency,
+        "notes": loaded.notes,
     }
     save_json(json, "evaluate", report)

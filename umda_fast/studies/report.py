@@ -201,6 +201,7 @@ def _header(run: Run, dataset: BagDataset, split: str, files: RunDirectory) -> s
         ("tasks", ", ".join(_described(task) for task in dataset.tasks)),
         ("model", f"{run.config.model['architecture']}, {parameters:,} parameters"),
     ]
+    rows += [("bags left out, new or gone", note) for note in run.notes]
     if "versions" in metrics:  # not of a model with new heads
         rows += [
             ("training", f"{metrics['seconds']:.0f} s, {metrics['instances_per_second']:,.0f} instances per second"),

@@ -26,7 +26,7 @@ ALL = "all"
 def tell(run: Run, text: str) -> None:
     """A line on standard error, once for a run that was read back."""
     if text not in run.told:
-        run.told.add(text)
+        run.told.append(text)
         print(f"{run.directory}: {text}", file=sys.stderr)
 
 

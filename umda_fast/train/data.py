@@ -6,11 +6,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from lightning_fabric import Fabric
 
-from umda_fast.data import SPLITS, BagDataset, Splits, concat, find_format, load_folds, load_source
+from umda_fast.data import SPLITS, BagDataset, SourceFormat, Splits, concat, find_format, load_folds, load_source
 from umda_fast.data.adapt import adapt_dataset
 from umda_fast.data.labels import UnneededLabels
 from umda_fast.errors import DataError
@@ -91,11 +92,17 @@ def training_data(
 
 
 def _data_again(data: DataConfig, run: RunDirectory) -> DataConfig:
-    """The data of a run that is gone on with: where it is now, and which bags are gone the run's record says."""
+    """The data of a run that is gone on with, where it is now."""
     data = located(data, run.path, "it is needed to go on")
-    if run.splits.is_file() and "partial" in find_format(data.source, data.format).options():
-        data = replace(data, options={"partial": True, **data.options})
-    return data
+    if not run.splits.is_file():
+        return data
+    return replace(data, options=_by_record(data.options, find_format(data.source, data.format)))
+
+
+def _by_record(options: Mapping[str, Any], kind: SourceFormat) -> dict[str, Any]:
+    """Options of a run's own data where its record says how it is split and which bags are gone."""
+    plain = {name: value for name, value in options.items() if name not in ("splits", "fold")}
+    return {"partial": True, **plain} if "partial" in kind.options() else plain
 
 
 def load_configured_folds(config: RunConfig, folds: int, repeats: int = 1) -> Iterator[Splits]:
@@ -210,11 +217,13 @@ def _load_again(
     understood = kind.options()
     foreign = () if own else kind.local
     options = {name: value for name, value in data.options.items() if name in understood and name not in foreign}
+    if own and run.record is not None:
+        options = _by_record(options, kind)
     options |= run.options
     if skip_bad:
         options["skip_bad"] = True
-    if "partial" in understood and (isinstance(tasks, UnneededLabels) or (own and run.record is not None)):
-        options.setdefault("partial", True)  # what is gone, the run's record says
+    if isinstance(tasks, UnneededLabels) and "partial" in understood:
+        options.setdefault("partial", True)
     if "kinds" in understood:
         # What the model was trained on decides what a label means: a file with two of ten classes is not
         # binary.

@@ -44,12 +44,17 @@ class Run:
     members: tuple[Run, ...] = ()
     record: SplitRecord | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set, repr=False)
+    told: list[str] = field(default_factory=list, repr=False)
 
     @property
     def each(self) -> tuple[Run, ...]:
         """The members, or the one run that it is."""
         return self.members or (self,)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was said of the bags that it was used on: which are new or gone, and which were left out and why."""
+        return list(dict.fromkeys(line for run in (self, *self.members) for line in run.told))
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
