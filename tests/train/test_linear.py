@@ -179,7 +179,9 @@ def test_beside_every_training(tmp_path: Path) -> None:
     assert set(found["tasks"]) == {task.name for task in data["train"].tasks}
     train(small_config(model={"architecture": "linear"}), tmp_path / "alone", datasets=data, progress=False)
     on_val = evaluate(load_run(tmp_path / "alone"), datasets=data, split="val", progress=False).tasks
+    assert not (tmp_path / "run" / "mixture.json").exists()
     for task, scores in found["tasks"].items():
+        assert set(scores) == {"metric", "model", "linear"}
         assert scores["linear"] == pytest.approx(on_val[task][scores["metric"]], rel=1e-5)
     assert found["below"] == [t for t, scores in found["tasks"].items() if scores["model"] < scores["linear"]]
     lines = comparison_lines({"tasks": {"y": {"metric": "auroc", "model": 0.5, "linear": 0.75}}, "below": ["y"]})

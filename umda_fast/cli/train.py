@@ -58,5 +58,7 @@ def train(
         console.print("On validation bags, beside a linear model of bag means:")
         for line in comparison_lines(result.metrics["linear"]):
             console.print(f"  {line}", soft_wrap=True, highlight=False)
+    elif settings.train.linear == "mix" and settings.model.get("architecture", "umda") != "linear":
+        console.print("No linear model is mixed in: there are no validation bags to weigh it on.", soft_wrap=True)
     console.print(f"mean_score {number(score)} after {seconds:.0f} s of training")
     console.print(f"run directory: {result.directory}, plots in {result.directory / 'plots'}", soft_wrap=True)

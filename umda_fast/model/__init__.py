@@ -17,6 +17,7 @@ from umda_fast.model.gmip import (
 )
 from umda_fast.model.hcva import HCVA, HCVABlock, HCVAOutput, concentration_penalty
 from umda_fast.model.losses import decode, penalty_loss, task_losses, view_losses
+from umda_fast.model.mixture import Mixture, with_members
 from umda_fast.model.output import UMDAOutput
 from umda_fast.model.pooled import PooledInstances
 from umda_fast.model.specs import TASK_KINDS, MetadataSpec, TaskKind, TaskSpec, ViewSpec
@@ -43,6 +44,7 @@ __all__ = [
     "HCVAOutput",
     "MessagePassing",
     "MetadataSpec",
+    "Mixture",
     "PooledInstances",
     "QuantileBins",
     "TaskKind",
@@ -65,4 +67,5 @@ __all__ = [
     "penalty_loss",
     "task_losses",
     "view_losses",
+    "with_members",
 ]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["load_weights", "read_options", "save"]
+__all__ = ["load_weights", "read_options", "save", "save_weights"]
 
 WEIGHTS, OPTIONS = "model.safetensors", "config.json"
 Model = TypeVar("Model", bound=nn.Module)
@@ -20,15 +20,20 @@ def save(
     model: nn.Module, directory: str | os.PathLike[str], architecture: str, options: Mapping[str, Any]
 ) -> None:
     """Write both files into `directory`, which is made; needs the package safetensors."""
-    from safetensors.torch import save_file
-
     place = Path(directory)
     place.mkdir(parents=True, exist_ok=True)
-    # Clones: a file of safetensors cannot hold tensors that share memory (tied weights of an encoder).
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    save_file(weights, place / WEIGHTS)
+    save_weights(model, place)
     text = json.dumps({"architecture": architecture, **options}, indent=2)
     (place / OPTIONS).write_text(text + "\n", encoding="utf-8")
+
+
+def save_weights(model: nn.Module, directory: str | os.PathLike[str], name: str = WEIGHTS) -> None:
+    """Write the weights alone, as the file `name`, into `directory`, which is there."""
+    from safetensors.torch import save_file
+
+    # Clones: a file of safetensors cannot hold tensors that share memory (tied weights of an encoder).
+    weights = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    save_file(weights, Path(directory) / name)
 
 
 def read_options(directory: str | os.PathLike[str], architecture: str) -> dict[str, Any]:
@@ -44,15 +49,15 @@ def read_options(directory: str | os.PathLike[str], architecture: str) -> dict[s
     return values
 
 
-def load_weights(model: Model, directory: str | os.PathLike[str]) -> Model:
-    """`model`, which is on the CPU, with the weights that `save` wrote, in the dtype they had.
+def load_weights(model: Model, directory: str | os.PathLike[str], file: str = WEIGHTS) -> Model:
+    """`model`, which is on the CPU, with the weights that `save` or `save_weights` wrote, in the dtype they had.
 
     Raises:
-        OSError: no model.safetensors. RuntimeError: the weights do not fit.
+        OSError: no such file. RuntimeError: the weights do not fit.
     """
     from safetensors.torch import load_file
 
-    weights = load_file(Path(directory) / WEIGHTS)
+    weights = load_file(Path(directory) / file)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in weights:
             tensor.data = tensor.data.to(weights[name].dtype)

@@ -160,6 +160,9 @@ class TrainConfig(_Section):
     """Steps between two checkpoints inside an epoch; one is written at the end of every epoch in any case."""
     log_steps: Positive = 20
     """Steps between two lines of kind `step` in metrics.jsonl."""
+    linear: Literal["off", "beside", "mix"] = "beside"
+    """A linear model of bag means at the end of the training (docs/training.md): compared on the validation split;
+    `mix` weighs the two there task by task, and what is measured and kept is the mixture."""
     thresholds: Literal["half", "f1"] = "half"
     """Probability from which a label of a multilabel task is predicted: one half, or at the end of the training each
     label's own, best for F1 on the validation split; kept with the model."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from umda_fast.errors import DataError
 from umda_fast.files import json_ready, shared_mode
+from umda_fast.model.mixture import MIXTURE
 
 __all__ = ["MetricsLog", "RunDirectory", "read_metrics", "save_model"]
 
@@ -28,6 +29,7 @@ class RunDirectory:
         self.weights = self.path / "model.safetensors"
         self.checkpoint = self.path / "checkpoint.pt"
         self.calibration = self.path / "calibration.json"
+        self.mixture = self.path / MIXTURE
         self.plots = self.path / "plots"
         self.events = self.path / "tensorboard"
 

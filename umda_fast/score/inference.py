@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
-from umda_fast.model import UMDA, Ensemble
+from umda_fast.model import UMDA, Ensemble, Mixture
 from umda_fast.model.chunked import forward_chunked
 from umda_fast.runtime.config import DataConfig
 from umda_fast.runtime.guard import check_batch
@@ -69,6 +69,9 @@ def infer(model: nn.Module, host: BagBatch, fabric: Fabric) -> tuple[BagBatch, A
     if isinstance(model, Ensemble):
         found = [infer(member, host, fabric) for member in model.members]
         return found[0][0], model.combine([out for _, out in found])
+    if isinstance(model, Mixture):
+        batch, out = infer(model.model, host, fabric)
+        return batch, model.mixed(out, batch.views, batch.ptr, batch.mask)
     if isinstance(model, UMDA) and host.num_instances > LARGE and not model.encoders.custom:
         batch = host.to(fabric.device)
         with fabric.autocast():

@@ -25,7 +25,7 @@ def model_config(config: RunConfig, architecture: str) -> RunConfig:
     """`config` for another architecture: model options that it has too stay, all others take their defaults.
 
     UMDA is trained as configured; the others, which are what people have without it, on the plain sum of the
-    losses.
+    losses, and with nothing mixed in.
     """
     values = as_dict(config)
     known = {field.name for field in fields(ARCHITECTURES[architecture])}
@@ -35,6 +35,8 @@ def model_config(config: RunConfig, architecture: str) -> RunConfig:
     values["model"] = {"architecture": architecture, **options}
     if architecture != "umda":
         values["sgl"] = {"balancer": "none"}
+        if values["train"]["linear"] == "mix":
+            values["train"]["linear"] = "beside"
     return make_config(values)
 
 

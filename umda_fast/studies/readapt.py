@@ -24,7 +24,7 @@ from umda_fast.data.adapt import adapt_dataset
 from umda_fast.data.arrays import IntArray
 from umda_fast.errors import DataError
 from umda_fast.files import write_json
-from umda_fast.model import UMDA, TaskSpec
+from umda_fast.model import UMDA, Mixture, TaskSpec
 from umda_fast.model.readout import Readout
 from umda_fast.runtime.config import DataConfig, as_dict, dump_config, make_config
 from umda_fast.runtime.fabric import make_fabric
@@ -128,9 +128,9 @@ def readapt(
     """Fit heads for the tasks of `source` (or of `datasets`) on the trunk of `run`, and leave a run directory that
     `evaluate`, `predict`, `explain` and `report` take like any other.
 
-    Heads are fitted on the split `train`; their temperatures, which are multiplied into them, on `val` if there is one.
-    The run's own data is divided as the run recorded it; in other data bags that the trunk was trained or validated on
-    are in neither `val` nor `test`.
+    The trunk is that of UMDA alone, without a linear model that was mixed in. Heads are fitted on the split `train`;
+    their temperatures, which are multiplied into them, on `val` if there is one. The run's own data is divided as the
+    run recorded it; in other data bags that the trunk was trained or validated on are in neither `val` nor `test`.
 
     Args:
         out: the new run directory; must not hold a run.
@@ -143,8 +143,9 @@ def readapt(
     Raises:
         DataError: the data does not fit the model or holds no label, or the run is of another architecture.
     """
-    if not isinstance(run.model, UMDA):
-        raise DataError(f"{run.directory}: expected a model of the architecture umda, got {type(run.model).__name__}")
+    whole = run.model.model if isinstance(run.model, Mixture) else run.model
+    if not isinstance(whole, UMDA):
+        raise DataError(f"{run.directory}: expected a model of the architecture umda, got {type(whole).__name__}")
     begin = time.monotonic()
     where = "datasets" if source is None else source
     settings = make_config(
@@ -168,7 +169,7 @@ def readapt(
     if "train" not in datasets or not datasets["train"].tasks:
         raise DataError(f"{where}: expected a split 'train' with labels of at least one task")
     tasks = datasets["train"].tasks
-    trunk = run.model.config
+    trunk = whole.config
     parts = {name: adapt_dataset(part, trunk.views, tasks, trunk.metadata) for name, part in datasets.items()}
     tell_missing_views(run, datasets["train"])
     directory = RunDirectory(out)
@@ -179,8 +180,8 @@ def readapt(
     penalties = {}
     calibration: Calibration | None = None
     with ops.prefer_backend(backend):
-        fabric.to_device(run.model)
-        model = Readout(run.model.eval(), tasks).eval()
+        fabric.to_device(whole)
+        model = Readout(whole.eval(), tasks).eval()
         found = collect(_Features(model.trunk, tasks), parts["train"], fabric, settings.data)
         for task, head in zip(tasks, model.heads, strict=True):
             features, target = found.of(task)

@@ -1,4 +1,5 @@
-"""The linear model of bag means, fitted to convergence: alone, and beside every training as the model to beat."""
+"""The linear model of bag means, fitted to convergence: alone, and beside every training as the model to beat, or to
+mix in."""
 
 from __future__ import annotations
 
@@ -12,11 +13,15 @@ from torch import Tensor
 
 from umda_fast.data import BagDataset
 from umda_fast.data.draws import Stream, generator, permutation
-from umda_fast.model import TaskSpec
+from umda_fast.model import Mixture, TaskSpec, decode
 from umda_fast.model.baselines.linear import Linear, LinearConfig
+from umda_fast.runtime.fabric import processes_of
 from umda_fast.runtime.guard import check_batch
-from umda_fast.score.evaluation import SplitResult, evaluate_dataset
+from umda_fast.runtime.together import one_decides
+from umda_fast.score.collect import Predictions, collect
 from umda_fast.score.inference import batches_in_order
+from umda_fast.score.intervals import primary_score
+from umda_fast.score.mixing import calibrated_losses, mix_task
 from umda_fast.tasks import kind_of
 
 if TYPE_CHECKING:
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
 
     from umda_fast.runtime.config import DataConfig
 
-__all__ = ["compare_with_linear", "comparison_lines", "fit_linear"]
+__all__ = ["beside_linear", "comparison_lines", "fit_linear"]
 
 # Means that are fitted to at most, bags times features.
 NUMBERS = 10_000_000
@@ -37,14 +42,16 @@ _CHOOSING = 1200
 _SPARSE = 0.5
 
 
-def fit_linear(model: Linear, dataset: BagDataset, data: DataConfig, seed: int = 0) -> dict[str, float]:
+def fit_linear(
+    model: Linear, dataset: BagDataset, data: DataConfig, seed: int = 0, *, balance: bool = True
+) -> dict[str, float]:
     """Fit scaling and heads of `model` (on the CPU) to the bags of `dataset`, or, if their means are more than
     `NUMBERS` numbers, to as many of them, drawn at random.
 
     A task's head minimises the mean loss of its kind plus `penalty / (2 n) sum W^2`, n the bags with a label, by
-    L-BFGS; the penalty is the best of 5 by the loss in 3-fold cross-validation, of 1200 of the bags at most. Labels of
-    a multilabel task are balanced (the loss of positives times negatives / positives) unless the task has class weights
-    of its own, so that rare ones come above the threshold of 1/2.
+    L-BFGS; the penalty is the best of 5 by the loss in 3-fold cross-validation, of 1200 of the bags at most. With
+    `balance` labels of a multilabel task are balanced (the loss of positives times negatives / positives) unless the
+    task has class weights of its own, so that rare ones come above the threshold of 1/2.
 
     Means are standardised; those of a sparse view, most of whose values are 0, are divided by one number alone, by
     which their mean square length is the number of features that are not 0.
@@ -52,6 +59,7 @@ def fit_linear(model: Linear, dataset: BagDataset, data: DataConfig, seed: int =
     Args:
         data: how the bags are read.
         seed: of the folds and the draw.
+        balance: False for logits that are to be added to those of a model trained on the tasks' own losses.
 
     Returns:
         The penalty of every task.
@@ -69,6 +77,8 @@ def fit_linear(model: Linear, dataset: BagDataset, data: DataConfig, seed: int =
     penalties = {}
     for task, head in zip(model.config.tasks, model.heads, strict=True):
         column = dataset.labels[task.name]
+        if balance and kind_of(task).several and task.class_weights is None:
+            task = kind_of(task).fit(task, column, "balanced")
         keep = ~np.isnan(column if column.ndim == 1 else column[:, 0])
         weight, bias, penalties[task.name] = _fit_task(task, x[torch.from_numpy(keep)], column[keep], seed)
         head.load_state_dict({"weight": weight.float(), "bias": bias.float()})
@@ -105,8 +115,6 @@ def _scale(model: Linear, means: Tensor, present: Tensor) -> None:
 def _fit_task(task: TaskSpec, x: Tensor, column: Any, seed: int) -> tuple[Tensor, Tensor, float]:
     """Weight [outputs, F], bias [outputs] and penalty, of bags that all have the label."""
     kind = kind_of(task)
-    if kind.several and task.class_weights is None:
-        task = kind.fit(task, column, "balanced")
     n = len(x)
     if n < 2 * _FOLDS:
         constant = torch.from_numpy(kind.constant(task, column))
@@ -175,33 +183,79 @@ def _path(task: TaskSpec, x: Tensor, column: Any, penalties: Sequence[float]) ->
     return found
 
 
-def compare_with_linear(
-    result: SplitResult, train: BagDataset, val: BagDataset, fabric: Fabric, data: DataConfig, seed: int
-) -> dict[str, Any]:
-    """The linear model fitted to `train` beside a model with `result` on `val`.
+def beside_linear(
+    model: Any, train: BagDataset, val: BagDataset, fabric: Fabric, data: DataConfig, seed: int, *, mix: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The linear model fitted to `train` beside `model` on `val`, and mixed into it.
+
+    Every process calls it: each fits, and all take what process 0 found.
+
+    Args:
+        model: on the fabric's device; left as it is.
+        mix: weigh the two against each other on `val` (see `mix_task`).
 
     Returns:
-        `tasks`: task -> `metric` (its primary), `model` and `linear` (the scores on `val`); `penalties`; `below`, the
-        tasks in which the model scores less than the linear one.
+        `model`, or the `Mixture` if the linear model has a part in any task; and what was found: `tasks`: task ->
+        `metric` (its primary), `model` and `linear` (the scores on `val`); `penalties`; `below`, the tasks in which
+        what is returned scores less than the linear model. With `mix` a task further has `mixture` (the score of the
+        two together), `losses` of the three at their best temperatures, and `weight`, `gain` and `error` of the linear
+        model's part.
+
+    Raises:
+        DataError: a feature or a label is NaN or infinite.
     """
     linear = Linear(LinearConfig(train.views, train.tasks))
-    penalties = fit_linear(linear, train, data, seed)
-    found = evaluate_dataset(fabric.to_device(linear), val, fabric, data)
-    tasks: dict[str, dict[str, Any]] = {}
-    for task in train.tasks:
-        metric = kind_of(task).primary
-        scores = {"model": result.tasks[task.name][metric], "linear": found.tasks[task.name][metric]}
-        tasks[task.name] = {"metric": metric, **scores}
-    below = [name for name, scores in tasks.items() if scores["model"] < scores["linear"]]
-    return {"tasks": tasks, "penalties": penalties, "below": below}
+    penalties = fit_linear(linear, train, data, seed, balance=not mix)
+    processes = processes_of(fabric)
+    if processes is not None:
+        linear.load_state_dict(processes.object_from_first(linear.state_dict()))
+    fabric.to_device(linear)
+
+    def measure() -> tuple[dict[str, Any], dict[str, tuple[float, ...]]]:
+        found = [collect(one, val, fabric, data) for one in (model, linear)]
+        each = {task.name: _beside(task, found, mix) for task in train.tasks}
+        return {name: told for name, (told, _) in each.items()}, {name: own for name, (_, own) in each.items()}
+
+    tasks, coefficients = one_decides(processes, measure)
+    used = {name: told["mixture" if mix else "model"] for name, told in tasks.items()}
+    below = [name for name, told in tasks.items() if used[name] < told["linear"]]
+    if any(own[1] != 0.0 for own in coefficients.values()):
+        model = Mixture(model, {Linear.architecture: linear}, coefficients).eval()
+    return model, {"tasks": tasks, "penalties": penalties, "below": below}
+
+
+def _beside(task: TaskSpec, found: Sequence[Predictions], mix: bool) -> tuple[dict[str, Any], tuple[float, ...]]:
+    """What is told of a task, and the coefficients of the two, of which `found` are the predictions."""
+    (own, target), (linear, _) = (predictions.of(task) for predictions in found)
+    metric = kind_of(task).primary
+
+    def score(logits: Tensor) -> float:
+        return primary_score(task, decode(task, logits.double()).numpy(), target.double().numpy())
+
+    told: dict[str, Any] = {"metric": metric, "model": score(own), "linear": score(linear)}
+    if not mix or not len(target):
+        return told | ({"mixture": told["model"], "weight": 0.0} if mix else {}), (1.0, 0.0)
+    mixture = mix_task(task, [own, linear], target)
+    mixed = sum(c * logits.double() for c, logits in zip(mixture.coefficients, (own, linear), strict=True))
+    assert isinstance(mixed, Tensor)
+    losses = {}
+    for name, logits in (("model", own), ("linear", linear), ("mixture", mixed)):
+        each, counts = calibrated_losses(task, logits, target)
+        losses[name] = float((each * counts).sum() / counts.sum())
+    (added,) = mixture.additions
+    told |= {"mixture": score(mixed), "losses": losses}
+    return told | {"weight": added.weight, "gain": added.gain, "error": added.error}, mixture.coefficients
 
 
 def comparison_lines(comparison: Mapping[str, Any]) -> list[str]:
-    """What `compare_with_linear` found, a line for each task, and a warning if there is one to give."""
-    lines = [
-        f"{task}: {scores['metric']} {scores['model']:.4f}, linear model {scores['linear']:.4f}"
-        for task, scores in comparison["tasks"].items()
-    ]
+    """What `beside_linear` found, a line for each task, and a warning if there is one to give."""
+    lines = []
+    for task, scores in comparison["tasks"].items():
+        line = f"{task}: {scores['metric']} {scores['model']:.4f}, linear model {scores['linear']:.4f}"
+        if "weight" in scores:
+            mixed = f"mixed with weight {scores['weight']:.2f} {scores['mixture']:.4f}"
+            line += f", {mixed if scores['weight'] > 0.0 else 'not mixed in'}"
+        lines.append(line)
     if comparison["below"]:
         lines.append(
             f"warning: below a linear model of bag means on validation bags: {', '.join(comparison['below'])}"

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from umda_fast.errors import DataError
 from umda_fast.model import UMDA, Ensemble
 from umda_fast.model.baselines import BASELINES
+from umda_fast.model.mixture import with_members
 from umda_fast.model.readout import Readout
 from umda_fast.runtime.config import (
     ConfigError,
@@ -58,7 +59,8 @@ class Run:
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
-    """The configuration and the model (best weights, evaluation mode, on the CPU) of a run directory.
+    """The configuration and the model (best weights, evaluation mode, on the CPU) of a run directory; with
+    `train.linear: mix` a `Mixture`, if any of the linear model is in it.
 
     Raises:
         DataError: it is no run directory, or its files cannot be read.
@@ -69,7 +71,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         # Not the configuration's: a model with new heads keeps that of its trunk.
         architecture = json.loads((run.path / "config.json").read_text(encoding="utf-8"))["architecture"]
         kind: Any = {**BASELINES, "readout": Readout}.get(architecture, UMDA)
-        model = kind.from_pretrained(run.path)
+        model = with_members(kind.from_pretrained(run.path), run.path)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise DataError(
             f"{run.path}: the model cannot be read: {' '.join(str(error).split())[:300]}"

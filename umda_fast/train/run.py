@@ -17,6 +17,7 @@ from torch import nn
 from umda_fast import ops
 from umda_fast.data import BagDataset
 from umda_fast.files import write_json
+from umda_fast.model import Mixture
 from umda_fast.runtime.config import RunConfig, dump_config
 from umda_fast.runtime.fabric import make_fabric, processes_of
 from umda_fast.runtime.progress import peak_memory_mb
@@ -27,7 +28,7 @@ from umda_fast.score.collect import calibrate, collect
 from umda_fast.score.thresholds import tune_thresholds
 from umda_fast.train.build import build_model
 from umda_fast.train.data import training_data
-from umda_fast.train.linear import compare_with_linear
+from umda_fast.train.linear import beside_linear
 from umda_fast.train.log import tensorboard_events
 from umda_fast.train.plots import plot_run
 from umda_fast.train.split_record import SplitRecord
@@ -40,7 +41,7 @@ __all__ = ["RunResult", "train"]
 @dataclass
 class RunResult:
     """A finished run: its directory, the content of metrics.json, the split it was measured on, and the model
-    with the best weights, in evaluation mode."""
+    with the best weights, in evaluation mode: a `Mixture` if anything was mixed into it."""
 
     directory: Path
     metrics: dict[str, Any]
@@ -105,6 +106,8 @@ def train(
             trainer.load()
         if zero:
             dump_config(config, run.config)
+        if zero and not trainer.state.finished:
+            run.mixture.unlink(missing_ok=True)  # of weights that will be others
         keep_all = config.train.keep == "all"
         with contextlib.ExitStack() as stack:
             if keep_all and zero:
@@ -112,10 +115,11 @@ def train(
             trainer.fit()
         best = trainer.best_model()
         beside = None
-        if keep_all and not trainer.fitted and len(datasets.get("val", ())):
-            on_val = trainer.evaluate(datasets["val"], best)
-            train_set, val_set = datasets["train"], datasets["val"]
-            beside = compare_with_linear(on_val, train_set, val_set, fabric, config.data, config.seed)
+        mix = config.train.linear == "mix"
+        asked = mix or (config.train.linear == "beside" and keep_all)
+        if asked and not trainer.fitted and len(datasets.get("val", ())):
+            parts = datasets["train"], datasets["val"]
+            best, beside = beside_linear(best, *parts, fabric, config.data, config.seed, mix=mix)
         if config.train.thresholds == "f1" and len(datasets.get("val", ())):
             found = collect(best, datasets["val"], fabric, config.data)
             best.config = dataclasses.replace(best.config, tasks=tune_thresholds(best.config.tasks, found))
@@ -136,6 +140,8 @@ def train(
     if zero:
         if keep_all:
             save_model(best, run.path)
+            if not isinstance(best, Mixture):
+                run.mixture.unlink(missing_ok=True)
         write_json(run.metrics, metrics)
         if plots and keep_all:
             plot_run(run, datasets["train"].views, datasets["train"].tasks, result)

@@ -41,7 +41,7 @@ def summary(
         state: where the training ended.
         scaling: how the features of every view were scaled, a line each.
         guided: its self-guided learning, if there was any.
-        linear: what a linear model does beside it, see `compare_with_linear`.
+        linear: what a linear model does beside it, see `beside_linear`.
         processes: that trained together. peak_memory: the highest of them, in MiB.
     """
     stability = [

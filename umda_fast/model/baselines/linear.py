@@ -14,6 +14,8 @@ from umda_fast.model.specs import ViewSpec
 
 __all__ = ["Linear", "LinearConfig"]
 
+_ROWS = 1 << 16  # instances at a time whose features are brought to full precision
+
 
 @dataclass(frozen=True)
 class LinearConfig(BaselineConfig):
@@ -50,13 +52,16 @@ class Linear(Baseline):
         means, present = [], []
         for column, view in zip(self.columns, self.used, strict=True):
             features = views[view.name]
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
             bag = bag_index(ptr, len(features))
-            there = features.new_ones(len(features)) if mask is None else mask[:, column].to(features.dtype)
-            if mask is not None:
-                features = features.masked_fill(~mask[:, column, None], 0.0)
-            counts = features.new_zeros(bags).index_add(0, bag, there)
-            total = features.new_zeros(bags, view.width).index_add(0, bag, features)
+            dtype = torch.promote_types(features.dtype, torch.float32)
+            there = features.new_ones(len(features), dtype=dtype) if mask is None else mask[:, column].to(dtype)
+            counts = there.new_zeros(bags).index_add(0, bag, there)
+            total = there.new_zeros(bags, view.width)
+            for start in range(0, len(features), _ROWS):  # no copy of all instances
+                rows = slice(start, start + _ROWS)
+                part = features[rows].to(dtype)
+                part = part if mask is None else part.masked_fill(~mask[rows, column, None], 0.0)
+                total = total.index_add(0, bag[rows], part)
             means.append(total / counts.clamp_min(1.0)[:, None])
             present.append((counts > 0)[:, None].expand(-1, view.width))
         return torch.cat(means, 1), torch.cat(present, 1)
@@ -65,15 +70,20 @@ class Linear(Baseline):
         """f [B, F]."""
         return ((means - self.shift) / self.scale).masked_fill(~present, 0.0)
 
+    def bag_logits(self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """task -> [B, outputs], without the instances' own part of what `predict` returns."""
+        f = self.scaled(*self.means(views, ptr, mask)).to(self.shift.dtype)
+        return {task.name: head(f) for task, head in zip(self.config.tasks, self.heads, strict=True)}
+
     def predict(self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None) -> BaselineOutput:
         """As of the other baselines; every instance counts alike, and `representation` [N, F] is its features."""
-        f = self.scaled(*self.means(views, ptr, mask)).to(self.shift.dtype)
-        logits = {task.name: head(f) for task, head in zip(self.config.tasks, self.heads, strict=True)}
-        sizes = ptr.diff().to(f.dtype)
+        logits = self.bag_logits(views, ptr, mask)
+        dtype = self.shift.dtype
+        sizes = ptr.diff().to(dtype)
         n = next(iter(views.values())).shape[0]
         attention = (1.0 / sizes.clamp_min(1.0))[bag_index(ptr, n)][:, None].expand(-1, len(self.heads))
         entropy = sizes.clamp_min(1.0).log()[:, None].expand(-1, len(self.heads))
-        rows = [views[view.name].to(f.dtype) for view in self.used]
+        rows = [views[view.name].to(dtype) for view in self.used]
         if mask is not None:
             rows = [x.masked_fill(~mask[:, i, None], 0.0) for i, x in zip(self.columns, rows, strict=True)]
         return BaselineOutput(logits, attention, entropy, torch.cat(rows, 1), {})
