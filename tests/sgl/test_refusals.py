@@ -1,5 +1,6 @@
 """What self-guided learning cannot serve on other people's models is named before anything is changed."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -281,6 +282,27 @@ def test_a_representation_has_the_gradient_of_the_whole(frozen: bool) -> None:
     SelfGuided(shared.parameters(), "ab", scope="representation", **OPTIONS).backward(losses, representation=z)
     torch.testing.assert_close(z.grad, expected + 1)
     assert len(calls) == int(frozen)
+
+
+@pytest.mark.parametrize("scope", ["shared_parameters", "last_shared_layer", "representation"])
+@pytest.mark.parametrize("balancer", ["sgl", "pbi"])
+@pytest.mark.parametrize("where", [torch.no_grad(), torch.autocast("cpu", torch.bfloat16)], ids=["no_grad", "autocast"])
+def test_wherever_it_is_called(scope: str, balancer: str, where: Any) -> None:
+    """With grad off, as `Tensor.backward`, and under autocast, without a product in half precision."""
+    found = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        trunk, head = nn.Linear(8, 8), nn.Linear(8, 3)
+        layer = trunk.parameters() if scope == "last_shared_layer" else ()
+        sgl = SelfGuided(trunk.parameters(), "abc", balancer=balancer, scope=scope, last_shared_layer=layer)  # type: ignore[arg-type]
+        z = trunk(torch.randn(4, 8))
+        losses = dict(zip("abc", head(z).square().mean(0) * torch.tensor([1.0, 7.0, 50.0]), strict=True))
+        penalty = z.square().mean()
+        with where if inside else contextlib.nullcontext():
+            step = sgl.backward(losses, penalty=penalty, representation=z if scope == "representation" else None)
+        found.append([step.weights, step.gram, *(p.grad for p in (*trunk.parameters(), *head.parameters()))])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_gradients_are_not_copied() -> None:

@@ -54,11 +54,6 @@ class Present:
         """Whether no task is absent."""
         return len(self.rows) == self.mask.shape[0]
 
-    @property
-    def pairs(self) -> Tensor:
-        """bool [T, T]: both tasks are present."""
-        return self.mask[:, None] & self.mask[None, :]
-
     def take(self, values: Tensor, *dims: int) -> Tensor:
         """The present tasks' part of a [T] or [T, T] tensor, along `dims`."""
         if self.everyone:

@@ -36,6 +36,7 @@ Formulas are in docs/model.md, section 4, and at the head of each file of `scope
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, get_args
 
 import torch
@@ -266,6 +267,21 @@ class SelfGuided:
             ProcessLostError: another process ended, or did not answer in time.
         """
         check_losses(self.tasks, losses, counts, penalty)
+        device = self._parameters.shared[0].device.type
+        # It may be called with grad off, as `Tensor.backward`, or under autocast, which would take our own matrix
+        # products in half precision.
+        autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with torch.enable_grad(), autocast:
+            return self._backward(losses, counts, penalty, representation, scaler)
+
+    def _backward(
+        self,
+        losses: Mapping[str, Tensor],
+        counts: Mapping[str, float] | None,
+        penalty: Tensor | None,
+        representation: Tensor | Representation | None,
+        scaler: Scaler | None,
+    ) -> SGLStep:
         missing = self._kind.missing(representation) if losses else ""
         if missing:
             raise ValueError(missing)
