@@ -308,10 +308,19 @@ def test_a_run_is_resumed_on_its_bags(tmp_path: Path, capsys: pytest.CaptureFixt
     assert resume(run, 2) == expected
     assert (run / "splits.csv").read_bytes() == splits
     assert "since it was begun, of its bags: 1 new, in no split: 'S24'; 1 under another name" in capsys.readouterr().err
+    cohort.write(stage="I")
+    table = (cohort.root / "labels.csv").read_text().splitlines()
+    table[1:] = [line.replace(",I", ",II" if number % 2 else ",I") for number, line in enumerate(table[1:])]
+    (cohort.root / "labels.csv").write_text("\n".join(table) + "\n")  # another task, which this run has not
+    resume(run, 3)
+    cohort.labels[recorded(run, "val")[0]] = "c"
+    cohort.write()
+    with pytest.raises(DataError, match="labels 'y': expected one of a, b, got 'c'"):
+        resume(run, 4)
     cohort.remove(recorded(run, "val")[0])
     cohort.write()
     with pytest.raises(DataError, match="cannot be resumed: 1 bags that it trains or validates on are gone: 'S"):
-        resume(run, 3)
+        resume(run, 4)
 
 
 def test_data_is_found_from_anywhere(

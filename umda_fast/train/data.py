@@ -3,6 +3,7 @@ its model may be measured on."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -92,11 +93,15 @@ def training_data(
 
 
 def _data_again(data: DataConfig, run: RunDirectory) -> DataConfig:
-    """The data of a run that is gone on with, where it is now."""
+    """The data of a run that is gone on with, where it is now, with the tasks that it began with."""
     data = located(data, run.path, "it is needed to go on")
-    if not run.splits.is_file():
-        return data
-    return replace(data, options=_by_record(data.options, find_format(data.source, data.format)))
+    kind, options, about = find_format(data.source, data.format), dict(data.options), run.path / "config.json"
+    if run.splits.is_file():
+        options = _by_record(options, kind)
+    if about.is_file() and "kinds" in kind.options():  # there are weights already
+        tasks = json.loads(about.read_text(encoding="utf-8"))["tasks"]
+        options["kinds"] = tuple(TaskSpec(**{**task, "thresholds": None}) for task in tasks)
+    return replace(data, options=options)
 
 
 def _by_record(options: Mapping[str, Any], kind: SourceFormat) -> dict[str, Any]:
