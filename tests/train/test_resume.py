@@ -16,7 +16,7 @@ from umda_fast.errors import DataError
 from umda_fast.runtime.rundir import MetricsLog, read_metrics
 from umda_fast.train import ConfigError, train
 
-TIMES = {"seconds", "instances_per_second", "peak_memory_mb"}
+TIMES = {"seconds", "instances_per_second", "peak_memory_mb", "time"}
 
 
 def _timeless(value: Any) -> Any:
