@@ -38,7 +38,7 @@ from umda_fast.train.chosen import data_seed, tell, tell_excluded
 from umda_fast.train.data import is_own, tell_missing_views
 from umda_fast.train.loading import Run
 from umda_fast.train.located import recorded_paths
-from umda_fast.train.split_record import SEEN, TRUNK, SplitRecord, bag_contents, patients_of
+from umda_fast.train.split_record import NEW, SEEN, TRUNK, SplitRecord, bag_contents, patients_of
 
 __all__ = ["fit_head", "readapt"]
 
@@ -80,7 +80,8 @@ class _Features(nn.Module):
 
 def _unseen(run: Run, source: str, loaded: Splits, data: DataConfig) -> Splits:
     """`loaded` without the bags in `val` and `test` that the trunk was trained or validated on; the run's own data
-    divided as it was recorded."""
+    divided as it was recorded, and bags that came since as they would be today, but those of patients that the trunk
+    knows in `train`."""
     if run.record is None:
         tell(run, "has no splits.csv: whether bags of this data were trained on cannot be told")
         return loaded
@@ -92,16 +93,26 @@ def _unseen(run: Run, source: str, loaded: Splits, data: DataConfig) -> Splits:
 
     own = is_own(run, source)
     found = run.record.match(whole.names, contents, own=own, wanted=SPLITS)
+    today = {name: split for split, part in loaded.items() for name in part.names}
+    parts: dict[str, list[int]] = {split: [] for split in SPLITS}
     if own:
-        changes = found.describe()
+        changes = found.describe("divided as they would be today")
         if changes:
             tell(run, f"since it was trained, of its bags: {changes}")
-        return loaded.divided({split: found.rows(split) for split in SPLITS})
-    rows = {name: row for row, name in enumerate(whole.names)}
-    parts = {split: np.array([rows[name] for name in part.names], dtype=np.int64) for split, part in loaded.items()}
-    seen = np.array([split in SEEN for split in found.splits])
-    tell_excluded(run, [whole.names[row] for split in ("val", "test") for row in parts[split] if seen[row]])
-    return loaded.divided({split: at if split == "train" else at[~seen[at]] for split, at in parts.items()})
+        parts = {split: found.rows(split).tolist() for split in SPLITS}
+    known = {bag.patient for bag in run.record.bags if bag.split in SEEN and bag.patient} if own else set()
+    patients = patients_of(loaded)
+    left_out = []
+    for row, name in enumerate(whole.names):
+        split = today.get(name)
+        if split is None or (own and found.splits[row] != NEW):
+            continue
+        if split != "train" and found.splits[row] in SEEN:
+            left_out.append(name)
+        else:
+            parts["train" if patients.get(name) in known else split].append(row)
+    tell_excluded(run, left_out)
+    return loaded.divided({split: np.array(rows, dtype=np.int64) for split, rows in parts.items()})
 
 
 def _record(

@@ -73,11 +73,11 @@ class MatchedBags:
         new = [row for row in chosen if self.record[row] is None]
         return np.array([*(row for _, row in sorted(known)), *new], dtype=np.int64)
 
-    def describe(self) -> str:
+    def describe(self, what_of_new: str = "in no split") -> str:
         """What came, went or changed, in one line; blank if nothing did."""
         parts = []
         if self.new:
-            parts.append(f"{len(self.new)} new, in no split: {some_names(self.new)}")
+            parts.append(f"{len(self.new)} new, {what_of_new}: {some_names(self.new)}")
         if self.gone:
             parts.append(f"{len(self.gone)} gone: {some_names([f'{bag.name} ({bag.split})' for bag in self.gone])}")
         if self.renamed:
