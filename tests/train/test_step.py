@@ -16,12 +16,12 @@ from tests.processes import run_together
 from tests.small import small_config
 from tests.train.bags import INEXACT, TASKS, datasets
 from umda_fast.data import BagBatch
-from umda_fast.model import penalty_loss, task_losses
+from umda_fast.model import penalty_loss, task_losses, view_losses
 from umda_fast.parity.rule import GRADIENT_FACTOR, allowed_error
 from umda_fast.runtime.config import RunConfig
 from umda_fast.runtime.fabric import make_fabric
 from umda_fast.train import NonFiniteError, build_model
-from umda_fast.train.optim import make_optimizer
+from umda_fast.train.optim import make_optimizer, set_learning_rate
 from umda_fast.train.step import TrainStep
 
 DATA = datasets()["train"]
@@ -34,7 +34,7 @@ def batch(*bags: int) -> BagBatch:
 
 def config(scope: str = "none", **train: Any) -> RunConfig:
     return small_config(
-        model={"width": 16, "heads": 2, "layers": 1, "dropout": 0.0, "kappa_g": 1.0},
+        model={"width": 16, "heads": 2, "layers": 1, "dropout": 0.0, "kappa_g": 1.0, "view_heads": True},
         penalties=INEXACT,
         sgl={"balancer": "none"} if scope == "none" else {"scope": scope},
         train={"lr": 0.01, "warmup": 0.0, **train},
@@ -57,28 +57,32 @@ def assert_same(found: Any, expected: Any) -> None:
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.1])
-def test_the_plain_sum_is_what_plain_pytorch_makes_of_it(clip: float) -> None:
-    settings = config(clip=clip)
+@pytest.mark.parametrize(("clip", "progress"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.75)])
+def test_the_plain_sum_is_what_plain_pytorch_makes_of_it(clip: float, progress: float) -> None:
+    settings = config(clip=clip, view_loss=0.5)
     step, host = make_step(settings), batch(2, 3, 6, 7)
     model: Any = copy.deepcopy(step.model)
     optimizer = make_optimizer(model, settings.train)
     out = model(**host.inputs())
     losses = task_losses(TASKS, out.logits, host.labels, host.label_mask)
     penalty = penalty_loss(out.penalties, vars(settings.penalties))
-    (sum(losses.values()) + penalty).backward()
+    labelled = [task for task in TASKS if task.name in losses]
+    alone = view_losses(labelled, out.view_logits, out.view_present, host.labels, host.label_mask)
+    (sum(losses.values()) + 0.5 * (1.0 - progress) * sum(alone.values()) + penalty).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    set_learning_rate(optimizer, settings.train, progress)
     optimizer.step()
 
-    result = step(host, 0.0, 0)
+    result = step(host, progress, 0)
     assert result.instances == host.num_instances
-    assert result.lr == 0.01
+    assert result.lr == optimizer.param_groups[0]["lr"]
     assert result.values.keys() == {"gradient_norm", "penalty", *(f"loss/{name}" for name in losses)}
     assert result.values["gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
     assert norm > 0.1
     for name, loss in losses.items():
         assert result.values[f"loss/{name}"] == float(loss.detach())
     assert result.record()["penalties"] == {name: float(value.detach()) for name, value in out.penalties.items()}
+    assert result.record()["view_losses"] == {name: float(value.detach()) for name, value in alone.items()}
     weights = model.state_dict()
     for name, value in step.model.state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=1e-7)
@@ -90,6 +94,22 @@ def test_steps_lower_the_loss(scope: str) -> None:
     step.model.train()
     losses = [sum(v for k, v in step(host, 0.0, n).values.items() if k.startswith("loss/")) for n in range(30)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_every_view_alone_loses_is_learnt_from_until_the_end(scope: str) -> None:
+    def after(progress: float, view_loss: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        step = make_step(config(scope, view_loss=view_loss))
+        return step.model.state_dict(), step(batch(2, 3, 4, 6, 7), progress, 0).record()
+
+    (some, record), (none, without) = after(0.5, 1.0), after(0.5, 0.0)
+    assert any(not torch.equal(some[name], value) for name, value in none.items())
+    assert record["losses"] == without["losses"]
+    assert record["view_losses"].keys() == record["losses"].keys()
+    assert "view_losses" not in without
+    (end, record), (none, _) = after(1.0, 1.0), after(1.0, 0.0)
+    assert_same(end, none)
+    assert "view_losses" not in record
 
 
 def test_the_learning_rate_follows_the_progress() -> None:
@@ -267,7 +287,7 @@ def test_two_processes_take_the_step_of_one(scope: str, monkeypatch: pytest.Monk
             assert mine["instances"] == other["instances"]
             assert list(mine) == list(other)
             assert list(mine["values"]) == list(other["values"])
-            for part in ("values", "losses"):
+            for part in ("values", "losses", "view_losses"):
                 assert mine[part] == pytest.approx(other[part], rel=1e-6)
             exact = [{k: v for k, v in record["penalties"].items() if k not in INEXACT} for record in (mine, other)]
             assert exact[0] == pytest.approx(exact[1], rel=1e-6)

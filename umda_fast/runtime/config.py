@@ -147,6 +147,9 @@ class TrainConfig(_Section):
     """AdamW's; not applied to biases, norms and embeddings."""
     clip: NonNegative = 1.0
     """Largest norm of the gradient; 0 clips nothing."""
+    view_loss: NonNegative = 1.0
+    """With `model.view_heads`: weight of the losses of what every view alone says, at the start; it falls linearly to 0
+    at the end."""
     select: str = "skill"
     """What decides which epoch's weights are kept, and `patience`, on the validation split: the mean `skill` of the
     tasks (docs/training.md), `mean_score`, `loss` (sum over tasks), the metric of a task as `<task>/<metric>`, or
@@ -200,7 +203,7 @@ ARCHITECTURES: dict[str, type] = {
 }
 # The config.yaml of a run has every key there was when it was written. What the run did where a key is absent, of those
 # whose default is something else; and of those of the model `umda`, whatever is their default.
-BEFORE: dict[str, Any] = {"data": {"bags": None}, "train": {"select": "mean_score"}}
+BEFORE: dict[str, Any] = {"data": {"bags": None}, "train": {"select": "mean_score", "view_loss": 0.0}}
 BEFORE_UMDA: dict[str, Any] = {"model": BEFORE_2}
 _FROM_DATA = ("views", "tasks", "metadata")  # fields of a model's configuration that the data decides
 

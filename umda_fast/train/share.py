@@ -70,6 +70,10 @@ class WholeBatch:
         """The penalties of the whole batch, unweighted."""
         return on_host(penalties)
 
+    def read_losses(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """Losses of the whole batch, by task, of which `losses` are this process's."""
+        return on_host(losses)
+
     def spoiled_elsewhere(self, own: Sequence[Tensor], lost: bool) -> bool:
         """Whether what is not finite came from another process: `own` is what this one computed; `lost` says that a
         loss or the penalty of the whole batch is not finite."""
@@ -119,10 +123,14 @@ class PartOfBatch:
         return values
 
     def read_penalties(self, penalties: Mapping[str, Tensor]) -> dict[str, float]:
-        own = on_host(penalties)
-        parts = self.processes.objects(
-            {name: own[name] * share for name, share in self.penalties.items() if name in own}
-        )
+        return self._whole(penalties, self.penalties)
+
+    def read_losses(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        return self._whole(losses, self.losses)
+
+    def _whole(self, values: Mapping[str, Tensor], shares: Mapping[str, float]) -> dict[str, float]:
+        own = on_host(values)
+        parts = self.processes.objects({name: own[name] * share for name, share in shares.items() if name in own})
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from umda_fast.data import BagBatch
-from umda_fast.model import TaskSpec, penalty_loss, task_losses
+from umda_fast.model import TaskSpec, penalty_loss, task_losses, view_losses
 from umda_fast.runtime.config import RunConfig, as_dict
 from umda_fast.runtime.guard import NonFiniteError, explain_non_finite
 from umda_fast.score.inference import to_device
@@ -41,12 +41,14 @@ class StepResult:
         values: of the whole batch: `gradient_norm` (before clipping), `loss/<task>` of the tasks with labels, and
             `penalty`, the weighted sum, if there is any; empty if there was nothing to learn from.
         penalties: of this process's part, unweighted, on the device.
+        view_losses: likewise, by task, of what every view alone says, before their weight; empty without `view_heads`.
     """
 
     lr: float
     share: Share
     values: dict[str, float] = field(default_factory=dict)
     penalties: dict[str, Tensor] = field(default_factory=dict)
+    view_losses: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def instances(self) -> int:
@@ -60,8 +62,11 @@ class StepResult:
             "gradient_norm": self.values["gradient_norm"],
             "losses": {name[5:]: value for name, value in self.values.items() if name.startswith("loss/")},
         }
-        penalties = self.share.read_penalties(self.penalties)
-        return {**record, "penalties": penalties} if penalties else record
+        more = {
+            "view_losses": self.share.read_losses(self.view_losses),
+            "penalties": self.share.read_penalties(self.penalties),
+        }
+        return record | {name: figures for name, figures in more.items() if figures}
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,16 @@ class _Forward:
 
     out: Any = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    view_losses: dict[str, Tensor] = field(default_factory=dict)
+    view_weight: float = 0.0
     penalty: Tensor | None = None
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The loss of every task with what every view alone loses: what there are gradients of."""
+        if not self.view_losses:
+            return self.losses
+        return {name: loss + self.view_weight * self.view_losses[name] for name, loss in self.losses.items()}
 
     @property
     def logits(self) -> Mapping[str, Tensor]:
@@ -135,11 +149,11 @@ class TrainStep:
         lr = set_learning_rate(self.optimizer, self.options, progress)
         share = self.processes.share(host)
         batch = to_device(host, self.fabric)
-        forward = self._forward(batch, share)
+        forward = self._forward(batch, share, progress)
         if not share.teaches(forward.losses):
             return StepResult(lr, share)
         self.optimizer.zero_grad(set_to_none=True)
-        self.gradients.backward(forward.losses, forward.penalty, forward.out, share)
+        self.gradients.backward(forward.trained, forward.penalty, forward.out, share)
         norm = self._clip()
         # One wait for the device for all that decides whether the weights may be touched.
         values = share.read(norm, forward.losses, forward.penalty)
@@ -148,18 +162,25 @@ class TrainStep:
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        return StepResult(lr, share, values, {name: value.detach() for name, value in forward.penalties.items()})
+        penalties, alone = (
+            {name: value.detach() for name, value in part.items()} for part in (forward.penalties, forward.view_losses)
+        )
+        return StepResult(lr, share, values, penalties, alone)
 
-    def _forward(self, batch: BagBatch, share: Share) -> _Forward:
+    def _forward(self, batch: BagBatch, share: Share, progress: float) -> _Forward:
         if len(batch) == 0:
             self.gradients.skip_forward()
             return _Forward()
         with self.fabric.autocast():
             out = self.model(**batch.inputs(), **self.gradients.model_inputs())
             losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
+            view_weight, alone = self.options.view_loss * (1.0 - progress), {}
+            if view_weight > 0.0 and getattr(out, "view_logits", None) is not None:
+                labelled = [task for task in self.tasks if task.name in losses]
+                alone = view_losses(labelled, out.view_logits, out.view_present, batch.labels, batch.label_mask)
             weights = share.penalty_weights(self.penalty_weights)
             penalty = penalty_loss(out.penalties, weights) if out.penalties else None
-        return _Forward(out, losses, penalty)
+        return _Forward(out, losses, alone, view_weight, penalty)
 
     def _clip(self) -> Tensor:
         """Norm of the gradient, which is then cut to the largest that is allowed."""
@@ -172,7 +193,8 @@ class TrainStep:
         self, batch: BagBatch, forward: _Forward, values: Mapping[str, float], share: Share, number: int
     ) -> NonFiniteError:
         """The error that names what is not finite, where it is this process's."""
-        blamed = {**forward.losses, **forward.penalties}
+        of_views = {f"{name} by every view alone": loss for name, loss in forward.view_losses.items()}
+        blamed = {**forward.losses, **of_views, **forward.penalties}
         lost = any(not math.isfinite(value) for name, value in values.items() if name != "gradient_norm")
         if share.spoiled_elsewhere([*forward.logits.values(), *blamed.values()], lost):
             return NonFiniteError(
