@@ -305,6 +305,17 @@ def test_wherever_it_is_called(scope: str, balancer: str, where: Any) -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="a torch without it")
+def test_gradients_of_another_dtype_than_the_parameter() -> None:
+    weight = Parameter(torch.ones(64, dtype=torch.bfloat16))
+    weight.grad_dtype = torch.float32
+    z = weight.float() * torch.arange(64.0)
+    SelfGuided([weight], "ab", **OPTIONS).backward({"a": 1.01 * z.sum(), "b": z.square().mean()})
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+
+
 def test_gradients_are_not_copied() -> None:
     """A missing `.grad` takes the memory of the result, which the next step uses again where nobody has it."""
     trunk = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))

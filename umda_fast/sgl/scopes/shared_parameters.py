@@ -144,7 +144,8 @@ class SharedParametersScope(AveragedScope):
         self._penalty = {}
         for number, (parameter, piece) in enumerate(zip(self.scoped, pieces, strict=True)):
             if self._given[number] and number not in self._sparse and parameter.requires_grad:
-                given.append((parameter, piece.to(parameter.dtype)))
+                dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # newer torch lets the two differ
+                given.append((parameter, piece.to(dtype)))
         del piece, pieces
         hand_over(given)
 
