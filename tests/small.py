@@ -27,5 +27,6 @@ def small_config(**sections: Any) -> RunConfig:
     return make_config(values)
 
 
-def small_data() -> dict[str, Any]:
-    return dict(load_source("digits", seed=0, **DATA))
+def small_data(**more: int) -> dict[str, Any]:
+    """Bags for `small_config`; `more` bags of a split than it takes, as a calibration needs."""
+    return dict(load_source("digits", seed=0, **{**DATA, **more}))

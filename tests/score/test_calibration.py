@@ -70,7 +70,13 @@ def test_what_cannot_be_fitted_is_left_out() -> None:
     labels = {"binary": torch.ones(5), "classes": torch.arange(5) % 3, "value": torch.randn(5)}
     masks = {"binary": torch.ones(5).bool(), "classes": torch.zeros(5).bool(), "value": torch.ones(5).bool()}
     fitted = fit_calibration([BINARY, CLASSES, VALUE], logits, labels, masks)
-    assert fitted == Calibration()
+    assert fitted == Calibration(
+        left={
+            "binary": "5 labelled bags, expected 20",
+            "classes": "0 labelled bags, expected 20",
+            "value": "5 labelled bags, expected 9",
+        }
+    )
     assert torch.equal(fitted.apply(logits)["binary"], logits["binary"])
 
 
@@ -106,3 +112,32 @@ def test_written_and_read(tmp_path: Path) -> None:
     for name in ("other.json", "none.json"):
         with pytest.raises(DataError, match=name):
             Calibration.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("task", [BINARY, CLASSES, LABELS], ids=lambda task: task.kind)
+@pytest.mark.parametrize("n", [6, 19, 30, 300])
+def test_no_confidence_is_beyond_what_so_many_bags_show(task: TaskSpec, n: int) -> None:
+    """All bags told apart without a mistake: once the temperature ran to its limit, and every confidence to 1."""
+    target = torch.arange(n * task.outputs).reshape(n, -1) % 2
+    logits = 3.0 * (2 * target - 1.0) + 0.1 * torch.randn(n, task.outputs)
+    if task.kind == "multiclass":
+        target = torch.arange(n)[:, None] % task.classes
+        logits = 3.0 * torch.nn.functional.one_hot(target[:, 0], task.classes).double()
+    target = target if task.kind == "multilabel" else target[:, 0]
+    fitted = fit_calibration([task], {task.name: logits}, {task.name: target}, {task.name: torch.ones(n).bool()})
+    if n < 20:
+        assert fitted.temperatures == fitted.bags == {}
+        assert fitted.left == {task.name: f"{n} labelled bags, expected 20"}
+        assert fitted.explained() == [f"{task.name}: not calibrated on validation: {n} labelled bags, expected 20"]
+        assert torch.equal(fitted.apply({task.name: logits})[task.name], logits.float())
+        return
+    assert fitted.left == {}
+    sure = confidence(task, fitted.apply({task.name: logits})[task.name]).mean()
+    assert 1 - 4 / n < float(sure) < 1 - 0.5 / n
+
+
+def test_a_rare_class_is_too_few_to_fit_on() -> None:
+    logits, target = torch.randn(40, 1), torch.zeros(40)
+    target[:4] = 1
+    fitted = fit_calibration([BINARY], {"binary": logits}, {"binary": target}, {"binary": torch.ones(40).bool()})
+    assert fitted == Calibration(left={"binary": "4 bags not of the most frequent class, expected 5"})

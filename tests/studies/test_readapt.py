@@ -25,14 +25,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("readapt") / "run"
     # The weights as they are after two epochs: their mean over so few updates is still near the first.
     config = small_config(train={"ema": 0.0})
-    train(config, out, datasets=small_data(), progress=False, plots=False)
+    train(config, out, datasets=small_data(val_bags=24), progress=False, plots=False)
     return load_run(out)
 
 
 def new_labels(run: Run) -> dict[str, BagDataset]:
     """The same bags with labels that its branches tell, to a part: a projection of them, and whether it is large."""
     result = {}
-    for split, dataset in small_data().items():
+    for split, dataset in small_data(val_bags=24).items():
         bags = [dataset[i] for i in range(len(dataset))]
         with torch.no_grad():
             branches = run.model(**collate(bags, dataset.views, dataset.tasks).inputs()).branches

@@ -18,12 +18,12 @@ from umda_fast.train import Run, load_run, predict, train
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("refer") / "run"
-    train(small_config(), out, datasets=small_data(), progress=False, plots=False)
+    train(small_config(), out, datasets=small_data(val_bags=32), progress=False, plots=False)
     return load_run(out)
 
 
 def predicted(run: Run, out: Path, refer_below: float | None) -> list[dict[str, str]]:
-    predict(run, datasets=small_data(), split="test", out=out, refer_below=refer_below, progress=False)
+    predict(run, datasets=small_data(val_bags=32), split="test", out=out, refer_below=refer_below, progress=False)
     with open(out, newline="") as stream:
         return list(csv.DictReader(stream))
 
@@ -32,7 +32,7 @@ def test_training_leaves_a_calibration(run: Run) -> None:
     fitted = Calibration.load(run.directory / "calibration.json")
     assert set(fitted.temperatures) == {"has_nine", "largest", "present"}
     assert set(fitted.half_widths) == {"mean"}
-    assert set(fitted.bags.values()) == {16}
+    assert set(fitted.bags.values()) == {32}
 
 
 def test_the_tasks_below_are_named(run: Run, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_the_tasks_below_are_named(run: Run, tmp_path: Path) -> None:
 def test_bad_thresholds_and_runs_without_calibration(run: Run, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"refer_below: expected a number between 0 and 1, got 1\.5"):
         predicted(run, tmp_path / "a.csv", 1.5)
-    data = small_data()
+    data = small_data(val_bags=32)
     del data["val"]
     train(small_config(), tmp_path / "run", datasets=data, progress=False, plots=False)
     with pytest.raises(DataError, match=r"calibration\.json: holds no calibration"):

@@ -31,6 +31,8 @@ __all__ = ["Calibration", "best_temperature", "calibration_error", "confidence",
 # mistake would have them beyond all bounds.
 _LOG_TEMPERATURES = (-3.0, 7.0)
 
+_LEAST_BAGS, _LEAST_OTHERS = 20, 5  # for a temperature
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -42,12 +44,14 @@ class Calibration:
             new bag with probability `level`.
         level: of the intervals.
         bags: task -> labelled bags it was fitted on.
+        left: task -> why nothing was fitted: its probabilities are the model's own, or it has no interval.
     """
 
     temperatures: dict[str, float] = field(default_factory=dict)
     half_widths: dict[str, float] = field(default_factory=dict)
     level: float = 0.9
     bags: dict[str, int] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
 
     def apply(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Calibrated logits, task -> [B, outputs]. Which class is the likeliest does not change."""
@@ -55,6 +59,10 @@ class Calibration:
             name: value.float() / self.temperatures[name] if name in self.temperatures else value
             for name, value in logits.items()
         }
+
+    def explained(self) -> list[str]:
+        """What was not fitted, a line for each task."""
+        return [f"{task}: not calibrated on validation: {reason}" for task, reason in self.left.items()]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, whole or not at all."""
@@ -83,9 +91,12 @@ def fit_calibration(
 ) -> Calibration:
     """Fit on bags that the model was not trained on.
 
-    The temperature of a task minimises its cross entropy, without class weights. The half width is the
+    The temperature of a task minimises its cross entropy, without class weights, against labels that are softened as if
+    every class had been seen once more (Platt, "Probabilistic outputs for support vector machines", 1999), so that no
+    confidence is beyond what so many bags can show. It needs 20 labelled bags, of which, where a bag has one class, 5
+    are not of the most frequent one; with fewer it would be an accident of these bags. The half width is the
     `ceil((n + 1) level)`-th smallest of the n absolute residuals; with fewer than that it is infinite and left out.
-    A task without labels here, or whose labels are all alike, is left as it is.
+    What is not fitted stays as it is, and `left` says why.
 
     Args:
         tasks: of the model.
@@ -97,24 +108,39 @@ def fit_calibration(
     """
     if not 0.0 < level < 1.0:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
-    temperatures, half_widths, bags = {}, {}, {}
+    found = Calibration(level=level)
     for task in tasks:
-        keep = label_mask[task.name]
+        kind, keep = kind_of(task), label_mask[task.name]
         raw, target = logits[task.name][keep].double(), labels[task.name][keep]
-        if not len(target):
-            continue
-        certainty = kind_of(task).calibration
-        if certainty == "interval":
+        if kind.calibration == "interval":
             half = _conformal_quantile((decode(task, raw)[:, 0] - target).abs(), level)
             if half is not None:
-                half_widths[task.name], bags[task.name] = half, len(target)
-        elif certainty == "temperature" and bool((target != target[0]).any()):
-            plain = replace(task, class_weights=None)
-            temperatures[task.name], bags[task.name] = best_temperature(plain, raw, target), len(target)
-    return Calibration(temperatures, half_widths, level, bags)
+                found.half_widths[task.name] = half
+            else:
+                found.left[task.name] = f"{len(target)} labelled bags, expected {math.ceil(level / (1 - level) - 1e-9)}"
+        elif kind.calibration == "temperature":
+            reason = _too_few(kind.counts(task, target.double().numpy()), len(target), kind.several)
+            if reason is None:
+                plain = replace(task, class_weights=None)
+                found.temperatures[task.name] = best_temperature(plain, raw, target, soften=True)
+            else:
+                found.left[task.name] = reason
+        if task.name in found.temperatures or task.name in found.half_widths:
+            found.bags[task.name] = len(target)
+    return found
 
 
-def best_temperature(task: TaskSpec, logits: Tensor, target: Tensor) -> float:
+def _too_few(counts: Sequence[int], bags: int, several: bool) -> str | None:
+    """Why a temperature cannot be fitted on so many labelled bags of every class; None if it can."""
+    if bags < _LEAST_BAGS:
+        return f"{bags} labelled bags, expected {_LEAST_BAGS}"
+    others = bags - max(counts, default=0)
+    if not several and others < _LEAST_OTHERS:
+        return f"{others} bags not of the most frequent class, expected {_LEAST_OTHERS}"
+    return None
+
+
+def best_temperature(task: TaskSpec, logits: Tensor, target: Tensor, *, soften: bool = False) -> float:
     """The T with the least loss of `logits / T`; 1 for a kind whose logits no temperature divides.
 
     It is looked for relative to the root mean square of the logits (of several classes, without what all of them
@@ -123,6 +149,7 @@ def best_temperature(task: TaskSpec, logits: Tensor, target: Tensor) -> float:
     Args:
         task: class weights count.
         logits: [B, outputs], B > 0. target: [B] or, multilabel, [B, classes]; every bag has its label.
+        soften: as if every class had been seen once more.
     """
     kind, logits = kind_of(task), logits.double()
     if kind.calibration != "temperature":
@@ -131,8 +158,13 @@ def best_temperature(task: TaskSpec, logits: Tensor, target: Tensor) -> float:
     if not 0.0 < size < math.inf:
         return 1.0
 
+    classes = 2 if kind.several else kind.class_count(task)
+    doubt = classes / (len(target) + classes) if soften else 0.0
+
     def loss(log_temperature: float) -> float:
-        return float(kind.loss(task, logits / (size * math.exp(log_temperature)), target, None))
+        scaled = logits / (size * math.exp(log_temperature))
+        found = float(kind.loss(task, scaled, target, None))
+        return (1.0 - doubt) * found + doubt * float(kind.undecided_loss(task, scaled)) if doubt else found
 
     # Convex in 1 / T, so there is one minimum; 1e-3 off it costs a millionth part.
     best = minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded", options={"xatol": 1e-3})

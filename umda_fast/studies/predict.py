@@ -164,6 +164,8 @@ def predict(
         if run.members:
             raise DataError(f"refer_below: expected one run, whose calibration is known, got {len(run.members)}")
         calibration = Calibration.load(RunDirectory(run.directory).calibration)
+        for line in calibration.explained():
+            print(line, file=sys.stderr)
     dataset, fabric = model_data(
         run,
         source=source,

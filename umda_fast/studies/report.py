@@ -325,6 +325,7 @@ def _calibration(tasks: Sequence[TaskSpec], found: Predictions, held_out: Predic
     header = ["task", "expected calibration error"]
     header += [] if fitted is None else ["temperature, fitted on val", "error after it"]
     parts += [_table(header, rows), _picture(figure, "reliability and risk-coverage curves")]
+    parts += [_note(line) for line in ([] if fitted is None else fitted.explained())]
     if fitted is None:
         parts.append(_note("No other split to fit temperatures on: probabilities are as the model gives them."))
     return "\n".join(parts)

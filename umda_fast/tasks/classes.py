@@ -60,6 +60,9 @@ class Classes(TaskKind):
     def fit(self, task: TaskSpec, column: FloatArray, class_weights: ClassWeights = None) -> TaskSpec:
         return replace(task, class_weights=self.balanced(task, column)) if class_weights == "balanced" else task
 
+    def undecided_loss(self, task: TaskSpec, logits: Tensor) -> Tensor:
+        return self.losses(task, logits, logits.new_full((len(logits), *self.label_shape(task)), 0.5)).mean()
+
     def few_units(self, task: TaskSpec, score: float, target: Array, level: float) -> tuple[float, float] | None:
         """Wilson's interval: exact in kind for an accuracy, and wide enough for other means of values in 0..1."""
         return wilson_interval(score, len(target), level)

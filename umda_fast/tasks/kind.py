@@ -338,6 +338,10 @@ class TaskKind(ABC):
 
     # ---- certainty, of a kind with probabilities
 
+    def undecided_loss(self, task: TaskSpec, logits: Tensor) -> Tensor:
+        """The mean of `losses` against a label that is every class alike, a scalar."""
+        raise ValueError(f"task {task.name!r}: expected classes, got a {self.name}")
+
     def confidence(self, task: TaskSpec, probabilities: Tensor) -> Tensor:
         """How sure the prediction is, [B] in 0..1."""
         return probabilities.new_ones(len(probabilities))

@@ -34,6 +34,9 @@ class Multiclass(OneClass):
     def losses(self, task: TaskSpec, logits: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits, target.long(), reduction="none")
 
+    def undecided_loss(self, task: TaskSpec, logits: Tensor) -> Tensor:
+        return -logits.log_softmax(-1).mean()
+
     def decode(self, task: TaskSpec, logits: Tensor) -> Tensor:
         return logits.softmax(-1)
 
