@@ -210,9 +210,9 @@ def print_inspection(console: Console, report: Any, scaling: Sequence[str] = ())
             )
             classes = f"{lowest:g} to {highest:g}, mean {mean:.3g}, std {std:.3g}"
         labelled = (f"{task.labelled[split]:,}" for split in splits)
-        table.add_row(
-            escape(task.name), task.kind, escape(classes), *labelled, *(f"{task.missing[split]:,}" for split in splits)
-        )
+        kind = task.kind if task.positive is None else f"{task.kind}: probability of {task.positive}"
+        missing = (f"{task.missing[split]:,}" for split in splits)
+        table.add_row(escape(task.name), escape(kind), escape(classes), *labelled, *missing)
     console.print(table)
 
     if report.columns:

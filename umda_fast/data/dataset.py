@@ -23,6 +23,7 @@ from umda_fast.data.bag import Bag
 from umda_fast.data.batch import BagBatch, pack
 from umda_fast.data.labels import KindOverrides, label_columns
 from umda_fast.data.metadata import Metadata, Positions, concat_positions, metadata_columns
+from umda_fast.data.positive import Positive, choose_positive
 from umda_fast.data.stores import ArrayStore, BagStore, ListStore
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec, check_distinct
@@ -79,6 +80,7 @@ class BagDataset(Dataset[Bag]):
         coords: ArrayInput | None = None,
         metadata: Mapping[str, ArrayInput] | None = None,
         kinds: KindOverrides | None = None,
+        positive: Positive | None = None,
         names: Sequence[str] | None = None,
         name: str = "arrays",
         dtype: torch.dtype = torch.float32,
@@ -97,6 +99,7 @@ class BagDataset(Dataset[Bag]):
                 are inferred: two distinct values make a binary task, few integers or strings a multiclass
                 one, a matrix a multilabel one, anything else a regression, whose mean and std are those of
                 the labels given.
+            positive: the class of a binary task that is label 1, or task -> class; None: the later of the two.
             names: [B], the bags' names; None counts them.
             name: of the dataset, for messages.
             dtype: of the features.
@@ -115,6 +118,7 @@ class BagDataset(Dataset[Bag]):
         elif len(names) != bags:
             raise DataError(f"{name}: names: expected {bags}, one for each bag, got {len(names)}")
         tasks, columns = label_columns(labels or {}, bags, kinds, where=name)
+        tasks, columns = choose_positive(tasks, columns, positive, kinds, where=name)
         store = ArrayStore(
             features,
             offsets,

@@ -14,6 +14,7 @@ from umda_fast.data.files.skipped import Report, Skipped
 from umda_fast.data.files.tables import SUFFIXES, Table, read_table
 from umda_fast.data.labels import KindOverrides
 from umda_fast.data.options import as_names, option
+from umda_fast.data.positive import Positive
 from umda_fast.errors import DataError
 
 
@@ -22,7 +23,7 @@ class LabelOptions:
     """What is read of a table of labels.
 
     Attributes:
-        kinds: as in `BagDataset.from_arrays`.
+        kinds, positive: as in `BagDataset.from_arrays`.
         labels: the table, .csv, .tsv or .xlsx; None looks for labels.csv, ... in the directory, then beside it.
         tasks, ignore: columns of the table that are tasks, or that are not.
         patient: the column of patients, where its name does not say so.
@@ -32,6 +33,7 @@ class LabelOptions:
     """
 
     kinds: KindOverrides | None = None
+    positive: Positive | None = None
     labels: str | None = option(None, local=True, path=True)
     tasks: Sequence[str] | None = option(None, local=True)
     ignore: Sequence[str] = option((), local=True)

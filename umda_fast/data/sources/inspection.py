@@ -42,6 +42,7 @@ class TaskReport:
     Attributes:
         name, kind: of the task.
         classes: names of the classes, in the order of `counts`; empty for a regression.
+        positive: binary only: the class whose probability is predicted.
         counts: split -> labelled bags of every class (multilabel: positives of every label).
         labelled, missing: split -> bags with and without a label.
         values: regression only: split -> mean, std, min, max of the labels.
@@ -50,6 +51,7 @@ class TaskReport:
     name: str
     kind: str
     classes: list[str]
+    positive: str | None
     counts: dict[str, list[int]]
     labelled: dict[str, int]
     missing: dict[str, int]
@@ -229,6 +231,7 @@ def _task_report(task: TaskSpec, splits: Splits) -> TaskReport:
         name=task.name,
         kind=task.kind,
         classes=list(task.class_names),
+        positive=kind_of(task).positive(task),
         counts={split: kind_of(task).counts(task, column) for split, column in columns.items()},
         labelled={split: len(column) - gone[split] for split, column in columns.items()},
         missing=gone,

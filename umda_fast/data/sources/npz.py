@@ -28,6 +28,7 @@ import numpy.typing as npt
 from umda_fast.data.dataset import BagDataset
 from umda_fast.data.labels import ClassWeights, KindOverrides, fixed_tasks
 from umda_fast.data.options import option
+from umda_fast.data.positive import Positive
 from umda_fast.data.sources.base import BagSource, Folds, GivenSplit, OpenedSource
 from umda_fast.data.splits import SPLITS, parts_of
 from umda_fast.errors import DataError
@@ -153,7 +154,9 @@ def _metadata(path: str, arrays: Arrays) -> Arrays:
     return {name: matrix[:, column] for column, name in enumerate(names)}
 
 
-def open_npz(path: str, kinds: KindOverrides | None = None, ignore: Sequence[str] = ()) -> _File:
+def open_npz(
+    path: str, kinds: KindOverrides | None = None, ignore: Sequence[str] = (), positive: Positive | None = None
+) -> _File:
     arrays = read_npz(path)
     unknown = [name for name in ignore if name not in arrays]
     if unknown:
@@ -184,6 +187,7 @@ def open_npz(path: str, kinds: KindOverrides | None = None, ignore: Sequence[str
         coords=arrays.get("coords"),
         metadata=_metadata(path, arrays),
         kinds=kinds,
+        positive=positive,
         names=strings("names"),
         name=path,
     )
@@ -206,12 +210,14 @@ class NpzSource(BagSource):
 
     Attributes:
         kinds: as in `BagDataset.from_arrays`; {"Y": "multilabel"} makes the columns of Y one task.
+        positive: as there.
         val_share, test_share: of the bags.
         class_weights: "balanced" or None.
         ignore: arrays of the file to leave out.
     """
 
     kinds: KindOverrides | None = None
+    positive: Positive | None = None
     val_share: float = 0.15
     test_share: float = option(0.2, folds=False)
     class_weights: ClassWeights = None
@@ -223,7 +229,7 @@ class NpzSource(BagSource):
 
     def open(self, path: str, folds: Folds | None) -> OpenedSource:
         """Raises DataError naming the file and the array, what was expected and what came."""
-        file = open_npz(path, self.kinds, self.ignore)
+        file = open_npz(path, self.kinds, self.ignore, self.positive)
         dataset, given = file.dataset, []
         if file.split is not None and folds is None:
             given = [GivenSplit(parts_of(file.split), "split as the file says")]

@@ -21,6 +21,7 @@ from umda_fast.data.files.label_files import LabelOptions
 from umda_fast.data.files.table_columns import read_metadata, read_tasks
 from umda_fast.data.labels import ClassWeights, fixed_tasks, label_columns
 from umda_fast.data.options import as_names, option
+from umda_fast.data.positive import choose_positive
 from umda_fast.data.sources.base import BagSource, Folds, GivenSplit, OpenedSource
 from umda_fast.data.splits import About, parts_of
 from umda_fast.errors import DataError
@@ -116,8 +117,8 @@ class SlidesSource(FileOptions, SplitOptions, LabelOptions, BagSource):
             about = About(faults=[opened.no_table])
             return BagDataset(store, index.views, specs, opened.path), about, [*index.notes, "no table of labels"]
         tasks = read_tasks(table, rows, self.kinds, as_names(self.tasks or ()))
-        store = SlideStore(index, tasks.specs, tasks.labels, opened.skipped.lines)
-        dataset = BagDataset(store, index.views, tasks.specs, opened.path)
+        specs, columns = choose_positive(tasks.specs, tasks.labels, self.positive, self.kinds, where=table.where)
+        dataset = BagDataset(SlideStore(index, specs, columns, opened.skipped.lines), index.views, specs, opened.path)
         bare = sum(row is None for row in rows)
         notes = [f"labels from {table.table.path.name}", *([f"{bare} bags not in it"] if bare else [])]
         if table.by_patient:
