@@ -105,6 +105,24 @@ def test_a_view_that_is_missing_altogether_is_said(
     assert lines(tmp_path / "p.csv") == 12
 
 
+def test_columns_that_a_table_lacks_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort = Cohort(tmp_path / "bags", 16)
+    cohort.write(age="50", note="-")
+    options = {"metadata": ["age"], "ignore": ["note"], "tasks": ["y"]}
+    train(cohort_config(cohort.root, options=options), tmp_path / "run", progress=False, plots=False)
+    other = cohort.copy(tmp_path / "other")
+    other.write()
+    capsys.readouterr()
+    for root in (other.root, cohort.root):
+        assert call("predict", tmp_path / "run", "--data", root, "--out", tmp_path / "p.csv", "-q") == 0
+        assert ("has no metadata age" in capsys.readouterr().err) == (root == other.root)
+    (cohort.root / "labels.csv").write_text("slide_id\n" + "".join(f"{name}\n" for name in cohort.bags))
+    assert call("predict", tmp_path / "run", "--data", cohort.root, "--out", tmp_path / "p.csv", "-q") == 0
+    assert evaluate(load_run(tmp_path / "run"), source=str(other.root), progress=False).bags > 0
+
+
 def test_options_of_the_source_can_be_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cohort = write(tmp_path / "cohort.npz", 5, odd=np.zeros(3))
     option = "data.options.ignore=[odd]"

@@ -35,7 +35,7 @@ from umda_fast.score.collect import calibrate, collect
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset
 from umda_fast.tasks import kind_of
 from umda_fast.train.chosen import data_seed, tell, tell_excluded
-from umda_fast.train.data import is_own, tell_missing_views
+from umda_fast.train.data import is_own, tell_missing_inputs
 from umda_fast.train.loading import Run
 from umda_fast.train.located import recorded_paths
 from umda_fast.train.split_record import NEW, SEEN, TRUNK, SplitRecord, bag_contents, patients_of
@@ -182,7 +182,7 @@ def readapt(
     tasks = datasets["train"].tasks
     trunk = whole.config
     parts = {name: adapt_dataset(part, trunk.views, tasks, trunk.metadata) for name, part in datasets.items()}
-    tell_missing_views(run, datasets["train"])
+    tell_missing_inputs(run, datasets["train"])
     directory = RunDirectory(out)
     directory.begin(resume=False)
     settings = replace(settings, data=replace(settings.data, paths=recorded_paths(settings.data, directory.path)))

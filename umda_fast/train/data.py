@@ -33,7 +33,7 @@ __all__ = [
     "load_data",
     "measured_split",
     "model_data",
-    "tell_missing_views",
+    "tell_missing_inputs",
     "tell_skipped",
     "training_data",
 ]
@@ -171,7 +171,7 @@ def model_data(
     tasks = model.tasks if labels else UnneededLabels(model.tasks)
 
     def adapted(part: BagDataset) -> BagDataset:
-        tell_missing_views(run, part)
+        tell_missing_inputs(run, part)
         found = adapt_dataset(part, model.views, tasks, metadata)
         if isinstance(tasks, UnneededLabels) and tasks.ignored:
             tell(run, f"labels ignored, which are not needed: {'; '.join(tasks.ignored)}")
@@ -202,14 +202,20 @@ def _labelled(dataset: BagDataset, measured: bool) -> BagDataset:
     return dataset
 
 
-def tell_missing_views(run: Run, part: BagDataset) -> None:
-    """Warn of views that the run was trained with and that `part` does not have at all."""
+def tell_missing_inputs(run: Run, part: BagDataset) -> None:
+    """Warn of views and metadata that the run was trained with and that `part` does not have at all."""
     model = run.model.config
-    there = {view.name for view in part.views}
     used = getattr(model, "view", None)  # of a baseline that looks at one view
-    missing = [view.name for view in model.views if view.name not in there and used in (None, view.name)]
-    if missing:
-        tell(run, f"warning: {part.name} has no view {', '.join(missing)}, which it was trained with: it does without")
+    views = [view.name for view in model.views if used in (None, view.name)]
+    known = () if part.metadata is None else part.metadata.names
+    missing = {
+        "view": [name for name in views if name not in {view.name for view in part.views}],
+        "metadata": [spec.name for spec in getattr(model, "metadata", ()) if spec.name not in known],
+    }
+    for what, names in missing.items():
+        if names:
+            lack = f"{part.name} has no {what} {', '.join(names)}"
+            tell(run, f"warning: {lack}, which it was trained with: it does without")
 
 
 def _load_again(
@@ -224,11 +230,11 @@ def _load_again(
     options = {name: value for name, value in data.options.items() if name in understood and name not in foreign}
     if own and run.record is not None:
         options = _by_record(options, kind)
+    if isinstance(tasks, UnneededLabels) and "partial" in understood:  # whatever became of its table of labels
+        options = {"partial": True, **{name: options[name] for name in options if name not in ("tasks", "ignore")}}
     options |= run.options
     if skip_bad:
         options["skip_bad"] = True
-    if isinstance(tasks, UnneededLabels) and "partial" in understood:
-        options.setdefault("partial", True)
     if "kinds" in understood:
         # What the model was trained on decides what a label means: a file with two of ten classes is not
         # binary.

@@ -144,13 +144,16 @@ def _find_labels(path: Path) -> list[Path]:
 
 def _meant(table: Table, bags: BagFiles, options: LabelOptions) -> LabelTable:
     kinds = options.kinds or {}
+    metadata = as_names(options.metadata)
+    if not isinstance(kinds, Mapping):  # a trained model's: what it knows of bags and nobody does here is missing
+        metadata = [name for name in metadata if name in table.header]
     return read_labels(
         table,
         bags,
         tasks=None if options.tasks is None else as_names(options.tasks),
         known=list(kinds) if isinstance(kinds, Mapping) else [spec.name for spec in kinds],
         ignore=as_names(options.ignore),
-        metadata=as_names(options.metadata),
+        metadata=metadata,
         patient=options.patient,
         missing=as_names(options.missing),
     )
