@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"errors", "heap", "files"},
+    {"errors", "extras", "heap", "files"},
     {"reference", "kernels"},
     {"ops", "tasks"},
     {"model", "pyg"},

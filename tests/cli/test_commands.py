@@ -261,6 +261,6 @@ def test_a_missing_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)  # what an import of a package that is not there meets
     own = ["--data", "digits", "--out", tmp_path / "p.csv", "--attention", tmp_path / "a.h5", "--quiet"]
-    assert call("predict", run, *own) == 1
+    assert call("predict", run, *own) == 4
     assert "pip install 'umda_fast[io]'" in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()

@@ -10,34 +10,16 @@ import os
 import sys
 from collections.abc import Sequence
 
+from umda_fast.extras import EXTRAS, MissingExtraError
+
 __all__ = ["main"]
 
 # Commands that several processes, started by torchrun, do together.
 _TOGETHER = ("train", "evaluate", "crossval")
 
-# The extra that brings a package, for the message when it is missing.
-_EXTRAS = {
-    "lightning_fabric": "train",
-    "matplotlib": "train",
-    "pydantic": "train",
-    "rich": "train",
-    "safetensors": "train",
-    "scipy": "train",
-    "sklearn": "train",
-    "tensorboard": "train",
-    "torchmetrics": "train",
-    "typer": "train",
-    "yaml": "train",
-    "h5py": "io",
-    "openpyxl": "io",
-    "pandas": "io",
-    "torch_geometric": "graph",
-    "torchjd": "balancers",
-}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 on success, 2 for bad usage or bad data, 1 for anything else."""
+    """Run the command line and exit: 0 on success, 2 for bad usage or bad data, 4 for an extra that is missing, 1 for
+    anything else; `parity` has codes of its own."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     _speak_once(arguments)
@@ -54,10 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _stop("interrupted; a training run goes on with --resume", 1)
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").split(".")[0])
-        if debug or extra is None:
+        package = (error.name or "").split(".")[0]
+        if debug or package not in EXTRAS:
             raise
-        _stop(f"this command needs {error.name}; install it with: pip install 'umda_fast[{extra}]'", 1)
+        known = isinstance(error, MissingExtraError)
+        _stop(str(error if known else MissingExtraError("this command", package)), 4)
     except Exception as error:
         code = _code(error)
         if debug or code is None:

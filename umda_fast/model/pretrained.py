@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from umda_fast.extras import require
+
 __all__ = ["load_weights", "read_options", "save", "save_weights"]
 
 WEIGHTS, OPTIONS = "model.safetensors", "config.json"
@@ -20,6 +22,7 @@ def save(
     model: nn.Module, directory: str | os.PathLike[str], architecture: str, options: Mapping[str, Any]
 ) -> None:
     """Write both files into `directory`, which is made; needs the package safetensors."""
+    require("saving a model", "safetensors")
     place = Path(directory)
     place.mkdir(parents=True, exist_ok=True)
     save_weights(model, place)
@@ -29,6 +32,7 @@ def save(
 
 def save_weights(model: nn.Module, directory: str | os.PathLike[str], name: str = WEIGHTS) -> None:
     """Write the weights alone, as the file `name`, into `directory`, which is there."""
+    require("saving a model", "safetensors")
     from safetensors.torch import save_file
 
     # Clones: a file of safetensors cannot hold tensors that share memory (tied weights of an encoder).
@@ -55,6 +59,7 @@ def load_weights(model: Model, directory: str | os.PathLike[str], file: str = WE
     Raises:
         OSError: no such file. RuntimeError: the weights do not fit.
     """
+    require("reading a saved model", "safetensors")
     from safetensors.torch import load_file
 
     weights = load_file(Path(directory) / file)

@@ -3,10 +3,11 @@
 Needs the extra ``graph``.
 """
 
-try:
-    import torch_geometric  # noqa: F401
-except ImportError as error:
-    raise ImportError("umda_fast.pyg needs torch_geometric: pip install 'umda_fast[graph]'") from error
+# ruff: noqa: E402 - what is missing is named before anything is imported
+
+from umda_fast.extras import require
+
+require("umda_fast.pyg", "torch_geometric")
 
 from umda_fast.pyg.aggregation import MultiTaskAttentionAggregation
 from umda_fast.pyg.convolution import NeighborAttentionConv

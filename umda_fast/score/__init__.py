@@ -2,3 +2,9 @@
 
 Needs the extra `train`.
 """
+
+
+
+from umda_fast.extras import require
+
+require("umda_fast.score", "pydantic", "yaml", "lightning_fabric", "rich", "scipy", "torchmetrics")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from umda_fast.extras import require
 from umda_fast.sgl.balancers import Balancer
 
 #: Weightings of torchjd that read single entries of the gradients, or several batches.
@@ -44,13 +45,9 @@ class TorchJDBalancer(Balancer):
     synchronizes = True  # several of torchjd's solvers run on the host
 
     def __init__(self, source: Any, *, scale: float = 1.0) -> None:
-        try:
-            aggregation = import_module("torchjd.aggregation")
-            scalarization = import_module("torchjd.scalarization")
-        except ImportError as error:
-            raise ImportError(
-                "TorchJDBalancer: expected torchjd, install it with: pip install torchjd"
-            ) from error
+        require("TorchJDBalancer", "torchjd")
+        aggregation = import_module("torchjd.aggregation")
+        scalarization = import_module("torchjd.scalarization")
         self.scale = scale
         self.source = source
         self._weighting: Any = None

@@ -3,6 +3,12 @@
 Needs the extra `train`.
 """
 
+# ruff: noqa: E402 - what is missing is named before anything is imported
+
+from umda_fast.extras import TRAINING, require
+
+require("umda_fast.studies", *TRAINING)
+
 from umda_fast.studies.compare import compare_models, comparison_markdown
 from umda_fast.studies.crossval import cross_validate
 from umda_fast.studies.maps import explain

@@ -21,6 +21,7 @@ from torch import Tensor
 from umda_fast import ops
 from umda_fast.data import BagBatch, BagDataset
 from umda_fast.errors import DataError
+from umda_fast.extras import require
 from umda_fast.files import atomic_file
 from umda_fast.model import TaskSpec, decode
 from umda_fast.runtime.rundir import RunDirectory
@@ -202,6 +203,7 @@ def predict(
 
 @contextmanager
 def _attention_file(path: str | os.PathLike[str], run: Run) -> Iterator[Any]:
+    require("an attention file", "h5py")
     import h5py
 
     with atomic_file(path) as stream, h5py.File(stream, "w") as store:

@@ -4,6 +4,12 @@ Needs the extra `train`. What is done with runs is in `umda_fast.studies`; the n
 still found here.
 """
 
+# ruff: noqa: E402 - what is missing is named before anything is imported
+
+from umda_fast.extras import TRAINING, require
+
+require("umda_fast.train", *TRAINING)
+
 from typing import TYPE_CHECKING, Any
 
 from umda_fast.files import write_json

@@ -11,6 +11,7 @@ import torch
 from tests.slide_files import bag, write_labels
 from umda_fast.data import inspect_source, load_source, pack_slides
 from umda_fast.errors import DataError
+from umda_fast.extras import MissingExtraError
 from umda_fast.tasks.columns import parse_number
 
 NAMES = [f"S{index:02d}" for index in range(24)]
@@ -320,7 +321,7 @@ class TestSpreadsheets:
     def test_without_openpyxl(self, root, monkeypatch):
         (root / "labels.xlsx").write_bytes(b"")
         monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
-        with pytest.raises(DataError, match=r"labels\.xlsx: reading it needs openpyxl, of the extra io: pip install"):
+        with pytest.raises(MissingExtraError, match=r"labels\.xlsx: .* needs openpyxl, of the extra io"):
             load_source(root)
 
 

@@ -41,12 +41,14 @@ from umda_fast.data.files.header_fields import (
     unit_of,
 )
 from umda_fast.errors import DataError
+from umda_fast.extras import require
 
 _STAMP_TILE_PX, _STAMP_TILE_UM = 224, 256.0  # before version 2.0, with no other size possible
 
 
 @contextmanager
 def _opened_file(path: Path) -> Iterator[Any]:
+    require(f"{path}: reading it", "h5py")
     import h5py
 
     try:
@@ -90,6 +92,7 @@ class _Datasets:
 
 @contextmanager
 def _open(path: Path) -> Iterator[_Datasets]:
+    require(f"{path}: reading it", "h5py")
     import h5py
 
     with _opened_file(path) as file:

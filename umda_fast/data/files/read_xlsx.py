@@ -9,6 +9,7 @@ from typing import Any
 
 from umda_fast.data.files.header_fields import one_line
 from umda_fast.errors import DataError
+from umda_fast.extras import require
 
 
 def sheet_rows(path: Path, notes: list[str]) -> list[tuple[int, list[str]]]:
@@ -17,15 +18,12 @@ def sheet_rows(path: Path, notes: list[str]) -> list[tuple[int, list[str]]]:
     `notes` is told of other sheets.
 
     Raises:
-        DataError: openpyxl is not installed; not a spreadsheet; a formula whose value was never computed.
+        MissingExtraError: openpyxl is not installed.
+        DataError: not a spreadsheet; a formula whose value was never computed.
     """
-    try:
-        import openpyxl
-    except ModuleNotFoundError:
-        raise DataError(
-            f"{path}: reading it needs openpyxl, of the extra io: pip install 'umda_fast[io]'; "
-            "or save the table as .csv"
-        ) from None
+    require(f"{path}: reading it (not so a .csv)", "openpyxl")
+    import openpyxl
+
     try:
         values, formulas = (openpyxl.load_workbook(path, data_only=only) for only in (True, False))
     except Exception as error:  # openpyxl raises what zipfile and its parsers of XML do

@@ -73,7 +73,7 @@ def read_table(path: Path) -> Table:
     """A .csv, .tsv or .xlsx file. Blank lines, and blank cells to the right of the header, are left out.
 
     Raises:
-        DataError: naming the file and the row; a spreadsheet where openpyxl is not installed.
+        DataError: naming the file and the row. MissingExtraError: a spreadsheet where openpyxl is not installed.
     """
     notes: list[str] = []
     if path.suffix.lower() == ".xlsx":

@@ -20,6 +20,7 @@ from umda_fast.data.labels import ClassWeights
 from umda_fast.data.sources.base import Source
 from umda_fast.data.splits import SPLITS, Splits, check_folds
 from umda_fast.errors import DataError
+from umda_fast.extras import require
 from umda_fast.model.specs import TaskSpec
 
 _DIGITS = tuple(str(digit) for digit in range(10))
@@ -51,12 +52,11 @@ def load_images() -> tuple[FloatArray, IntArray]:
     """Images float64 [1797, 8, 8] with whole numbers 0..16, and their digits int64 [1797].
 
     Raises:
-        DataError: scikit-learn, which carries the images, is not installed.
+        MissingExtraError: scikit-learn, which carries the images, is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError("digits: expected scikit-learn (pip install 'umda_fast[train]'), got none") from error
+    require("digits", "sklearn")
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     return data.images.astype(np.float64), data.target.astype(np.int64)
 

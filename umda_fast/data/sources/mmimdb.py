@@ -32,6 +32,7 @@ from umda_fast.data.labels import ClassWeights, ignore_label, missing_labels
 from umda_fast.data.options import option, some_of
 from umda_fast.data.sources.base import BagSource, Folds, GivenSplit, OpenedSource
 from umda_fast.errors import DataError
+from umda_fast.extras import require
 from umda_fast.model.specs import TaskSpec, ViewSpec
 
 VIEWS = {"text": "features", "poster": "vgg_features"}
@@ -51,6 +52,7 @@ def is_mmimdb(source: str) -> bool:
     with open(source, "rb") as stream:
         if stream.read(len(_SIGNATURE)) != _SIGNATURE:
             return False
+    require(f"{source}: reading it", "h5py")
     import h5py
 
     with suppress(OSError), h5py.File(source, "r") as file:

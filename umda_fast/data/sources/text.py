@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from umda_fast.extras import require
+
 __all__ = ["WIDTH", "sentences", "text_features"]
 
 WIDTH = 8192
@@ -38,6 +40,7 @@ def text_features(texts: Sequence[str], width: int = WIDTH) -> Any:
     Method: Weinberger et al., "Feature hashing for large scale multitask learning", 2009, with the subword n-grams
     of Bojanowski et al., "Enriching word vectors with subword information", 2017.
     """
+    require("reading plots of films", "sklearn")
     from sklearn.feature_extraction.text import HashingVectorizer
     from sklearn.preprocessing import normalize
 

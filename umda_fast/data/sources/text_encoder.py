@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from umda_fast.errors import DataError
+from umda_fast.extras import require
 from umda_fast.files import atomic_file, cache_folder
 
 __all__ = ["SentenceEncoder"]
@@ -38,12 +39,11 @@ class SentenceEncoder:
     """
 
     def __init__(self, name: str) -> None:
+        require(f"encoder {name!r}", "sentence_transformers")
         try:
             from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise DataError(
-                f"encoder {name!r}: needs the package sentence-transformers (pip install 'umda_fast[text]'): {error}"
-            ) from error
+        except ImportError as error:  # it is there, but not what it needs
+            raise DataError(f"encoder {name!r}: sentence_transformers cannot be imported: {error}") from error
         self.name = name
         try:
             self._model: Any = SentenceTransformer(name)
