@@ -22,7 +22,7 @@ from umda_fast.runtime.config import RunConfig
 from umda_fast.runtime.together import one_decides
 from umda_fast.sgl.distributed import Processes
 from umda_fast.train.data import load_configured_folds
-from umda_fast.train.split_record import RecordedBag, SplitRecord, bag_contents, patients_of
+from umda_fast.train.split_record import RecordedBag, SplitRecord, patients_of
 
 __all__ = ["kept_folds"]
 
@@ -75,11 +75,7 @@ class _FoldTable:
         Raises:
             DataError: some are gone or hold something else.
         """
-
-        def contents(rows: IntArray) -> list[str]:
-            return bag_contents(whole.subset(rows), config.data)
-
-        found = self.bags.match(whole.names, contents, own=True, wanted=(_BAGS,))
+        found = self.bags.match_bags(whole, config.data, own=True, wanted=(_BAGS,))
         for what, names in (("gone", [bag.name for bag in found.gone]), ("no longer what they were", found.changed)):
             if names:
                 raise DataError(

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from umda_fast import ops
 from umda_fast.data import SPLITS, BagDataset, Splits, load_source
 from umda_fast.data.adapt import adapt_dataset
-from umda_fast.data.arrays import IntArray
 from umda_fast.errors import DataError
 from umda_fast.files import write_json
 from umda_fast.model import UMDA, Mixture, TaskSpec
@@ -38,7 +37,7 @@ from umda_fast.train.chosen import data_seed, tell, tell_excluded
 from umda_fast.train.data import is_own, tell_missing_inputs
 from umda_fast.train.loading import Run
 from umda_fast.train.located import recorded_paths
-from umda_fast.train.split_record import NEW, SEEN, TRUNK, SplitRecord, bag_contents, patients_of
+from umda_fast.train.split_record import NEW, SEEN, TRUNK, SplitRecord, patients_of
 
 __all__ = ["fit_head", "readapt"]
 
@@ -87,12 +86,8 @@ def _unseen(run: Run, source: str, loaded: Splits, data: DataConfig) -> Splits:
         return loaded
     trunk = run.model.config
     whole = adapt_dataset(loaded.whole, trunk.views, loaded.tasks, trunk.metadata)
-
-    def contents(rows: IntArray) -> list[str]:
-        return bag_contents(whole.subset(rows), data)
-
     own = is_own(run, source)
-    found = run.record.match(whole.names, contents, own=own, wanted=SPLITS)
+    found = run.record.match_bags(whole, data, own=own, wanted=SPLITS)
     today = {name: split for split, part in loaded.items() for name in part.names}
     parts: dict[str, list[int]] = {split: [] for split in SPLITS}
     if own:

@@ -15,7 +15,7 @@ from umda_fast.data.files.names import some_names
 from umda_fast.errors import DataError
 from umda_fast.runtime.config import RunConfig
 from umda_fast.train.loading import Run
-from umda_fast.train.split_record import NEW, SEEN, UNUSED, MatchedBags, SplitRecord, bag_contents, patients_of
+from umda_fast.train.split_record import NEW, SEEN, UNUSED, MatchedBags, SplitRecord, patients_of
 
 __all__ = ["ALL", "check_same_split", "chosen_rows", "data_seed", "tell", "tell_excluded"]
 
@@ -106,11 +106,7 @@ def chosen_rows(
     if len(records) < len(run.each):
         return _recomputed(run, loaded, split, own)
     wanted = ("test", UNUSED, NEW) if split in (None, ALL) else (str(split),)
-
-    def contents(rows: IntArray) -> list[str]:
-        return bag_contents(whole.subset(rows), run.config.data)
-
-    found = [record.match(whole.names, contents, own=own, wanted=wanted) for record in records]
+    found = [record.match_bags(whole, run.config.data, own=own, wanted=wanted) for record in records]
     _check_drawn(run, loaded, own, found)
     _tell_changes(run, whole, own, records, found)
     overlap = any(place is not None for matched in found for place in matched.record)

@@ -6,13 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from umda_fast.data import SPLITS, BagDataset, Splits
-from umda_fast.data.arrays import IntArray
 from umda_fast.data.content import same_content
 from umda_fast.data.files.names import some_names
 from umda_fast.errors import DataError
 from umda_fast.runtime.config import DataConfig
 from umda_fast.runtime.rundir import RunDirectory
-from umda_fast.train.split_record import SplitRecord, bag_contents
+from umda_fast.train.split_record import SplitRecord
 
 __all__ = ["check_recorded", "recorded_splits"]
 
@@ -47,12 +46,7 @@ def recorded_splits(run: RunDirectory, splits: Splits, data: DataConfig) -> Spli
         print(f"{run.path}: {why}", file=sys.stderr)
         return splits
     record = SplitRecord.read(run.splits)
-    whole = splits.whole
-
-    def contents(rows: IntArray) -> list[str]:
-        return bag_contents(whole.subset(rows), data)
-
-    found = record.match(whole.names, contents, own=True, wanted=SPLITS)
+    found = record.match_bags(splits.whole, data, own=True, wanted=SPLITS)
     deciding = {*record.names("train", "val")}
     _refuse(run, "gone", [bag.name for bag in found.gone if bag.name in deciding])
     _refuse(run, "no longer what they were", [name for name in found.changed if name in deciding])

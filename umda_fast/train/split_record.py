@@ -200,6 +200,14 @@ class SplitRecord:
             matched = self._matched(names, found, own)
         return matched
 
+    def match_bags(self, whole: BagDataset, data: DataConfig, *, own: bool, wanted: Iterable[str]) -> MatchedBags:
+        """`match` of the bags of a dataset, which are read as far as needed."""
+
+        def contents(rows: IntArray) -> list[str]:
+            return bag_contents(whole.subset(rows), data)
+
+        return self.match(whole.names, contents, own=own, wanted=wanted)
+
     def _exact(self, name: str, content: str | None, own: bool) -> int | None:
         """The recorded bag of that name and content; the name alone where one of the contents is not known."""
         places = self._named.get(name, ())
