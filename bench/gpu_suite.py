@@ -12,7 +12,7 @@ the records of every process as they come, should the suite itself be killed. Th
 
     schema, versions, commit, time   as of `umda_fast.runtime.provenance`; JSON schema: umda_fast/schemas/bench.json
     machine     as there, and device, name, capability, multiprocessors, memory_bytes, l2_bytes, driver
-    run         profile (quick | cpu | cuda), ops, began (UTC), seconds, budget_seconds
+    run         profile (quick | cpu | cuda), ops, began (UTC), seconds, budget_seconds, heap (keep | default)
     rates       copy (bytes/s, read + written), bfloat16, tf32, float32 (FLOP/s of a matrix product), and the summary
                 of each under "measured"
     backends    {native backend of the device: null, or why it cannot be used}
@@ -49,6 +49,7 @@ from typing import Any
 
 import torch
 
+from umda_fast.heap import settle_heap
 from umda_fast.ops import backend_status
 from umda_fast.ops._dispatch import reasons_against
 from umda_fast.parity import DTYPES
@@ -56,6 +57,7 @@ from umda_fast.parity.cases import all_cases, dtype_name
 from umda_fast.runtime.provenance import machine, stamped
 
 from .aims import judge
+from .brief import brief
 from .measure import Clock
 from .processes import Here, Processes, run_section
 from .report import write_html
@@ -149,6 +151,7 @@ def run(
             "began": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": None,
             "budget_seconds": budget.seconds,
+            "heap": settle_heap(),
         },
         "rates": {},
         "backends": {name: backend_status()[name] for name in BACKENDS[kind]},
@@ -165,6 +168,7 @@ def run(
     }
     result: Record = stamped("bench", content)
     crashed = False
+    say(f"time budget: {budget.seconds:.0f} s (--seconds); what does not fit is left out and said")
 
     def take(tasks: Sequence[Task], runner: Here | Processes, what: str) -> None:
         nonlocal crashed
@@ -293,31 +297,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def brief(result: Record) -> str:
-    """What to print at the end: failures, ours at every size, the aims."""
-    passing = sum(text == "pass" for text in result["parity"].values())
-    lines = [f"parity: {passing} of {len(result['parity'])} operations pass"]
-    lines += [f"  {op}: {text}" for op, text in result["parity"].items() if text != "pass"]
-    lines += [f"  capture, {x['op']}: {x['verdict']}" for x in result["capture"] if x["verdict"] != "pass"]
-    for timing in result["timings"]:
-        ours = timing["contenders"][0]
-        figure = ours["status"]
-        if ours["seconds"]:
-            figure = f"{ours['seconds']['median'] * 1e3:10.3f} ms {ours['rate']:8.1f} {ours['rate_unit']:<8} "
-            figure += f"{ours['share']:4.0%} of the floor"
-        lines.append(f"{timing['op']:<25} {timing['pass']:<9} {timing['shape']:<45} {figure}")
-    for step in result["steps"]:
-        for entry in step["contenders"]:
-            figure = f"{entry['seconds']['median'] * 1e3:10.1f} ms" if entry["seconds"] else entry["status"]
-            lines.append(f"{STEP:<25} {step['instances']:>9,} {entry['name']:<45} {figure}")
-    judged = [x for x in result["aims"] if x["verdict"] != "not measured"]
-    lines += [f"aim: {x['aim']}: {x['verdict']} ({x['detail']})" for x in judged]
-    lines.append(f"{len(result['aims']) - len(judged)} of {len(result['aims'])} aims not measured")
-    lines += [f"BROKEN: {text}" for text in result["broken"]]
-    lines += [f"note: {text}" for text in result["notes"]]
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
+from umda_fast.heap import settle_heap
+
 from .measure import explain
 from .sections import GRACE, SECTIONS, Record, Task
 
@@ -114,6 +116,7 @@ def _last_line(path: Path) -> str:
 
 def run_section(order: str, answer: str) -> None:
     """The other end of `Processes`."""
+    settle_heap()
     with open(answer, "a") as stream:
 
         def emit(record: Record) -> None:

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .brief import OVER, beyond
 from .workloads import OURS
 
 _STYLE = """
@@ -45,15 +46,15 @@ def render(result: Mapping[str, Any]) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p class='soft'>{escape(run['began'])}, commit {escape(str(result['commit']['hash'] or 'unknown'))}"
-        f"{changed}, profile {escape(run['profile'])}{took}</p>",
+        f"{changed}, profile {escape(run['profile'])}{took} of {run['budget_seconds']:.0f} s</p>",
         "<p class='good'>Everything passed.</p>"
         if result["passed"]
         else "<p class='bad'>Not everything passed, or the run was not finished: see parity, capture and notes.</p>",
-        _section("Aims", _aims(result["aims"])),
+        _section("Aims", _aims(result["aims"])) if run["profile"] == "cuda" else "",
         _section("Machine", _machine(result)),
         _section("Parity with the float64 reference", _parity(result)),
         _section("CUDA graphs, streams, waiting", _capture(result)),
-        _section("Operations", _timings(result["timings"])),
+        _section("Operations", (f"<p>{escape(OVER)}.</p>" if beyond(result) else "") + _timings(result["timings"])),
         _section("A whole training step", _steps(result)),
         _section("Notes", _notes(result)),
     ]

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from umda_fast import heap
+
 # Each in a process of its own: the setting holds for a process.
 PROBE = """
 import ctypes, resource, sys
@@ -31,3 +33,14 @@ def faults(mode: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_a_freed_block_is_used_again_without_faults() -> None:
     assert faults("keep") < faults("default") / 10
+
+
+def test_a_variable_leaves_it_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap, "keep_freed_pages", lambda: True)
+    monkeypatch.delenv("UMDA_FAST_HEAP", raising=False)
+    assert heap.settle_heap() == "keep"
+    monkeypatch.setattr(heap, "keep_freed_pages", lambda: False)  # not glibc
+    assert heap.settle_heap() == "default"
+    monkeypatch.setenv("UMDA_FAST_HEAP", "default")
+    monkeypatch.setattr(heap, "keep_freed_pages", lambda: pytest.fail("it was told not to"))
+    assert heap.settle_heap() == "default"

@@ -10,6 +10,9 @@ import torch
 from tests.command_line import call
 from tests.written import read_json
 from umda_fast import ops
+from umda_fast.bench.brief import OVER, brief
+from umda_fast.bench.report import render
+from umda_fast.heap import settle_heap
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -27,11 +30,25 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "parity: 1 of 1 operations pass" in out
     assert "combine_task_gradients" in out
     assert "% of the floor" in out
+    assert err.startswith("time budget: 600 s (--seconds); what does not fit is left out and said\n")
     assert "machine: " in err
     result = read_json(table, "bench")
+    for entry in result["timings"][0]["contenders"]:
+        line = next(line for line in out.splitlines() if line.strip().startswith(entry["name"]))
+        assert entry["status"] in line if entry["ratio"] is None else f"{entry['ratio']:.2f} x" in line
+    assert out.splitlines()[-1].endswith("s of a budget of 600 s (--seconds)")
+    assert result["run"]["heap"] == settle_heap()  # as a training has it
     assert {x["op"] for x in result["timings"]} == {"combine_task_gradients"}
     assert result["passed"]
     assert page.read_text().startswith("<!DOCTYPE html>")
+    assert "<h2>Aims</h2>" not in page.read_text()  # they are a GPU's
+    assert "aims not measured" not in out
+    for share in (0.99, 1.2):
+        result["timings"][0]["contenders"][0]["share"] = share
+        assert (OVER in brief(result)) == (OVER in render(result)) == (share > 1)
+    gpu = {**result, "run": {**result["run"], "profile": "cuda"}}
+    assert render(gpu).index("<h2>Aims</h2>") < render(gpu).index("<h2>Machine</h2>")
+    assert "aims not measured" in brief(gpu)
 
 
 def test_bench_times_nothing_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

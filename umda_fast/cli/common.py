@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "directory_of",
-    "keep_pages",
     "load_runs",
     "load_settings",
     "named",
@@ -54,14 +52,6 @@ def directory_of(command: str, out: Path | None, settings: RunConfig) -> Path:
         return out
     stem = Path(settings.data.source).stem or "data"
     return Path("runs") / f"{command}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def keep_pages() -> None:
-    """Training makes the same large temporaries step after step: see docs/performance.md, "The heap"."""
-    from umda_fast.heap import keep_freed_pages
-
-    if os.environ.get("UMDA_FAST_HEAP", "keep") != "default":
-        keep_freed_pages()
 
 
 def load_runs(runs: Sequence[Path], use: TrainedOn) -> Run:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.common import directory_of, keep_pages, load_settings, named, values
+from umda_fast.cli.common import directory_of, load_settings, named, values
 from umda_fast.cli.options import Bags, Computing, Configuration, Epochs, Quiet, out_option, seed_option
+from umda_fast.heap import settle_heap
 
 EXAMPLE = "umda-fast compare --data slides.npz --models umda,gated_attention,late_fusion --seeds 3"
 
@@ -40,7 +41,7 @@ def compare(
 
     settings = load_settings(configuration, values(bags, computing, seed=seed, epochs=epochs))
     directory = directory_of("compare", out, settings)
-    keep_pages()
+    settle_heap()
     names = tuple(ARCHITECTURES) if models is None else tuple(named(models) or ())
     result = compare_models(settings, directory, models=names, seeds=seeds, folds=folds, progress=not quiet)
     console = make_console()

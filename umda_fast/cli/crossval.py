@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.common import directory_of, keep_pages, load_settings, values
+from umda_fast.cli.common import directory_of, load_settings, values
 from umda_fast.cli.options import Bags, Computing, Configuration, Epochs, Quiet, SkipBad, out_option, seed_option
+from umda_fast.heap import settle_heap
 
 EXAMPLE = "umda-fast crossval --data musk1.npz --folds 10 --repeats 5 --out runs/musk1"
 
@@ -35,7 +36,7 @@ def crossval(
     given = values(bags, computing, seed=seed, epochs=epochs, skip_bad=skip_bad)
     settings = load_settings(configuration, given)
     directory = directory_of("crossval", out, settings)
-    keep_pages()
+    settle_heap()
     result = cross_validate(settings, directory, folds=folds, repeats=repeats, progress=not quiet)
     console = make_console()
     console.print(crossval_table(result))

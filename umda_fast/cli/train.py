@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from umda_fast.cli.common import directory_of, keep_pages, load_settings, number, values
+from umda_fast.cli.common import directory_of, load_settings, number, values
 from umda_fast.cli.options import Bags, Computing, Configuration, Epochs, Quiet, SkipBad, out_option, seed_option
+from umda_fast.heap import settle_heap
 
 EXAMPLE = "umda-fast train --data digits --set model.layers=3 --epochs 20 --out runs/first"
 
@@ -46,7 +47,7 @@ def train(
         settings = run_config(out, given)
     else:
         settings = load_settings(configuration, given)
-    keep_pages()
+    settle_heap()
     result = train_run(settings, directory_of("train", out, settings), resume=resume, progress=not quiet)
     console = make_console()
     bags = result.metrics["data"]["bags"][result.split]

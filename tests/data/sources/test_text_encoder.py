@@ -9,6 +9,7 @@ import torch
 from umda_fast.data import load_source
 from umda_fast.data.sources.text_encoder import SentenceEncoder
 from umda_fast.errors import DataError
+from umda_fast.extras import MissingExtraError
 from umda_fast.files import cache_folder
 from umda_fast.train import evaluate, load_run, make_config, predict, run_config, train
 
@@ -141,7 +142,7 @@ class TestEncoder:
 
     def test_without_the_package(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-        with pytest.raises(DataError, match=r"encoder 'x': needs the package .*umda_fast\[text\]"):
+        with pytest.raises(MissingExtraError, match=r"encoder 'x' needs sentence_transformers, .*umda_fast\[text\]"):
             SentenceEncoder("x")
 
 
