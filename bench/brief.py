@@ -21,8 +21,7 @@ def brief(result: Record) -> str:
     lines += [f"  {op}: {text}" for op, text in result["parity"].items() if text != "pass"]
     lines += [f"  capture, {x['op']}: {x['verdict']}" for x in result["capture"] if x["verdict"] != "pass"]
     for timing in result["timings"]:
-        served = f"{timing['dtype']} ({timing['backend']})"
-        lines.append(f"{timing['op']:<25} {timing['pass']:<9} {timing['shape']}, {served}")
+        lines.append(f"{timing['op']:<25} {timing['pass']:<9} {timing['shape']} ({timing['backend']})")
         lines += _contenders(timing["contenders"])
     for step in result["steps"]:
         lines.append(f"{STEP:<25} {step['instances']:,} instances")

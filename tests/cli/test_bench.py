@@ -69,6 +69,7 @@ def test_bench_times_nothing_wrong(capsys: pytest.CaptureFixture[str], monkeypat
     ("arguments", "message"),
     [
         (["bench", "--ops", "knn,attention"], "--ops: expected some of cross_view, "),
+        (["bench", "--ops", ""], "--ops: expected some of cross_view, "),
         (["bench", "--device", "gpu"], "--device: expected cuda or cpu, got 'gpu'"),
         (["tune", "attention"], "KERNEL: expected cross_view or cross_view_tokens or knn, got 'attention'"),
         (["tune", "--dtype", "int8"], "--dtype: expected bfloat16 or float16 or float32, got 'int8'"),

@@ -128,6 +128,8 @@ def test_the_default_backend_is_the_one_that_is_tested(capsys: pytest.CaptureFix
         set_backend("cpp")
         assert call("parity", "--device", "cpu", "--quiet") == 0
         assert said(capsys) == ["parity on cpu: passed (cpp 6 of 6 passed)"]
+        assert call("parity", "--device", "cpu", "--ops", "norm_linear") == 2
+        assert "umda-fast: UMDA_FAST_BACKEND cpp: tests nothing on cpu" in capsys.readouterr().err
         set_backend("reference")
         assert call("parity", "--device", "cpu") == 2
         assert "UMDA_FAST_BACKEND=reference" in capsys.readouterr().err

@@ -141,3 +141,18 @@ def test_a_rare_class_is_too_few_to_fit_on() -> None:
     target[:4] = 1
     fitted = fit_calibration([BINARY], {"binary": logits}, {"binary": target}, {"binary": torch.ones(40).bool()})
     assert fitted == Calibration(left={"binary": "4 bags not of the most frequent class, expected 5"})
+
+
+def test_a_calibration_of_an_earlier_version_is_looked_at_again(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    path.write_text(
+        '{"temperatures": {"few": 0.09, "limit": 0.0498, "good": 1.7}, "half_widths": {"x": 2.0}, "level": 0.9, '
+        '"bags": {"few": 6, "limit": 50, "good": 50, "x": 6}}'
+    )
+    found = Calibration.load(path)
+    assert found.temperatures == {"good": 1.7}
+    assert found.half_widths == {"x": 2.0}
+    assert found.left == {
+        "few": "6 labelled bags, expected 20",
+        "limit": "its temperature had run to the limit, as where no bag is wrong",
+    }

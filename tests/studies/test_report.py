@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -100,3 +101,12 @@ def test_bags_with_coordinates_are_drawn_and_names_are_escaped(tmp_path: Path) -
 def test_an_unknown_split_is_named(digits_run: Run) -> None:
     with pytest.raises(DataError, match="expected a split among train, val, test, all, new, got 'other'"):
         write_report(digits_run, split="other", progress=False)
+
+
+def test_patients_are_drawn_where_the_run_knows_them(digits_run: Run, tmp_path: Path) -> None:
+    assert digits_run.record is not None
+    bags = tuple(replace(bag, patient=f"P{place // 3}") for place, bag in enumerate(digits_run.record.bags))
+    known = replace(digits_run, record=replace(digits_run.record, bags=bags))
+    for run, unit in ((digits_run, "bags"), (known, "patients")):
+        page = write_report(run, tmp_path / "r.html", maps=0, samples=20, progress=False).read_text()
+        assert f"percentile bootstrap over {unit}, 20 draws" in page

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from umda_fast.cli.common import named
+from umda_fast.cli.common import check_outputs, named
 from umda_fast.cli.options import JsonFile, Quiet
 
 EXAMPLE = "umda-fast bench --device cuda --ops cross_view,knn --report bench.html"
@@ -39,11 +39,12 @@ def bench(
     from umda_fast.cli.render import make_console
     from umda_fast.errors import DataError
 
+    check_outputs(json, report)
     wanted = named(ops)
     known = timed_operations()
     wrong = sorted(set(wanted or ()) - set(known))
-    if wrong:
-        raise DataError(f"--ops: expected some of {', '.join(known)}; got {', '.join(wrong)}")
+    if wrong or wanted == []:
+        raise DataError(f"--ops: expected some of {', '.join(known)}; got {', '.join(wrong) or 'none'}")
     if device not in (None, "cpu", "cuda"):
         raise DataError(f"--device: expected cuda or cpu, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():

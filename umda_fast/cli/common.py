@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from umda_fast.train import Run
 
 __all__ = [
+    "check_outputs",
     "directory_of",
     "load_runs",
     "load_settings",
@@ -71,6 +73,23 @@ def source_options(set_: Sequence[str] | None, skip_bad: bool) -> dict[str, Any]
 
         options = load_config(overrides=set_).data.options
     return {**options, "skip_bad": True} if skip_bad else options
+
+
+def check_outputs(*files: Path | None) -> None:
+    """Raise DataError for the first file that could not be written, before anything is computed for it."""
+    from umda_fast.errors import DataError
+
+    for file in files:
+        if file is None:
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{file}: its folder cannot be made: {error.strerror or error}") from None
+        if file.is_dir():
+            raise DataError(f"{file}: expected a file, got a directory")
+        if not os.access(file.parent, os.W_OK | os.X_OK):
+            raise DataError(f"{file}: expected a folder that may be written in")
 
 
 def save_json(path: Path | None, name: str, result: Mapping[str, Any]) -> None:

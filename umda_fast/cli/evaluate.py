@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from umda_fast.cli.common import load_runs, number, save_json
+from umda_fast.cli.common import check_outputs, load_runs, number, save_json
 from umda_fast.cli.options import Bags, JsonFile, RunDirs, TrainedOn, split_option
 
 EXAMPLE = "umda-fast evaluate runs/first --split val --json scores.json"
@@ -28,6 +28,7 @@ def evaluate(
     from umda_fast.train import evaluate as evaluate_run
     from umda_fast.train.data import measured_split
 
+    check_outputs(json)
     loaded = load_runs(runs, use)
     name = ", ".join(str(run) for run in runs)
     split = measured_split(loaded, bags.data, split)

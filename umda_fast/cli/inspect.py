@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.common import save_json, source_options
+from umda_fast.cli.common import check_outputs, save_json, source_options
 from umda_fast.cli.options import Format, JsonFile, Set, SkipBad
 
 EXAMPLE = "umda-fast inspect slides/"
@@ -30,6 +30,7 @@ def inspect(
     from umda_fast.data import find_format, inspect_splits, load_source
     from umda_fast.train.scaling import view_scalings
 
+    check_outputs(json)
     splits = load_source(source, format=format, **source_options(set_, skip_bad))
     report = inspect_splits(splits, source, find_format(source, format).name)
     scaling = [str(view) for view in view_scalings(splits["train"])]

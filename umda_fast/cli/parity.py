@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.common import named, save_json
+from umda_fast.cli.common import check_outputs, named, save_json
 from umda_fast.cli.options import JsonFile
 
 EXAMPLE = "umda-fast parity --require cpp --junit parity.xml"
@@ -42,11 +42,15 @@ def parity(
     from umda_fast.ops import get_backend
     from umda_fast.parity.check import EXIT_CODES, check_parity, failure_line, junit_xml
 
+    check_outputs(json, junit)
     default = get_backend()  # of UMDA_FAST_BACKEND
     if backend is None and default == "reference":
         raise DataError("UMDA_FAST_BACKEND=reference: expected cpp, triton, cuda or auto, to be held to the reference")
     chosen = named(backend) if backend is not None or default == "auto" else [default]
-    report = check_parity(devices=named(device), backends=chosen, ops=named(ops), require=named(require) or ())
+    asked = "UMDA_FAST_BACKEND" if backend is None else "--backend"
+    report = check_parity(
+        devices=named(device), backends=chosen, ops=named(ops), require=named(require) or (), asked=asked
+    )
     save_json(json, "parity", report)
     if junit is not None:
         write_text(junit, junit_xml(report))

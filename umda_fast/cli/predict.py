@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.common import load_runs
+from umda_fast.cli.common import check_outputs, load_runs
 from umda_fast.cli.options import Format, OwnData, RunDirs, TrainedOn, out_option, split_option
 
 EXAMPLE = "umda-fast predict runs/first --data new.npz --out predicted.csv --attention attention.h5"
@@ -35,6 +35,7 @@ def predict(
     from umda_fast.cli.render import make_console
     from umda_fast.studies import predict as predict_run
 
+    check_outputs(out, attention)
     bags = predict_run(
         load_runs(runs, use),
         source=data,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.common import load_runs
+from umda_fast.cli.common import check_outputs, load_runs
 from umda_fast.cli.options import Format, OwnData, PatchSize, RunDir, TrainedOn, out_option, split_option
 
 EXAMPLE = "umda-fast report runs/first && open runs/first/report.html"
@@ -31,6 +31,7 @@ def report(
     from umda_fast.cli.render import make_console
     from umda_fast.studies.report import write_report
 
+    check_outputs(out)
     path = write_report(
         load_runs([run], use),
         out,

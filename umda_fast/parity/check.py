@@ -28,6 +28,7 @@ def check_parity(
     backends: Sequence[str] | None = None,
     ops: Collection[str] | None = None,
     require: Collection[str] = (),
+    asked: str = "--backend",
 ) -> dict[str, Any]:
     """`run_parity` on every device, and what came of it.
 
@@ -37,6 +38,7 @@ def check_parity(
             as they are there.
         ops: operations; None: all.
         require: backends of which at least one row must have been tested.
+        asked: who named `backends`, for messages.
 
     Returns:
         `devices`; `rows` as of `run_parity` with `device` (what one device cannot test is left out where another did);
@@ -63,7 +65,7 @@ def check_parity(
     for name in backends or ():
         if not tested[name]:
             reasons = dict.fromkeys(row["verdict"] for row in rows if row["backend"] == name)
-            raise DataError(f"--backend {name}: tests nothing on {', '.join(places)}; {'; '.join(reasons)}")
+            raise DataError(f"{asked} {name}: tests nothing on {', '.join(places)}; {'; '.join(reasons)}")
     served = {(row["backend"], row["op"]) for row in judged} | {(name, "every") for name in tested if tested[name]}
     rows = [row for row in rows if row["verdict"] in ("pass", "fail") or (row["backend"], row["op"]) not in served]
     missing = [name for name in require if not tested.get(name)]

@@ -68,6 +68,18 @@ class Calibration:
         """Write as JSON, whole or not at all."""
         write_json(path, asdict(self))
 
+    def _reconsidered(self) -> Calibration:
+        """One of an earlier version, which fitted temperatures on any number of bags, between exp(-3) and exp(3)."""
+        kept, left = {}, {}
+        for task, temperature in self.temperatures.items():
+            if self.bags.get(task, 0) < _LEAST_BAGS:
+                left[task] = f"{self.bags.get(task, 0)} labelled bags, expected {_LEAST_BAGS}"
+            elif abs(math.log(temperature)) > 2.99:
+                left[task] = "its temperature had run to the limit, as where no bag is wrong"
+            else:
+                kept[task] = temperature
+        return replace(self, temperatures=kept, left=left)
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """What `save` wrote.
@@ -76,7 +88,9 @@ class Calibration:
             DataError: the file is missing or is something else.
         """
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            plain = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = cls(**plain)
+            return found if "left" in plain else found._reconsidered()
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{os.fspath(path)}: holds no calibration: {error}") from None
 

@@ -126,7 +126,7 @@ def write_report(
     tasks = dataset.tasks
     sections = [
         _header(run, dataset, split, files),
-        _scores(tasks, found, samples),
+        _scores(tasks, found, samples, _patients(run, dataset.names)),
         _errors(tasks, found),
         _calibration(tasks, found, held_out),
         _plots(files),
@@ -218,7 +218,17 @@ def _described(task: TaskSpec) -> str:
     return f"{task.name} ({task.kind}{'' if positive is None else f', probability of {positive}'})"
 
 
-def _scores(tasks: Sequence[TaskSpec], found: Predictions, samples: int) -> str:
+def _patients(run: Run, names: Sequence[str]) -> list[str] | None:
+    """Whose bags these are, by the run's splits.csv; None where it does not know of patients."""
+    known = {} if run.record is None else {bag.name: bag.patient for bag in run.record.bags}
+    if not any(known.get(name) for name in names):
+        return None
+    return [f"patient {known[name]}" if known.get(name) else f"bag {name}" for name in names]
+
+
+def _scores(
+    tasks: Sequence[TaskSpec], found: Predictions, samples: int, patients: Sequence[str] | None = None
+) -> str:
     metrics = TaskMetrics(tasks)
     metrics.update(found.logits, found.labels, found.masks)
     values = metrics.compute()
@@ -226,7 +236,9 @@ def _scores(tasks: Sequence[TaskSpec], found: Predictions, samples: int) -> str:
     scores = []
     for task in tasks:
         logits, target = found.of(task)
-        low, high = bootstrap_interval(task, logits, target, level=_LEVEL, samples=samples)
+        kept = found.masks[task.name].nonzero()[:, 0].tolist()
+        groups = None if patients is None else [patients[row] for row in kept]
+        low, high = bootstrap_interval(task, logits, target, groups=groups, level=_LEVEL, samples=samples)
         score = primary_score(task, decode(task, logits.double()).numpy(), target.double().numpy())
         scores.append(score)
         interval = "n/a" if low != low else f"{low:.3f} to {high:.3f}"
@@ -235,14 +247,15 @@ def _scores(tasks: Sequence[TaskSpec], found: Predictions, samples: int) -> str:
             f"{metric_name(name)} {_number(value)}" for name, value in values[task.name].items() if name != primary
         )
         rows.append([task.name, str(len(target)), str(metric_name(primary)), _number(score), interval, others])
+    units = "bags" if patients is None else "patients"
     defined = [score for score in scores if score == score]
     mean = _number(sum(defined) / len(defined) if defined else None, 4)
     return (
         f"<h2>Scores</h2>\n<p>mean_score <strong>{mean}</strong></p>\n"
         + _table(["task", "labelled bags", "metric", "score", f"{_LEVEL:.0%} interval", "other metrics"], rows)
-        + _note(f"Intervals: percentile bootstrap over bags, {samples} draws, and at least as wide as so few bags "
-                "allow (of an AUROC by Newcombe's formula, else of classes by Wilson's); they say how much the score "
-                "would vary with other bags, not with another training.")
+        + _note(f"Intervals: percentile bootstrap over {units}, {samples} draws, and at least as wide as so few "
+                f"{units} allow (of an AUROC by Newcombe's formula, else of classes by Wilson's); they say how much "
+                f"the score would vary with other {units}, not with another training.")
     )  # fmt: skip
 
 
