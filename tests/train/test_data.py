@@ -107,3 +107,17 @@ def test_members_of_an_ensemble_must_share_their_split(name: str, data: dict[str
     check_same_split(make_run(first.config, members=(first, same)))
     with pytest.raises(DataError, match=rf"^three: data\.{name}: expected .* as in one"):
         check_same_split(make_run(first.config, members=(first, same, other)))
+
+
+def test_what_was_guessed_of_a_source_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["who,image,y"]
+    for index in range(24):
+        torch.save(torch.full((2, 3), float(index)), tmp_path / f"s{index}.pt")
+        rows.append(f"P{index // 2},s{index},{'ab'[index % 2]}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    config = small_config(data={"source": str(tmp_path), "options": {}})
+    for use in (lambda: load_data(config), lambda: next(load_configured_folds(config, 2))):
+        use()
+        said = capsys.readouterr().err
+        assert "note: bags are named by the column 'image', whose values are their names" in said
+        assert "note: column 'who' looks like an identifier; " in said

@@ -215,12 +215,14 @@ class About:
         columns: of its table of labels.
         patients: split -> how many; None where nothing says whose the bags are.
         faults: what a training must not go on with, worst first, one line each.
-        doubts: what was guessed and may be wrong, one line each.
+        notes: what was guessed, one line each.
+        doubts: what may be wrong with that, one line each.
     """
 
     columns: Sequence[ColumnUse] = ()
     patients: Mapping[str, int] | None = None
     faults: Sequence[str] = ()
+    notes: Sequence[str] = ()
     doubts: Sequence[str] = ()
 
 

@@ -48,6 +48,7 @@ def load_data(config: RunConfig) -> Splits:
     data = config.data
     splits = load_source(data.source, format=data.format, seed=data_seed(config), **data.options)
     tell_skipped(splits.skipped)
+    _tell_guesses(splits)
     return splits
 
 
@@ -124,7 +125,14 @@ def load_configured_folds(config: RunConfig, folds: int, repeats: int = 1) -> It
         splits.check()
         if number == 0:
             tell_skipped(splits["train"].skipped)
+            _tell_guesses(splits)
         yield splits
+
+
+def _tell_guesses(splits: Splits) -> None:
+    """List on standard error what of a source had to be guessed."""
+    for line in [*splits.about.notes, *splits.about.doubts]:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def tell_skipped(lines: Sequence[str]) -> None:

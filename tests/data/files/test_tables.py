@@ -369,7 +369,7 @@ class TestRows:
         table(root.parent if beside else root, {"slide_id": written, "y": Y})
         with pytest.raises(DataError) as error:
             load_source(root, skip_bad=True)  # no bad files: they would all lose their labels
-        assert "labels.csv: labels for missing slides: expected names as those of the files" in str(error.value)
+        assert "labels.csv: missing slides: expected names as those of the files" in str(error.value)
         assert f"got {written[0]!r} for {names[0]!r}, {written[1]!r} for {names[1]!r}" in str(error.value)
 
     def test_names_of_others(self, root):
@@ -385,6 +385,8 @@ class TestRows:
         with pytest.raises(DataError, match=r"'T23'; there are .* 'T23' is most like 'S23'"):
             load_source(root)
         assert len(load_source(root, skip_bad=True).skipped) == 1
+        table(root, {"slide_id": [*NAMES, "S-01"], "y": [*Y, "a"]})  # not S01 written otherwise, which has its row
+        assert "'S-01'" in load_source(root, skip_bad=True).skipped[0]
 
 
 class TestSplits:
@@ -403,6 +405,29 @@ class TestSplits:
         load_source(root, ignore=["case_id"]).check()
         parted = load_source(root, skip_bad=True)
         assert (len(parted.train), len(parted.test)) == (0, 12)
+
+    def test_names_in_files_written_otherwise(self, tmp_path):
+        """As pandas writes whole numbers beside blanks."""
+        names = [str(100 + index) for index in range(24)]
+        root = write_bags(tmp_path / "d", names)
+        table(root, {"slide_id": names, "y": Y})
+        floats = [f"{name}.0" for name in names]
+        parts = {"train": names[:12], "val": [*names[12:18], *[""] * 6], "test": [*floats[18:], *[""] * 6]}
+        write_labels(root / "splits_0.csv", {"": list(range(12)), **parts})
+        with pytest.raises(DataError, match=r"splits_0\.csv: missing slides: .* got '118\.0' for '118', .*\(6 such"):
+            load_source(root, skip_bad=True)
+
+    @pytest.mark.parametrize("by", ["table", "file"])
+    def test_a_split_that_lost_all_its_slides(self, root, by):
+        test = [f"T{index:02d}" for index in range(6)]
+        if by == "table":
+            columns = {"slide_id": [*NAMES, *test], "y": [*Y, *Y[:6]], "split": ["train"] * 24 + ["test"] * 6}
+            table(root, columns)
+        else:
+            table(root, {"slide_id": NAMES, "y": Y})
+            write_labels(root / "splits_0.csv", {"train": NAMES, "test": [*test, *[""] * 18]})
+        with pytest.raises(DataError, match=r"s(_0)?\.csv: test: expected some of its 6 slides, got none that can"):
+            load_source(root, skip_bad=True)
 
     def test_files_that_part_patients(self, root):
         table(root, {"case_id": PATIENTS, "slide_id": NAMES, "y": Y})

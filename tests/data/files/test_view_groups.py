@@ -60,6 +60,10 @@ class TestSizes:
             np.testing.assert_array_equal(got.views["uni_v1"][:, 0], places.sum(1))
             np.testing.assert_array_equal(got.views["conch_v15"][:, 0], corner.sum(1))
         pack_slides(job, tmp_path / "packed")
+        assert said in load_source(tmp_path / "packed").description
+        assert views_of(tmp_path / "packed", views=["uni_v1"])[0] == {"uni_v1": 4}
+        with pytest.raises(DataError, match=r"packed: views: expected uni_v1 among them, got conch_v15: .* pack these"):
+            load_source(tmp_path / "packed", views=["conch_v15"])
         for one, other in zip(load_source(tmp_path / "packed").whole, splits.whole, strict=True):
             torch.testing.assert_close(one.views, other.views)
             torch.testing.assert_close(one.coords, other.coords)
@@ -122,7 +126,7 @@ class TestPlaces:
         assert views_of(root) == (view, names)
         assert "12 names that several folders have, told apart as 'hA/000', " in load_source(root).description
         write_labels(root / "labels.csv", {"slide_id": [f"{index:03d}" for index in range(6)], "y": [0, 1] * 3})
-        with pytest.raises(DataError, match=r"labels\.csv: '000' may be 'hA/000' or 'hB/000'; .* \(6 such rows\)"):
+        with pytest.raises(DataError, match=r"labels\.csv: '000' may be 'hA/000' or 'hB/000'; .* \(6 such names\)"):
             load_source(root)
         write_labels(root / "labels.csv", {"slide_id": [f"raw/{name}.svs" for name in names], "y": [0, 1] * 6})
         assert load_source(root).whole.labels["y"].tolist() == [0, 1] * 6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from umda_fast.data.files.label_files import LabelFile, LabelOptions
 from umda_fast.data.files.labels_table import LabelTable
 from umda_fast.data.files.packed import PackIndex, is_pack
 from umda_fast.data.files.skipped import Skipped
-from umda_fast.data.files.split_files import read_split, split_files
+from umda_fast.data.files.split_files import named_in, read_split, split_files
 from umda_fast.errors import DataError
 
 
@@ -40,8 +42,20 @@ class OpenedSlides:
     partial: bool
 
     def read_split(self, file: Path) -> dict[str, IntArray]:
-        """The parts that one of the split files names."""
-        return read_split(file, self.index, Skipped(True) if self.partial else self.skipped)
+        """The parts that one of the split files names.
+
+        Raises:
+            DataError: as the function of that name; of the slides of a split there is none.
+        """
+        parts = read_split(file, self.index, Skipped(True) if self.partial else self.skipped)
+        self.check_parts(str(file), [split for split, _ in named_in(file)], parts)
+        return parts
+
+    def check_parts(self, where: str, named: Sequence[str], parts: Mapping[str, IntArray]) -> None:
+        """Raise DataError if a split that is `named`, once for each of its slides, has lost them all."""
+        for split, count in Counter(named).items():
+            if not len(parts[split]) and not self.partial:
+                raise DataError(f"{where}: {split}: expected some of its {count} slides, got none that can be used")
 
 
 def find_splits(path: Path) -> Path | None:

@@ -39,6 +39,7 @@ class SlideIndex(Protocol):
         names, sizes, views, positions: as of a dataset; `positions` is None without coordinates.
         tool: who wrote the files, for messages.
         notes: what is worth knowing, one line each.
+        guesses: what had to be guessed, one line each.
         absent: names of bags that are there and not used: bad, or without one of the views chosen.
     """
 
@@ -48,6 +49,7 @@ class SlideIndex(Protocol):
     positions: Positions | None
     tool: str
     notes: list[str]
+    guesses: list[str]
     absent: set[str]
 
     def read(self, index: int) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
@@ -57,6 +59,8 @@ class SlideIndex(Protocol):
 
 class FileIndex:
     """Bags in files of their own. Keeps headers only; every read opens its files and closes them.
+
+    Beside what `SlideIndex` has, `finest` is the view of the smallest patches, where others hold several of them.
 
     What is read here, when the index is made, is read in another process (`umda_fast.data.files.isolated`).
 
@@ -105,6 +109,9 @@ class FileIndex:
         self.tool = " and ".join(sorted(tools))
         self.positions = self._positions()
         self.notes = self._notes(path)
+        nested = [slide for slide in self._slides if slide.nested]
+        self.finest = nested[0].finest[0] if nested else None
+        self.guesses = [*_folder_notes(path, self._slides), *(slide.nested for slide in nested[:1])]
 
     def _aligned(
         self,
@@ -141,8 +148,7 @@ class FileIndex:
             both = [slide.files for slide in self._slides if {one, other} <= slide.files.keys()]
             if both and all(files[one].rows and files[one].probe == files[other].probe for files in both):
                 notes.append(f"views {one} and {other} seem to be the same features")
-        nested = [slide.nested for slide in self._slides if slide.nested]
-        return [*notes, *_folder_notes(path, self._slides), *nested[:1]]
+        return notes
 
     def dtype(self, view: str) -> torch.dtype:
         """Of the features of a view as `read` gives them."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from umda_fast.data.columns import ColumnUse
 from umda_fast.data.files.column_meanings import find_meanings, part_named
-from umda_fast.data.files.names import BagFiles, Bags, NameIndex, some_names
+from umda_fast.data.files.names import BagFiles, Bags, NameIndex
 from umda_fast.data.files.skipped import Report
 from umda_fast.data.files.tables import Table, known_text, with_points
 from umda_fast.errors import DataError
@@ -158,8 +158,8 @@ def match_names(
             line = table.table.lines[row]
             report(f"{table.where}: slide {names[bag]!r}: expected one row, got another in row {line}")
     if missing:
-        _check_writing(table, index, missing)
-        absent(_missing_line(table, index, missing))
+        index.check_writing(table.where, missing, {names[bag] for bag, row in enumerate(rows) if row is not None})
+        absent(index.missing_line(f"{table.where}: labels for missing slides", missing))
     return rows
 
 
@@ -177,37 +177,8 @@ def unmatched(table: LabelTable, bags: Bags) -> str | None:
         index.find(text, missing)
     if len(missing) < len(table.names):
         return None
-    _check_writing(table, index, missing)
-    return _missing_line(table, index, missing)
-
-
-def _check_writing(table: LabelTable, index: NameIndex, missing: Sequence[str]) -> None:
-    """Raise DataError for names that mean several bags, or one that is written in another way."""
-    several = [text for text in missing if len(index.alike(text)) > 1]
-    if several:
-        raise DataError(
-            f"{table.where}: {several[0]!r} may be {' or '.join(map(repr, index.alike(several[0])))}; expected names "
-            f"with their folders, as these ({len(several)} such rows)"
-        )
-    miswritten = [(text, bag) for text in missing if (bag := index.miswritten(text)) is not None]
-    if miswritten:
-        some = ", ".join(f"{text!r} for {bag!r}" for text, bag in miswritten[:3])
-        raise DataError(
-            f"{table.where}: labels for missing slides: expected names as those of the files, got {some} "
-            f"({len(miswritten)} of {len(table.names)} rows); has a program taken them for numbers?"
-        )
-
-
-def _missing_line(table: LabelTable, index: NameIndex, missing: Sequence[str]) -> str:
-    """Names that are no bag's, beside the nearest that are."""
-    names = index.names
-    have = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    lines = [
-        f"{table.where}: labels for missing slides: {some_names(missing)}",
-        f"there are {len(names)} slides: {have}",
-        *(f"{text!r} is most like {bag!r}" for text in missing[:3] if (bag := index.nearest(text)) is not None),
-    ]
-    return "; ".join(lines)
+    index.check_writing(table.where, missing, ())
+    return index.missing_line(f"{table.where}: labels for missing slides", missing)
 
 
 def _match_patients(table: LabelTable, bags: Bags, files: BagFiles, report: Report) -> list[int | None]:

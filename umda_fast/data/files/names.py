@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 from umda_fast.data.files.readers import SUFFIXES
+from umda_fast.errors import DataError
 
 _SLIDE_SUFFIXES = (
     *SUFFIXES,
@@ -62,18 +63,35 @@ class NameIndex:
             missing.append(text)
         return None
 
-    def alike(self, text: str) -> list[str]:
-        """Names of the bags that a text without folders may mean."""
-        return [self.names[row] for row in self._rows.get(plain_name(text), ())]
+    def check_writing(self, where: str, missing: Sequence[str], found: Collection[str]) -> None:
+        """Raise DataError for names that mean several bags, or one that is written in another way and not `found`: with
+        other leading zeros, `.0`, case, blanks, `-`, `_` or `.`."""
+        meant = {text: [self.names[row] for row in self._rows.get(plain_name(text), ())] for text in missing}
+        several = [text for text in missing if len(meant[text]) > 1]
+        if several:
+            these = " or ".join(map(repr, meant[several[0]]))
+            raise DataError(
+                f"{where}: {several[0]!r} may be {these}; expected names with their folders, as these "
+                f"({len(several)} such names)"
+            )
+        alike = [(text, self._simplified.get(_simplified(plain_name(text)), [])) for text in missing]
+        miswritten = [(text, bags[0]) for text, bags in alike if len(bags) == 1 and bags[0] not in found]
+        if miswritten:
+            some = ", ".join(f"{text!r} for {bag!r}" for text, bag in miswritten[:3])
+            raise DataError(
+                f"{where}: missing slides: expected names as those of the files, got {some} ({len(miswritten)} such "
+                "names); has a program taken them for numbers?"
+            )
 
-    def miswritten(self, text: str) -> str | None:
-        """The one bag whose name only differs in leading zeros, `.0`, case, blanks, `-`, `_` and `.`."""
-        found = self._simplified.get(_simplified(plain_name(text)), ())
-        return found[0] if len(found) == 1 else None
-
-    def nearest(self, text: str) -> str | None:
-        """The bag whose name is most like one that is none, if any is."""
-        return next(iter(difflib.get_close_matches(plain_name(text), self.names, n=1, cutoff=0.5)), None)
+    def missing_line(self, what: str, missing: Sequence[str]) -> str:
+        """Names that are no bag's, beside the nearest that are."""
+        have = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
+        near = [
+            f"{text!r} is most like {bag!r}"
+            for text in missing[:3]
+            for bag in difflib.get_close_matches(plain_name(text), self.names, n=1, cutoff=0.5)
+        ]
+        return "; ".join([f"{what}: {some_names(missing)}", f"there are {len(self.names)} slides: {have}", *near])
 
     @functools.cached_property
     def _simplified(self) -> dict[str, list[str]]:

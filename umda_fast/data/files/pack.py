@@ -119,7 +119,13 @@ def _settings(index: FileIndex) -> dict[str, Any]:
         views.append({"name": view.name, "width": view.width, "dtype": _NAMES[dtype]})
     positions = index.positions
     return {
-        "manifest": {"tool": index.tool, "unit": None if positions is None else positions.unit, "views": views},
+        "manifest": {
+            "tool": index.tool,
+            "unit": None if positions is None else positions.unit,
+            "views": views,
+            "guesses": index.guesses,
+            "finest": index.finest,
+        },
         "sources": index.fingerprints(),
         "names": index.names,
         "sizes": index.sizes.tolist(),

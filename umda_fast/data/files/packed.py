@@ -102,6 +102,12 @@ class PackIndex:
         unknown = [view for view in wanted if view not in stored]
         if unknown:
             raise DataError(f"{path}: views: expected names among {', '.join(stored)}, got {unknown[0]!r}")
+        finest = manifest.get("finest")
+        if finest is not None and finest not in wanted:
+            raise DataError(
+                f"{path}: views: expected {finest} among them, got {', '.join(wanted)}: their patches are packed "
+                f"beside each of the smaller ones of {finest}; pack these views alone"
+            )
         self._columns = [stored[view] for view in wanted]
         described = [manifest["views"][number] for number in self._columns]
         self.views = tuple(ViewSpec(view["name"], view["width"]) for view in described)
@@ -133,6 +139,7 @@ class PackIndex:
         self.sizes: IntArray = sizes[keep]
         self.tool = f"packed, {manifest['tool']}"
         self.notes: list[str] = []
+        self.guesses: list[str] = manifest.get("guesses", [])
         self.positions: Positions | None = None
         if unit is not None:
             known = {

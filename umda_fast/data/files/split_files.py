@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from umda_fast.data.arrays import IntArray
-from umda_fast.data.files.names import Bags, NameIndex, some_names
+from umda_fast.data.files.names import Bags, NameIndex
 from umda_fast.data.files.skipped import Report
 from umda_fast.data.files.tables import known_text, read_table
 from umda_fast.data.splits import SPLITS
@@ -28,14 +28,12 @@ def split_files(directory: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def read_split(path: Path, bags: Bags, report: Report) -> dict[str, IntArray]:
-    """One of CLAM's split files, columns train, val and test, each with names of slides; or a run's, a line a slide.
-
-    Returns:
-        Split -> int64 indices into the bags' names, in ascending order. A slide that the file does not name is in none.
+def named_in(path: Path) -> list[tuple[str, str]]:
+    """Split and slide of every entry of one of CLAM's split files, columns train, val and test, each with names of
+    slides; or of a run's, a line a slide.
 
     Raises:
-        DataError: naming the file: columns missing, a slide in two splits; unless `report` skips it, a missing slide.
+        DataError: columns missing.
     """
     table = read_table(path)
     header, rows = table.header, table.rows
@@ -46,17 +44,29 @@ def read_split(path: Path, bags: Bags, report: Report) -> dict[str, IntArray]:
         named = [(split, row[header.index(split)]) for split in SPLITS if split in header for row in rows]
     else:
         raise DataError(f"{path}: expected columns train, val and test, got {', '.join(map(repr, header))}")
+    return [(split, text) for split, text in named if known_text(text)]
+
+
+def read_split(path: Path, bags: Bags, report: Report) -> dict[str, IntArray]:
+    """The parts of one of CLAM's split files, or of a run's.
+
+    Returns:
+        Split -> int64 indices into the bags' names, in ascending order. A slide that the file does not name is in none.
+
+    Raises:
+        DataError: naming the file: columns missing, a slide in two splits, names that are written in another way than
+            those of the bags; unless `report` skips it, a missing slide.
+    """
     index = NameIndex(bags)
     part: dict[int, str] = {}
     missing: list[str] = []
-    for split, text in named:
-        if not known_text(text):
-            continue
+    for split, text in named_in(path):
         bag = index.find(text, missing)
         if bag is not None and part.setdefault(bag, split) != split:
             raise DataError(f"{path}: slide {text!r}: expected in one split, got {part[bag]} and {split}")
     if missing:
-        report(f"{path}: missing slides: {some_names(missing)}")
+        index.check_writing(str(path), missing, {bags.names[bag] for bag in part})
+        report(index.missing_line(f"{path}: missing slides", missing))
     return {
         split: np.array(sorted(bag for bag, where in part.items() if where == split), dtype=np.int64)
         for split in SPLITS

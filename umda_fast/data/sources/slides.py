@@ -114,8 +114,9 @@ class SlidesSource(FileOptions, SplitOptions, LabelOptions, BagSource):
         if table is None:
             specs, columns = label_columns({}, len(rows), self.kinds, where=opened.path)
             store = SlideStore(index, specs, columns, opened.skipped.lines)
-            about = About(faults=[opened.no_table])
-            return BagDataset(store, index.views, specs, opened.path), about, [*index.notes, "no table of labels"]
+            about = About(faults=[opened.no_table], notes=index.guesses)
+            notes = [*index.notes, *index.guesses, "no table of labels"]
+            return BagDataset(store, index.views, specs, opened.path), about, notes
         tasks = read_tasks(table, rows, self.kinds, as_names(self.tasks or ()))
         specs, columns = choose_positive(tasks.specs, tasks.labels, self.positive, self.kinds, where=table.where)
         dataset = BagDataset(SlideStore(index, specs, columns, opened.skipped.lines), index.views, specs, opened.path)
@@ -135,13 +136,14 @@ class SlidesSource(FileOptions, SplitOptions, LabelOptions, BagSource):
         ]
         uses = {use.name: use for use in [*table.uses, *tasks.uses]}
         order = [name or f"column {number}" for number, name in enumerate(table.table.header, start=1)]
+        guesses = [*index.guesses, *table.notes, *tasks.notes]
         about = About(
             columns=[uses[name] for name in order],
+            notes=guesses,
             faults=[] if tasks.specs else [_no_task(table.where, [*table.uses, *tasks.uses])],
             doubts=[*tasks.doubts, *doubts],
         )
-        notes = [*index.notes, *notes, *table.notes, *tasks.notes]
-        return dataset.with_metadata(read_metadata(table, rows)), about, notes
+        return dataset.with_metadata(read_metadata(table, rows)), about, [*index.notes, *notes, *guesses]
 
 
 def _no_task(where: str, uses: Sequence[ColumnUse]) -> str:
@@ -166,4 +168,5 @@ def _split_column(opened: OpenedSlides) -> list[GivenSplit]:
         return []
     splits = opened.table.splits
     parts = parts_of(["" if row is None else splits[row] for row in opened.rows])
+    opened.check_parts(opened.table.where, splits, parts)
     return [GivenSplit(parts, "split by the column split", opened.table.where)]
