@@ -60,12 +60,13 @@ def forward_backward(case: Case, x: Inputs, backend: str | None) -> Outputs:
 
 def test_every_public_function_is_here() -> None:
     functions = {name for name in ops.__all__ if name[0].islower()}
-    helpers = {"backend_status", "backends_used", "check_batch", "get_backend", "set_backend", "share_checks"}
+    backends = {"backend_status", "backends_used", "get_backend", "prefer_backend", "set_backend", "use_backend"}
+    helpers = {*backends, "check_batch", "share_checks"}
     called = set()
     for case in CASES.values():
         names = {*run_of(case).__code__.co_names}
         called |= names & functions
-    assert functions - called - helpers - {"use_backend"} == set()
+    assert functions - called - helpers == set()
 
 
 @pytest.mark.parametrize("op", sorted(CASES))

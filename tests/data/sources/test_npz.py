@@ -210,7 +210,7 @@ class TestBadFiles:
             ({"kinds": {"y": {"kind": "multiclass", "classes": 2, "colour": 1}}}, "data.npz: kinds['y']"),
             ({"val_share": 0.9}, "data.npz: shares: expected numbers in 0..1 that sum to 1"),
             ({"class_weights": "sqrt"}, "class_weights: expected"),
-            ({"bags": 3}, "data.npz: option 'bags': expected one of kinds, val_share, test_share"),
+            ({"bags": 3}, "data.npz: option 'bags': expected one of kinds, positive, val_share, test_share"),
         ],
     )
     def test_options(self, save, options, message):

@@ -59,7 +59,7 @@ class TestRecognition:
         with pytest.raises(DataError, match="digits: option 'ptr'"):
             load_folds(ptr=1)
         with pytest.raises(
-            DataError, match="option 'test_share': expected one of kinds, val_share, class_weights"
+            DataError, match="option 'test_share': expected one of kinds, positive, val_share, class_weights"
         ):
             load_folds(generated[1]["bags"], test_share=0.1)
         with pytest.raises(DataError, match="nowhere: expected a readable"):
@@ -68,7 +68,7 @@ class TestRecognition:
 
 
 SLIDES = (
-    *("kinds", "labels", "tasks", "ignore", "metadata", "patient", "missing", "partial"),
+    *("kinds", "positive", "labels", "tasks", "ignore", "metadata", "patient", "missing", "partial"),
     *("splits", "fold", "val_share", "test_share", "class_weights"),
     *("views", "mpp", "match", "tolerance", "skip_bad", "read_timeout"),
 )
@@ -78,7 +78,7 @@ FILMS = (
 )
 OPTIONS = {
     "digits": ("train_bags", "val_bags", "test_bags", "missing_labels", "missing_views", "class_weights"),
-    "npz": ("kinds", "val_share", "test_share", "class_weights", "ignore"),
+    "npz": ("kinds", "positive", "val_share", "test_share", "class_weights", "ignore"),
     "pack": SLIDES,
     "films": FILMS,
     "mmimdb": ("views", "kinds", "val_share", "test_share", "class_weights"),
