@@ -11,7 +11,7 @@ from umda_fast.model import TaskSpec
 from umda_fast.score.collect import Predictions
 from umda_fast.score.intervals import primary_score
 from umda_fast.score.metrics import TaskMetrics
-from umda_fast.score.thresholds import best_f1_thresholds, tune_thresholds
+from umda_fast.score.thresholds import best_f1_thresholds, share_thresholds, tune_thresholds
 from umda_fast.tasks import predicted_labels
 from umda_fast.train import load_run, predict, train
 
@@ -66,6 +66,28 @@ class TestTuned:
         keep = found.masks["many"]
         probability, target = found.logits["many"][keep].sigmoid().numpy(), found.labels["many"][keep].numpy()
         assert primary_score(many, probability, target) == pytest.approx(score(many)["f1_macro"])
+
+    def test_as_many_are_predicted_as_there_are(self, found):
+        shares = np.array([0.5, 0.1, 0.02])
+        labels = (np.arange(1000)[:, None] < 1000 * shares).astype(float)
+        labels[::7] = np.nan  # every kind of bag alike
+        many, other = tune_thresholds(self.TASKS, found, "share", {"many": labels})
+        assert other.thresholds is None
+        logits, _ = found.of(many)
+        chosen = (logits.double().sigmoid().numpy() >= np.array(many.thresholds)).sum(0)
+        known = np.nanmean(labels, 0)
+        np.testing.assert_array_equal(chosen, np.rint(known * len(logits)))
+
+    def test_share_of_none_and_of_few_bags(self, found):
+        probability = np.array([[0.9, 0.2, 0.3], [0.7, 0.4, 0.1]])
+        cuts = share_thresholds(probability, np.array([0.01, 1.0, 0.0]))
+        assert cuts == pytest.approx([0.8, 0.1, 0.5])
+        few = Predictions(
+            {name: x[:9] for name, x in found.logits.items()},
+            {name: x[:9] for name, x in found.labels.items()},
+            {name: torch.ones(9, dtype=torch.bool) for name in found.masks},
+        )
+        assert tune_thresholds(self.TASKS[:1], few, "share", {"many": np.ones((5, 3))}) == self.TASKS[:1]
 
     def test_the_same_every_time_and_unlabelled_tasks_keep_theirs(self, found):
         assert tune_thresholds(self.TASKS, found) == tune_thresholds(self.TASKS, found)

@@ -78,7 +78,7 @@ class DataConfig(_Section):
     standardize: bool | list[str] | Literal["auto"] = True
     """Give every feature mean 0 and standard deviation 1 over the training instances, inside the model; a list of views
     does so for these only. `auto` looks at the features first: counts, most of them zero, are only divided by one
-    number, features with heavy tails are standardised by their quartiles."""
+    number."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read bags ahead."""
     instance_dropout: Decay = 0.0
@@ -166,9 +166,10 @@ class TrainConfig(_Section):
     linear: Literal["off", "beside", "mix"] = "beside"
     """A linear model of bag means at the end of the training (docs/training.md): compared on the validation split;
     `mix` weighs the two there task by task, and what is measured and kept is the mixture."""
-    thresholds: Literal["half", "f1"] = "half"
-    """Probability from which a label of a multilabel task is predicted: one half, or at the end of the training each
-    label's own, best for F1 on the validation split; kept with the model."""
+    thresholds: Literal["share", "f1", "half"] = "half"
+    """Probability from which a label of a multilabel task is predicted, kept with the model: one half; or each
+    label's own, by which as large a share of the validation bags gets it as has it among the training bags; or the one
+    that is best for F1 on the validation split."""
     deterministic: bool | None = None
     """Bit-identical repetition; None means yes on the CPU, no on a GPU."""
     keep: Literal["all", "scores"] = "all"

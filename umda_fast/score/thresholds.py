@@ -1,9 +1,10 @@
-"""Probabilities from which the labels of a multilabel task are predicted, chosen for F1 on bags not trained on."""
+"""Probabilities from which the labels of a multilabel task are predicted, chosen on bags not trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,12 @@ from umda_fast.data.draws import Stream, generator, integers
 from umda_fast.model import TaskSpec, decode
 from umda_fast.score.collect import Predictions
 from umda_fast.tasks import kind_of
+from umda_fast.tasks.kind import FloatArray
 
-__all__ = ["best_f1_thresholds", "tune_thresholds"]
+__all__ = ["best_f1_thresholds", "share_thresholds", "tune_thresholds"]
 
+FEWEST = 10
+"""Bags on which the thresholds of `share` are chosen, at least."""
 _DRAWS = 100
 _Matrix = npt.NDArray[np.float64]
 
@@ -39,25 +43,56 @@ def best_f1_thresholds(probability: _Matrix, target: _Matrix) -> _Matrix:
     return np.where(positives > 0, cut, 0.5)
 
 
-def tune_thresholds(tasks: Sequence[TaskSpec], found: Predictions, seed: int = 0) -> tuple[TaskSpec, ...]:
-    """The tasks, multilabel ones with the thresholds that are best for their F1 in `found`.
+def share_thresholds(probability: _Matrix, share: _Matrix) -> _Matrix:
+    """For each label the cut above which lies its share of the bags, at least one, float64 [C]: halfway between two
+    probabilities seen; 0.5 for a label whose share is 0.
 
-    The best cut for a rare label rests on a handful of bags. So it is the mean over the best cuts of 100 bootstrap
-    samples, which varies less (bagging: Breiman, "Bagging predictors", 1996). That the best cut for F1 lies below 1/2
-    for all but easy labels, and how badly one chosen on few positives may do: Lipton, Elkan and Narayanaswamy,
-    "Thresholding classifiers to maximize F1 score", 2014.
+    Args:
+        probability: float64 [B, C], B > 0. share: of the bags that have each label, [C], 0 to 1.
+    """
+    bags = len(probability)
+    falling = -np.sort(-probability, axis=0)
+    falling = np.concatenate([falling, np.zeros((1, falling.shape[1]))])
+    chosen = np.clip(np.rint(share * bags).astype(np.int64), 1, bags)[None]
+    cut = (np.take_along_axis(falling, chosen - 1, axis=0) + np.take_along_axis(falling, chosen, axis=0))[0] / 2.0
+    return np.where(share > 0.0, cut, 0.5)
+
+
+def tune_thresholds(
+    tasks: Sequence[TaskSpec],
+    found: Predictions,
+    rule: Literal["share", "f1"] = "f1",
+    labels: Mapping[str, FloatArray] | None = None,
+    seed: int = 0,
+) -> tuple[TaskSpec, ...]:
+    """The tasks, multilabel ones with thresholds chosen on `found`.
+
+    `share`: every label is predicted for as large a share of the bags of `found` as have it among the bags trained on.
+    How rare a label is is known well, from all training bags, and is the only thing that is asked of the few of
+    `found` beside their order. With fewer than `FEWEST` bags thresholds stay as they are.
+
+    `f1`: those that are best for their F1 in `found`. The best cut for a rare label rests on a handful of bags. So it
+    is the mean over the best cuts of 100 bootstrap samples, which varies less (bagging: Breiman, "Bagging
+    predictors", 1996). That the best cut for F1 lies below 1/2 for all but easy labels, and how badly one chosen on
+    few positives may do: Lipton, Elkan and Narayanaswamy, "Thresholding classifiers to maximize F1 score", 2014.
 
     Args:
         found: of bags that the weights were not trained on. A task without labelled bags keeps what it has.
+        labels: of the training bags, task -> [B, classes], NaN where missing; `share` needs them.
         seed: of the samples.
     """
     tuned = []
     for task in tasks:
-        logits, labels = found.of(task)
-        if not kind_of(task).thresholded or len(labels) == 0:
+        logits, known = found.of(task)
+        if not kind_of(task).thresholded or len(known) < (FEWEST if rule == "share" else 1):
             tuned.append(task)
             continue
-        probability, target = decode(task, logits.double()).numpy(), labels.double().numpy()
+        probability, target = decode(task, logits.double()).numpy(), known.double().numpy()
+        if rule == "share":
+            column = (labels or {})[task.name]
+            shares = column[~np.isnan(column).any(axis=1)].mean(axis=0)
+            tuned.append(replace(task, thresholds=tuple(share_thresholds(probability, shares).tolist())))
+            continue
         rng, bags = generator(Stream.THRESHOLDS, seed), len(target)
         draws = [integers(rng, 0, bags - 1, bags) for _ in range(_DRAWS)]
         cuts = np.mean([best_f1_thresholds(probability[rows], target[rows]) for rows in draws], axis=0)

@@ -26,6 +26,7 @@ from umda_fast.runtime.rundir import RunDirectory, save_model
 from umda_fast.runtime.together import one_decides
 from umda_fast.score.collect import calibrate, collect
 from umda_fast.score.thresholds import tune_thresholds
+from umda_fast.tasks import kind_of
 from umda_fast.train.build import build_model
 from umda_fast.train.data import training_data
 from umda_fast.train.linear import beside_linear
@@ -120,9 +121,12 @@ def train(
         if asked and not trainer.fitted and len(datasets.get("val", ())):
             parts = datasets["train"], datasets["val"]
             best, beside = beside_linear(best, *parts, fabric, config.data, config.seed, mix=mix)
-        if config.train.thresholds == "f1" and len(datasets.get("val", ())):
+        rule = config.train.thresholds
+        thresholded = any(kind_of(task).thresholded for task in best.config.tasks)
+        if rule != "half" and thresholded and len(datasets.get("val", ())):
             found = collect(best, datasets["val"], fabric, config.data)
-            best.config = dataclasses.replace(best.config, tasks=tune_thresholds(best.config.tasks, found))
+            tuned = tune_thresholds(best.config.tasks, found, rule, datasets["train"].labels)
+            best.config = dataclasses.replace(best.config, tasks=tuned)
         split = next((name for name in ("test", "val") if name in datasets and len(datasets[name])), "train")
         result = trainer.evaluate(datasets[split].with_tasks(best.config.tasks), best)
         if keep_all and zero and len(datasets.get("val", ())):

@@ -19,12 +19,9 @@ Scaling: TypeAlias = bool | Sequence[str] | Literal["auto"]
 
 INSTANCES = 50_000
 SAMPLE = 1 << 22
-"""Values of a view of which quartiles and rows are taken: of its first instances read."""
+"""Values of a view of which rows are taken: of its first instances read."""
 SPARSE = 0.8
 """Share of zeros from which a view is taken for counts, hashed with signs perhaps."""
-HEAVY = 3.0
-"""Standard deviations in one of a normal distribution with the same quartiles, from which a feature has heavy tails."""
-QUARTILES = 1.349  # standard deviations between the quartiles of a normal distribution
 RESOLUTION = 1e-5  # of float32 sums, relative to the mean: smaller deviations are rounding
 
 
@@ -40,7 +37,6 @@ class ViewScaling:
             divided by the root mean square of the values that are not zero, which keeps zeros zero and rare features
             as loud as frequent ones.
         constant: features that do not vary, of the others that are centred only.
-        heavy: features with heavy tails, scaled by median and quartiles.
         zeros: share of the values that are zero.
         rows: some of the instances, float32 [n, width], not scaled.
     """
@@ -51,7 +47,6 @@ class ViewScaling:
     standardised: bool
     sparse: bool
     constant: int
-    heavy: int
     zeros: float
     rows: Tensor
 
@@ -61,8 +56,6 @@ class ViewScaling:
         if self.sparse:
             return f"{features}, {self.zeros:.0%} zeros: divided by {self.scale[0]:.3g}, not standardised"
         parts = ["standardised" if self.standardised else "as they are"]
-        if self.heavy:
-            parts.append(f"{self.heavy} with heavy tails by their quartiles")
         if self.constant:
             parts.append(f"{self.constant} constant")
         return f"{features} {', '.join(parts)}"
@@ -133,9 +126,8 @@ def view_scalings(
 
     Args:
         scaling: True standardises every feature by its mean and standard deviation, a list of views those of them only,
-            False none. With `auto`, a view of counts is divided by one number, see `ViewScaling`; of other views a
-            feature with heavy tails is standardised by its median and the standard deviation that its quartiles have
-            in a normal distribution, and one whose deviation is below the rounding of its mean is centred only.
+            False none. With `auto`, a view of counts is divided by one number, see `ViewScaling`; the others are
+            standardised, but a feature whose deviation is below the rounding of its mean is centred only.
 
     Raises:
         DataError: `scaling` names a view that `dataset` does not have.
@@ -156,7 +148,7 @@ def _plain(view: str, seen: _Seen, standardised: bool) -> ViewScaling:
     constant = std == 0
     shift = seen.mean if standardised else torch.zeros_like(std)
     scale = torch.where(constant, 1.0, std) if standardised else torch.ones_like(std)
-    return ViewScaling(view, shift, scale, standardised, False, int(constant.sum()), 0, seen.zero_share, seen.rows)
+    return ViewScaling(view, shift, scale, standardised, False, int(constant.sum()), seen.zero_share, seen.rows)
 
 
 def _decide(view: str, seen: _Seen) -> ViewScaling:
@@ -165,16 +157,10 @@ def _decide(view: str, seen: _Seen) -> ViewScaling:
         total = float((seen.square + seen.count * seen.mean.square()).sum())
         size = (total / max(1, seen.count * len(seen.mean) - seen.zeros)) ** 0.5 or 1.0
         shift, scale = torch.zeros_like(seen.mean), torch.full_like(seen.mean, size)
-        return ViewScaling(view, shift, scale, False, True, 0, 0, zeros, rows)
+        return ViewScaling(view, shift, scale, False, True, 0, zeros, rows)
     constant = seen.std <= RESOLUTION * seen.mean.abs()
     shift, scale = seen.mean, torch.where(constant, 1.0, seen.std)
-    heavy = torch.zeros_like(constant)
-    if len(rows) > 3:
-        low, middle, high = rows.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
-        spread = (high - low) / QUARTILES
-        heavy = (spread > RESOLUTION * middle.abs()) & (seen.std > HEAVY * spread) & ~constant
-        shift, scale = torch.where(heavy, middle, shift), torch.where(heavy, spread, scale)
-    return ViewScaling(view, shift, scale, True, False, int(constant.sum()), int(heavy.sum()), zeros, rows)
+    return ViewScaling(view, shift, scale, True, False, int(constant.sum()), zeros, rows)
 
 
 def scale_inputs(model: nn.Module, dataset: BagDataset, scaling: Scaling = "auto", seed: int = 0) -> list[str]:
