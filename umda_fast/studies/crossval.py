@@ -8,6 +8,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def cross_validate(
         bags = {split: len(dataset) for split, dataset in parts.items()}
         entry = {key: metrics[key] for key in ("tasks", "mean_score", "seconds")}
         results.append({"repeat": repeat, "fold": fold, "bags": bags, **entry})
-        report = stamped("crossval", _report(settings, results))
+        report = one_decides(processes, partial(stamped, "crossval", _report(settings, results)))
         if processes is None or processes.rank == 0:
             write_json(directory / "crossval.json", report)
     report["pooled"] = _pooled(outputs, folds, repeats)
