@@ -22,6 +22,7 @@ from umda_fast.data import BagDataset
 from umda_fast.files import json_ready, write_json, write_text
 from umda_fast.heap import keep_freed_pages
 from umda_fast.model import Ensemble
+from umda_fast.model.config import BEFORE_2
 from umda_fast.runtime.rundir import read_metrics
 from umda_fast.train import Run, evaluate, make_config, train
 
@@ -51,12 +52,28 @@ def sources(folder: Path) -> dict[str, Values]:
 
 
 # What the tables' configurations leave open, as it was when they were made: batches by instances alone, no running mean
-# of the weights, kept by mean_score.
+# of the weights, kept by mean_score, no linear model mixed in, UMDA as it was before version 2 of its configuration.
 BASE: Values = {
     "device": "cpu",
-    "data": {"bags": None, "budget": 512},
-    "train": {"keep": "scores", "ema": 0.0, "select": "mean_score"},
+    "data": {"bags": None, "budget": 512, "standardize": True},
+    "train": {
+        "keep": "scores",
+        "ema": 0.0,
+        "select": "mean_score",
+        "weight_decay": 0.01,
+        "linear": "off",
+        "thresholds": "half",
+    },
 }
+BASE_UMDA: Values = {"model": {**BEFORE_2, "dropout": 0.1}}
+
+
+def settings_of(*values: Mapping[str, Any]) -> Values:
+    """`values` laid over what the tables hold fixed."""
+    settings = merged(BASE, *values)
+    if settings.get("model", {}).get("architecture", "umda") == "umda":
+        return merged(BASE_UMDA, settings)
+    return settings
 
 
 def heading(name: str, epochs: int) -> str:
@@ -67,7 +84,7 @@ def heading(name: str, epochs: int) -> str:
 
 def fit(values: Mapping[str, Any], datasets: Mapping[str, BagDataset] | None = None) -> Values:
     """One run: its metrics.json, `cpu_seconds` of the whole run (data included) and `log`, the logged steps."""
-    settings = merged(BASE, values)
+    settings = settings_of(values)
     with tempfile.TemporaryDirectory() as place:
         began = time.process_time()
         result = train(make_config(settings), Path(place) / "run", datasets=datasets, progress=False, plots=False)
@@ -83,7 +100,7 @@ def fit_ensemble(values: Mapping[str, Any], datasets: Mapping[str, BagDataset], 
     began = time.process_time()
     models = []
     for seed in seeds:
-        settings = merged(BASE, values, {"seed": seed})
+        settings = settings_of(values, {"seed": seed})
         with tempfile.TemporaryDirectory() as place:
             config = make_config(settings)
             models.append(train(config, Path(place) / "run", datasets=datasets, progress=False, plots=False).model)

@@ -50,6 +50,7 @@ BEFORE_2: dict[str, Any] = {
     "message_norm": "post",
     "message_ffn": 0,
     "view_heads": False,
+    "scale_wide": False,
     "whole_inputs": False,
     "bag_statistics": False,
 }
@@ -121,12 +122,12 @@ class UMDAConfig:
     heads: int = 4
     layers: int = 2
     ffn: int = 2
-    layer_scale: float | None = None
-    dropout: float = 0.1
+    layer_scale: float | None = 0.0
+    dropout: float = 0.25
     encoder_hidden: int | None = None
     input_dropout: float = 0.0
-    scale_wide: bool = False
-    whole_inputs: bool = False
+    scale_wide: bool = True
+    whole_inputs: bool = True
     bins: int = 0
     linear_path: bool = False
     graph_k: int = 8
@@ -134,11 +135,11 @@ class UMDAConfig:
     graph_tau: float = 0.5
     graph_layers: int = 2
     message: Message = "attention"
-    message_norm: MessageNorm = "post"
+    message_norm: MessageNorm = "pre"
     message_ffn: int = 0
     symmetrize: bool = False
     coords_k: int = 0
-    bag_statistics: bool = False
+    bag_statistics: bool = True
     view_heads: bool = False
     pool_hidden: int | None = None
     private_rank: int | None = None
@@ -153,7 +154,7 @@ class UMDAConfig:
     delta: float = 1.0
     gamma: float = 0.5
     chunk: int = 0
-    hcva: bool | Literal["auto"] = True
+    hcva: bool | Literal["auto"] = "auto"
     graph: bool = True
     private: bool = True
 

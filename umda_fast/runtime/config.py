@@ -75,7 +75,7 @@ class DataConfig(_Section):
     limit."""
     budget: Positive = 4096
     """Instances in a batch at most, for memory; a batch holds whole bags."""
-    standardize: bool | list[str] | Literal["auto"] = True
+    standardize: bool | list[str] | Literal["auto"] = "auto"
     """Give every feature mean 0 and standard deviation 1 over the training instances, inside the model; a list of views
     does so for these only. `auto` looks at the features first: counts, most of them zero, are only divided by one
     number."""
@@ -143,7 +143,7 @@ class TrainConfig(_Section):
     """Learning rate at the end of the cosine, as a share of `lr`."""
     warmup: Share = 0.05
     """Share of the training over which the learning rate rises linearly from 0."""
-    weight_decay: NonNegative = 0.01
+    weight_decay: NonNegative = 0.05
     """AdamW's; not applied to biases, norms and embeddings."""
     clip: NonNegative = 1.0
     """Largest norm of the gradient; 0 clips nothing."""
@@ -163,10 +163,10 @@ class TrainConfig(_Section):
     """Steps between two checkpoints inside an epoch; one is written at the end of every epoch in any case."""
     log_steps: Positive = 20
     """Steps between two lines of kind `step` in metrics.jsonl."""
-    linear: Literal["off", "beside", "mix"] = "beside"
+    linear: Literal["off", "beside", "mix"] = "mix"
     """A linear model of bag means at the end of the training (docs/training.md): compared on the validation split;
     `mix` weighs the two there task by task, and what is measured and kept is the mixture."""
-    thresholds: Literal["share", "f1", "half"] = "half"
+    thresholds: Literal["share", "f1", "half"] = "share"
     """Probability from which a label of a multilabel task is predicted, kept with the model: one half; or each
     label's own, by which as large a share of the validation bags gets it as has it among the training bags; or the one
     that is best for F1 on the validation split."""
@@ -204,7 +204,10 @@ ARCHITECTURES: dict[str, type] = {
 }
 # The config.yaml of a run has every key there was when it was written. What the run did where a key is absent, of those
 # whose default is something else; and of those of the model `umda`, whatever is their default.
-BEFORE: dict[str, Any] = {"data": {"bags": None}, "train": {"select": "mean_score", "view_loss": 0.0}}
+BEFORE: dict[str, Any] = {
+    "data": {"bags": None},
+    "train": {"select": "mean_score", "view_loss": 0.0, "linear": "beside", "thresholds": "half"},
+}
 BEFORE_UMDA: dict[str, Any] = {"model": BEFORE_2}
 _FROM_DATA = ("views", "tasks", "metadata")  # fields of a model's configuration that the data decides
 

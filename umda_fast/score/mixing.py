@@ -16,7 +16,10 @@ from umda_fast.model import TaskSpec
 from umda_fast.score.calibration import best_temperature
 from umda_fast.tasks import kind_of
 
-__all__ = ["Addition", "TaskMixture", "calibrated_losses", "mix_task"]
+__all__ = ["SURE", "Addition", "TaskMixture", "calibrated_losses", "mix_task"]
+
+SURE = 2.0
+"""Standard errors that a gain must exceed."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def mix_task(task: TaskSpec, logits: Sequence[Tensor], target: Tensor) -> TaskMi
     share), so that a sure model does not drown another; 1 for a task without temperatures, whose models predict in the
     same units. w, in hundredths from 0 to 1, has the least loss, each mixture at its own best temperature, for how sure
     a mixture is says nothing about its parts. It is 0 unless that is less than the loss without the new model by more
-    than the standard error of the difference, paired over bags: with few bags a weight that fits them best is an
+    than `SURE` standard errors of the difference, paired over bags: with few bags a weight that fits them best is an
     accident.
 
     Args:
@@ -102,7 +105,7 @@ def _add(task: TaskSpec, first: Tensor, other: Tensor, target: Tensor) -> Additi
     less, share = without - with_it, counts / counts.sum()
     gain = float((share * less).sum())
     error = math.sqrt(float((share * (less - gain)).square().sum()) * len(less) / (len(less) - 1))
-    weight = weight if gain > error else 0.0
+    weight = weight if gain > SURE * error else 0.0
     return Addition(weight, 1.0 if weight == 1.0 else scale, gain, error)
 
 
