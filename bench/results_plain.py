@@ -72,9 +72,9 @@ def models_of(parts: Mapping[str, BagDataset]) -> tuple[str, ...]:
     return MODELS if len(parts["train"].views) > 1 else MODELS[:-1]
 
 
-def fit(model: str, parts: Mapping[str, BagDataset], seed: int) -> dict[str, Any]:
+def fit(values: Mapping[str, Any], parts: Mapping[str, BagDataset], model: str = "umda") -> dict[str, Any]:
     """Scores of one run on its test bags, of UMDA also without what was weighed in."""
-    config = make_config(tables.merged(BASE, {"seed": seed}))
+    config = make_config(values)
     if model != "umda":
         config = model_config(config, model)
     with tempfile.TemporaryDirectory() as place:
@@ -136,10 +136,11 @@ def main() -> None:
     table.write(title, text(table))
     for name in options.sets.split(","):
         for seed, parts in runs_of(name, options):
+            values = tables.merged(BASE, {"seed": seed})
             for model in models_of(parts):
                 table.run(
                     {"data": name, "model": model, "seed": seed},
-                    lambda model=model, parts=parts, seed=seed: fit(model, parts, seed),
+                    lambda model=model, parts=parts, values=values: fit(values, parts, model),
                 )
             table.write(title, text(table))
 

@@ -27,6 +27,7 @@ from umda_fast.runtime.rundir import read_metrics
 from umda_fast.train import Run, evaluate, make_config, train
 
 Values = dict[str, Any]
+RESULTS = Path("docs/results")
 
 
 def merged(*parts: Mapping[str, Any]) -> Values:
@@ -218,7 +219,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def parser(description: str, out: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of the data sets")
-    result.add_argument("--out", type=Path, default=Path("docs/results") / out, metavar="FILE.json")
+    result.add_argument("--out", type=Path, default=RESULTS / out, metavar="FILE.json")
     result.add_argument("--seeds", type=int, default=5)
     result.add_argument("--epochs", type=int, help="instead of the table's own, for a quick look")
     return result

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import results_ablation, results_mfeat, results_mil, results_sgl, tables
+from bench import results_ablation, results_mfeat, results_mil, results_plain, results_sgl, tables
 from umda_fast.data import load_source
 from umda_fast.train import make_config
 
@@ -67,6 +67,8 @@ def test_every_configuration_is_one(tmp_path: Path) -> None:
             make_config(results_sgl.configuration(section, method, 3, 0))
         for change in results_ablation.VARIANTS.values():
             make_config(tables.merged(results_ablation.COMMON, {"data": section}, change))
+    for change in results_ablation.PLAIN_VARIANTS.values():
+        make_config(tables.merged(results_plain.BASE, change))
     for candidate in results_mil.CANDIDATES:
         values = results_mil.configuration(candidate)
         assert values.pop("members", 1) >= 1
