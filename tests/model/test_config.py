@@ -34,7 +34,11 @@ def test_json() -> None:
         ({"hcva": 1}, TypeError, "UMDAConfig.hcva: expected a bool or 'auto', got 1"),
         ({"hcva": "never"}, TypeError, "UMDAConfig.hcva: expected a bool or 'auto', got 'never'"),
         ({"message_norm": "none"}, ValueError, "UMDAConfig.message_norm: expected one of post, pre, got 'none'"),
-        ({"message_ffn": 2}, ValueError, "UMDAConfig.message_ffn: expected 0 with message_norm=post, got 2"),
+        (
+            {"message_ffn": 2, "message_norm": "post"},
+            ValueError,
+            "UMDAConfig.message_ffn: expected 0 with message_norm=post, got 2",
+        ),
         ({"layer_scale": "0"}, TypeError, "UMDAConfig.layer_scale: expected a number, got '0'"),
         ({"private_rank": 0}, ValueError, "UMDAConfig.private_rank: expected at least 1, got 0"),
         ({"hierarchy": ((0.0,),)}, ValueError, "UMDAConfig.hierarchy: expected 4 x 4 distances"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.model.conftest import TASKS, VIEWS, make_batch, make_config
 from umda_fast import UMDA, use_backend
 from umda_fast.model import MetadataSpec, UMDAConfig
+from umda_fast.model.config import BEFORE_2
 from umda_fast.model.film import FiLM
 from umda_fast.model.gmip import diversity_penalty
 from umda_fast.ops import _library
@@ -101,6 +102,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "experts": {"branching": "ple"},
     "mean messages": {"message": "mean"},
     "bare": {"hcva": False, "graph": False, "private": False},
+    "before version 2": BEFORE_2,
 }
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.model.conftest import VIEWS, make_batch, make_config, total_loss
-from umda_fast import UMDA
+from umda_fast import UMDA, ViewSpec
 from umda_fast.model import FeatureEncoder, QuantileBins
 from umda_fast.model.adapters import add_adapters
 
@@ -153,12 +153,24 @@ class TestWholeInputs:
         assert encoder(torch.randn(3, 40)).shape == (3, 32)
 
 
-def test_options_reach_the_encoders():
-    model = UMDA(make_config(input_dropout=0.25, scale_wide=True, encoder_hidden=4, bins=3))
-    for encoder in model.encoders.encoders:
+@pytest.mark.parametrize("scale_wide", [True, False])
+@pytest.mark.parametrize("whole_inputs", [True, False])
+def test_options_reach_the_encoders(scale_wide, whole_inputs):
+    views = [ViewSpec("a", 9), ViewSpec("b", 20)]
+    options = {"scale_wide": scale_wide, "whole_inputs": whole_inputs, "input_dropout": 0.25}
+    model = UMDA(make_config(views=views, encoder_hidden=4, bins=3, **options))
+    for view, encoder in zip(views, model.encoders.encoders, strict=True):
         assert encoder.bins.bins == 3
         assert encoder.input_dropout == 0.25
-        assert (encoder.get_parameter("0.weight") < 1.0).all()
+        gain = (4 / view.width) ** 0.5 if scale_wide else 1.0
+        torch.testing.assert_close(encoder.get_parameter("0.weight"), torch.full((view.width,), gain))
+        assert encoder.get_parameter("1.weight").shape == (4, view.width + 2 * whole_inputs)
+
+
+def test_wide_and_whole_by_default():
+    (encoder,) = UMDA(make_config(views=[ViewSpec("a", 20)], encoder_hidden=4)).encoders.encoders
+    assert (encoder.get_parameter("0.weight") < 1.0).all()
+    assert encoder.whole
 
 
 @pytest.mark.parametrize(

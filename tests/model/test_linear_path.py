@@ -26,6 +26,8 @@ def path_logits(model, batch):
     for v, view in enumerate(VIEWS):
         encoder = model.encoders.encoders[v]
         unit = (batch.views[view.name] - encoder.shift) / encoder.scale
+        if model.config.whole_inputs:
+            unit = torch.where(unit.abs() > 4, unit.sign() * (4 + torch.asinh(unit.abs() - 4)), unit)
         scores = (LENGTH * unit / unit.norm(dim=1, keepdim=True)) @ model.linear.maps[v].weight.T
         for b in range(len(batch.ptr) - 1):
             rows = slice(int(batch.ptr[b]), int(batch.ptr[b + 1]))
@@ -38,9 +40,11 @@ def path_logits(model, batch):
     return result
 
 
-def test_is_the_formula():
-    model, batch = with_weights(), make_batch()
+@pytest.mark.parametrize("whole_inputs", [True, False])
+def test_is_the_formula(whole_inputs):
+    model, batch = with_weights(whole_inputs=whole_inputs), make_batch()
     for view in VIEWS:
+        batch.views[view.name][::3, 0] = 30.0  # an outlier
         batch.views[view.name][~batch.mask[:, VIEWS.index(view)]] = torch.nan
     with torch.no_grad():
         out = model(**batch.inputs())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.model.conftest import TASKS, VIEWS, Batch, make_batch
 from umda_fast import UMDA, UMDAConfig, use_backend
-from umda_fast.model.config import VERSION
+from umda_fast.model.config import BEFORE_2, VERSION
 
 PLAIN: dict[str, Any] = {
     "architecture": "umda",
@@ -129,6 +129,14 @@ def test_an_option_that_came_later_changes_them(tmp_path: Path) -> None:
     write_model(tmp_path, {**PLAIN, "message_norm": "pre"})
     found = figures(UMDA.from_pretrained(tmp_path).eval(), make_batch())
     assert found != pytest.approx(RECORDED["plain"], rel=1e-3)
+
+
+@pytest.mark.parametrize("option", ["bag_statistics", "whole_inputs", "view_heads"])
+def test_an_option_that_came_with_a_version_already(option: str) -> None:
+    """Version 2 is older than some options: what was written without one had none of it."""
+    values = UMDAConfig(VIEWS, TASKS, width=16, heads=2).to_dict()
+    del values[option]
+    assert UMDAConfig.from_dict(values) == UMDAConfig(VIEWS, TASKS, width=16, heads=2, **{option: BEFORE_2[option]})
 
 
 def test_a_version_from_the_future_is_refused(tmp_path: Path) -> None:

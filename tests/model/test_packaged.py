@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.export import Dim
 
-from tests.model.conftest import RECIPE
+from tests.model.conftest import MORE
 from tests.served import Predict, bags
 from umda_fast.model import UMDA, TaskSpec, UMDAConfig, ViewSpec
+from umda_fast.model.config import BEFORE_2
 from umda_fast.ops import _library
 from umda_fast.parity.rule import assert_close
 
@@ -30,7 +31,7 @@ torch.save([model(*batch) for batch in torch.load(batches)], out)
 
 @pytest.mark.skipif(_library.cpp_status is not None, reason=str(_library.cpp_status))
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
-@pytest.mark.parametrize("options", [{}, RECIPE], ids=["plain", "recipe"])
+@pytest.mark.parametrize("options", [BEFORE_2, {"layer_scale": 0.5, **MORE}], ids=["before version 2", "more"])
 def test_a_model_compiled_ahead_of_time(options: dict[str, Any], tmp_path: Path) -> None:
     """Another process, which imports the operations only, gets what the model gives, for bags of any sizes."""
     tasks = (TaskSpec("grade", "multiclass", 3), TaskSpec("response", "binary"))

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.model.conftest import TASKS, Batch, make_batch, make_config
 from umda_fast import UMDA
 from umda_fast.model import task_losses
+from umda_fast.model.config import BEFORE_2
 from umda_fast.sgl import SelfGuided
 
 
@@ -25,8 +26,9 @@ def rows(losses: list[Tensor], z: Tensor) -> Tensor:
         {"branching": "mmoe"},
         {"private": False},
         {"graph": False, "pool_hidden": 3},
-        {"bag_statistics": True},
-        {"bag_statistics": True, "tasks": TASKS[3:], "graph": False},
+        {"bag_statistics": False},
+        {"tasks": TASKS[3:], "graph": False},
+        BEFORE_2,
     ],
 )
 def test_equals_backward_passes_down_to_the_instances(options: dict[str, object], batch: Batch) -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.model.conftest import RECIPE, TASKS, VIEWS, Batch, make_batch, make_config, total_loss
+from tests.model.conftest import MORE, TASKS, VIEWS, Batch, make_batch, make_config, total_loss
 from umda_fast import UMDA, TaskSpec, UMDAConfig, ViewSpec, use_backend
 from umda_fast.model import UMDAOutput
+from umda_fast.model.config import BEFORE_2
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -27,10 +28,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no graph": {"graph": False},
     "no private paths": {"private": False},
     "bare": {"hcva": False, "graph": False, "private": False},
-    "recipe": RECIPE,
-    "recipe, one view": {**RECIPE, "views": VIEWS[:1]},
+    "more": MORE,
+    "more, one view": {**MORE, "views": VIEWS[:1]},
     "one view": {"views": VIEWS[:1]},
     "one task": {"tasks": TASKS[:1]},
+    "before": BEFORE_2,
+    "before, mean messages": {**BEFORE_2, "message": "mean"},
+    "before, bare": {**BEFORE_2, "hcva": False, "graph": False, "private": False},
+    "before, one view": {**BEFORE_2, "views": VIEWS[:1]},
 }
 
 
@@ -103,6 +108,24 @@ def test_shapes_and_gradients(variant: str, dtype: torch.dtype) -> None:
         assert unused == set()
     else:
         assert unused == set()
+
+
+def test_the_first_step_opens_what_begins_at_zero() -> None:
+    """As `UMDA` is made by default: at first all parameters have a gradient, if of zeros (none may be missing, or
+    several processes would wait for it); after one step there is none that does not learn."""
+    torch.manual_seed(0)
+    model, batch = UMDA(make_config(layer_scale=UMDAConfig.layer_scale)), make_batch()
+    closed = {"attention_gain", "ffn_gain", "gain"}
+    opened = {name for name, p in model.named_parameters() if name.rsplit(".", 1)[1] in closed}
+    assert len(opened) == 2 * 2 + 2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(2):
+        optimizer.zero_grad()
+        total_loss(model, batch).backward()
+        waiting = {name for name, p in model.named_parameters() if not p.grad.any()}
+        assert not waiting & opened
+        assert bool(waiting) == (step == 0), waiting
+        optimizer.step()
 
 
 def permuted_instances(batch: Batch) -> tuple[Batch, Tensor]:
@@ -369,7 +392,7 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str,
         UMDA(make_config(hcva=hcva, graph=hcva))(**arguments)
 
 
-@pytest.mark.parametrize("options", [{}, RECIPE], ids=["plain", "recipe"])
+@pytest.mark.parametrize("options", [BEFORE_2, MORE], ids=["before version 2", "more"])
 def test_compiles_in_one_graph(options: dict[str, Any], batch: Batch) -> None:
     """The native path: the reference kNN reads ptr."""
     torch.manual_seed(0)

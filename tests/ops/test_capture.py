@@ -161,7 +161,9 @@ def test_the_model_exports() -> None:
     """In evaluation mode, for any number of instances and of two bags or more."""
     tasks = (TaskSpec("grade", "multiclass", 3), TaskSpec("response", "binary"))
     views = (ViewSpec("a", 6), ViewSpec("b", 4))
-    model = UMDA(UMDAConfig(views, tasks, width=16, heads=2, layers=1, graph_layers=1, graph_k=3)).eval()
+    # Gains as of a trained model: nothing would be seen of what a gain of 0 scales.
+    config = UMDAConfig(views, tasks, width=16, heads=2, layers=1, layer_scale=0.5, graph_layers=1, graph_k=3)
+    model = UMDA(config).eval()
     n, offsets = Dim("n", min=2), Dim("offsets", min=3)
     sizes = ({"a": {0: n}, "b": {0: n}}, {0: offsets}, {0: n})
     with torch.no_grad():

@@ -37,8 +37,9 @@ def add_adapters(module: nn.Module, rank: int = 4) -> list[nn.Parameter]:
     """Freeze all parameters of `module` and give every linear layer in it a low-rank correction to train instead:
     its weight becomes `W + B A`, A [rank, inputs], B [outputs, rank], B = 0 to begin with.
 
-    Only layers larger than their correction get one. `merge_adapters` turns the sums into plain weights again,
-    which saving needs.
+    Only layers larger than their correction get one. The gains of a `UMDA` stay as training left them: a block whose
+    gains are still 0, as in a model that was never trained, adds nothing with a correction either. `merge_adapters`
+    turns the sums into plain weights again, which saving needs.
 
     Args:
         module: changed in place; for a `UMDA` give its parts (`model.encoders`, `model.hcva`, ...).

@@ -54,12 +54,13 @@ BEFORE_2: dict[str, Any] = {
     "whole_inputs": False,
     "bag_statistics": False,
 }
-"""What is now an option and was fixed before version 2."""
+"""Options that there were not, or that had another default, before version 2: what was then done."""
 
 
 @dataclass(frozen=True)
 class UMDAConfig:
-    """Options of `UMDA`; formulas and symbols are those of docs/model.md.
+    """Options of `UMDA`; formulas and symbols are those of docs/model.md, which says how to have the model as it was
+    before there were some of them.
 
     Attributes:
         views, tasks: as the data has them, at most 16 views; mappings with their fields are taken as well.
@@ -68,7 +69,7 @@ class UMDAConfig:
         layers: L_v, cross-view attention blocks.
         ffn: hidden width of a block's feed-forward part, in multiples of `width`.
         layer_scale: at which the gains of what blocks and messages add to their input begin, one for every one of
-            `width` dimensions (LayerScale): at 0, they begin as if they were not there. None has no gains.
+            `width` dimensions (LayerScale): at 0, the default, they begin as if they were not there. None has no gains.
         dropout: in the encoders, after attention, messages and feed-forward parts, and before the heads.
         encoder_hidden: hidden width of a default encoder; None takes `width`.
         input_dropout: of the features that a default encoder is given: for few bags with many features.
@@ -85,7 +86,7 @@ class UMDAConfig:
         graph_tau: tau of the edge weights exp((cos - 1) / tau).
         graph_layers: L_g, rounds of message passing.
         message: `attention`, `mean` (by edge weights) or `none` (the graph then serves its penalty only).
-        message_norm: `post`, of the sum of instance and message, or `pre`, of what messages are made of.
+        message_norm: `pre`, of what messages are made of, or `post`, of the sum of instance and message.
         message_ffn: hidden width of a feed-forward part after every round of messages, in multiples of `width`, with
             `message_norm="pre"`; 0 has none.
         symmetrize: whether an edge also runs back.
@@ -109,7 +110,8 @@ class UMDAConfig:
         chunk: with more instances than this in a batch, encoders and cross-view attention run on so many at a time,
             and in training they run again in the backward pass instead of keeping their activations: less memory for a
             third more time. 0 never.
-        hcva: whether there is cross-view attention; `auto`: if there is more than one view.
+        hcva: whether there is cross-view attention; `auto`: if there is more than one view. True with one view has
+            its feed-forward parts only.
         graph, private: switch off the graph, or the private paths.
 
     Raises:
@@ -245,8 +247,8 @@ class UMDAConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> UMDAConfig:
         """The configuration that `to_dict` wrote, before or after a trip through JSON.
 
-        One without a version was written before there was one: options that it lacks had one value only then, which
-        need not be today's default.
+        `to_dict` writes every option. One that is not there was none yet: what was then done need not be today's
+        default.
 
         Raises:
             TypeError, ValueError: an unknown, missing or wrong field, by name, or a version still to come.
@@ -255,8 +257,7 @@ class UMDAConfig:
         version = check_int("UMDAConfig.version", values.pop("version", 1))
         if not 1 <= version <= VERSION:
             raise ValueError(f"UMDAConfig.version: expected 1..{VERSION}, got {version}: from a newer umda-fast")
-        if version < 2:
-            values = {**BEFORE_2, **values}
+        values = {**BEFORE_2, **values}
         known = [field.name for field in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:
