@@ -13,7 +13,8 @@ from torch import Tensor
 
 from umda_fast import ops
 from umda_fast.ops._dispatch import reasons_against
-from umda_fast.parity.cases import Case, Inputs, Outputs, all_cases
+from umda_fast.parity.case import Case, Inputs, Outputs
+from umda_fast.parity.cases import all_cases
 
 from .measure import explain
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from umda_fast import ops
 from umda_fast.parity import DTYPES, run_parity
-from umda_fast.parity.cases import all_cases, dtype_name
+from umda_fast.parity.case import dtype_name
+from umda_fast.parity.cases import all_cases
 
 from . import capture, training_step
 from .machine import machine, measure_rates

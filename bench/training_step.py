@@ -21,7 +21,7 @@ from umda_fast.ops import NeighborGraph, use_backend
 from umda_fast.sgl import SelfGuided
 
 from .measure import Contender, Timer, tensor_bytes
-from .workloads import OURS, chunked_topk, untiled
+from .workloads import OURS, chunked_topk, stored_masks, untiled
 
 EXACT = "eager reference"
 COMPOSED = "eager, chunked matmul + topk graph, no tiles"
@@ -102,9 +102,16 @@ def chunked_graph(x: Tensor, ptr: Tensor, k: int, **options: Any) -> NeighborGra
 
 
 @contextmanager
+def exact() -> Iterator[None]:
+    """Every operation on the reference; dropout is PyTorch's."""
+    with use_backend("reference"), stored_masks():
+        yield
+
+
+@contextmanager
 def composed() -> Iterator[None]:
     """Every operation on the reference, the graph by `chunked_graph`; faster, in more memory, than with tiles."""
-    with use_backend("reference"), untiled(), mock.patch.object(gmip, "knn_graph", _untraced_graph):
+    with exact(), untiled(), mock.patch.object(gmip, "knn_graph", _untraced_graph):
         yield
 
 
@@ -129,7 +136,7 @@ def trainees(model: UMDA, mode: str | None) -> dict[str, Callable[[], Trainee]]:
     return {
         OURS: lambda: make(False, ExitStack),
         OURS_COMPILED: lambda: make(True, ExitStack),
-        EXACT: lambda: make(False, lambda: use_backend("reference")),
+        EXACT: lambda: make(False, exact),
         COMPOSED: lambda: make(False, composed),
         COMPOSED_COMPILED: lambda: make(True, composed),
     }

@@ -5,6 +5,7 @@ must be done, whatever the implementation. Where rows are gathered, one row per 
 at random, so that caches help little.
 """
 
+import importlib
 import importlib.util
 import math
 import warnings
@@ -135,6 +136,20 @@ def untiled() -> Iterator[None]:
         yield
 
 
+def _gelu_dropout(x: Tensor, bias: Tensor | None, seed: Tensor | None, threshold: int) -> Tensor:
+    active = F.gelu(x if bias is None else x + bias.to(x.dtype))
+    return active if seed is None else F.dropout(active, threshold / 65536)
+
+
+@contextmanager
+def stored_masks() -> Iterator[None]:
+    """The reference with PyTorch's own dropout, as a user would write it. The numbers that all backends share take
+    several times as long when they are composed of elementary operations."""
+    module = importlib.import_module("umda_fast.ops.gelu_dropout")
+    with mock.patch.object(module, "reference", _gelu_dropout):
+        yield
+
+
 # --- cross_view
 
 
@@ -231,6 +246,30 @@ def linear_residual(n: int, place: Place) -> Problem:
         {OURS: ours, EAGER: eager},
         Floor(3 * x.nbytes, work, unit),
         Floor(4 * x.nbytes, 2 * work, unit),
+        EAGER,
+    )
+
+
+def gelu_dropout(n: int, place: Place) -> Problem:
+    """Between the two linear layers of a feed-forward part: bias, GELU, dropout."""
+    x, bias = place.normal(n, VIEWS, 2 * WIDTH), place.normal(2 * WIDTH, dtype=torch.float32)
+    rate = 0.1
+
+    def ours(x: Tensor, bias: Tensor) -> Any:
+        return ops.gelu_dropout(x, bias, p=rate)
+
+    def eager(x: Tensor, bias: Tensor) -> Any:
+        return F.dropout(F.gelu(x + bias.to(x.dtype)), rate)
+
+    return Problem(
+        "gelu_dropout",
+        f"N = {n:,}, V = {VIEWS}, {2 * WIDTH} wide",
+        n,
+        place.dtype,
+        (x, bias),
+        {OURS: ours, EAGER: eager},
+        Floor(2 * x.nbytes),
+        Floor(3 * x.nbytes),
         EAGER,
     )
 
@@ -789,6 +828,7 @@ WORKLOADS: dict[str, Workload] = {
     "cross_view": Workload(cross_view, *_INSTANCES),
     "norm_linear": Workload(norm_linear, *_INSTANCES),
     "linear_residual": Workload(linear_residual, *_INSTANCES),
+    "gelu_dropout": Workload(gelu_dropout, *_INSTANCES),
     "view_fusion": Workload(view_fusion, *_INSTANCES),
     "cross_view_tokens": Workload(
         cross_view_tokens,

@@ -12,15 +12,16 @@ import torch
 from tests.command_line import call
 from tests.written import read_json
 from umda_fast.ops import _library, set_backend
-from umda_fast.parity import cases
-from umda_fast.parity.cases import Inputs, Outputs, bag_pool_case, norm_linear_case
+from umda_fast.parity.case import Case, Inputs, Outputs, Run
+from umda_fast.parity.cases import bag_pool_case
+from umda_fast.parity.layer_cases import norm_linear_case
 
 POOL = bag_pool_case("ragged", [3, 0, 9], 7, 2)
 LINEAR = norm_linear_case("small", 5, 2, 8, 4, 3)  # no kernel for the CPU
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> list[cases.Case]:
+def table(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """What is tested: two cases, of which the CPU has kernels for one."""
     found = [POOL, LINEAR]
     monkeypatch.setattr("umda_fast.parity.check.all_cases", lambda: found)
@@ -59,7 +60,7 @@ def test_passed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("run", "words"), [(wrong, "pooled: error "), (raising, "RuntimeError: an illegal address")])
 def test_a_failure_is_repeated_at_the_end(
-    run: cases.Run, words: str, table: list[cases.Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, words: str, table: list[Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table[0] = replace(POOL, run=run)
     outputs = ["--json", tmp_path / "p.json", "--junit", tmp_path / "p.xml"]
@@ -76,7 +77,7 @@ def test_a_failure_is_repeated_at_the_end(
     assert sum(words in (case.findtext("failure") or "") for case in suite) == 3
 
 
-def test_nothing_tested_is_not_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: list[cases.Case]) -> None:
+def test_nothing_tested_is_not_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: list[Case]) -> None:
     outputs = ["--json", tmp_path / "p.json", "--junit", tmp_path / "p.xml", "--quiet"]
     assert call("parity", "--device", "cpu", "--ops", "norm_linear", *outputs) == 3
     report = read_json(tmp_path / "p.json", "parity")

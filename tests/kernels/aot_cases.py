@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import triton
 
-from umda_fast.kernels import cross_view, cross_view_tokens, knn, projections, view_fusion
+from umda_fast.kernels import cross_view, cross_view_tokens, gelu_dropout, knn, projections, view_fusion
 from umda_fast.kernels._aot import Resources, compile_launch
 from umda_fast.kernels._launch import Launch
 
@@ -96,6 +96,14 @@ def projection_launches(dtype: torch.dtype, width: int) -> list[Launch]:
     return before + after
 
 
+def gelu_dropout_launches(dtype: torch.dtype, width: int) -> list[Launch]:
+    """Both passes with bias and dropout, and the sum of the bias's gradient."""
+    x, bias, seed = meta(1000, width, dtype=dtype), meta(width), meta((), dtype=torch.int64)
+    forward, _ = gelu_dropout.plan_forward(x, bias, seed, 6554)
+    backward, _ = gelu_dropout.plan_backward(x, x, bias, seed, 6554)
+    return forward + backward
+
+
 CASES: dict[str, Callable[[], list[Launch]]] = {
     **{
         f"cross_view {name} V={views} H={heads} Dh={head_dim}": functools.partial(
@@ -134,6 +142,10 @@ CASES: dict[str, Callable[[], list[Launch]]] = {
     **{
         f"projections {name} D={width}": functools.partial(projection_launches, dtype, width)
         for name, dtype, width in (("bf16", BF16, 256), ("bf16", BF16, 1024), ("bf16", BF16, 97), ("f32", F32, 128))
+    },
+    **{
+        f"gelu_dropout {name} D={width}": functools.partial(gelu_dropout_launches, dtype, width)
+        for name, dtype, width in (("bf16", BF16, 512), ("bf16", BF16, 97), ("f32", F32, 512), ("f32", F32, 40))
     },
     **{
         f"view_fusion {name} V={views} D={width} P={narrow}": functools.partial(

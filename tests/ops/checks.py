@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 from tests.csrc.cpu_checks import poisoned_memory, threads
 from umda_fast.ops._library import op
 from umda_fast.parity import judge
-from umda_fast.parity.cases import Case
+from umda_fast.parity.case import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

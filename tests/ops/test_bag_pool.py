@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.ops.checks import DTYPES, check_compiled, check_gradients, check_op, few, keeps_rule, leaf, repeats
 from umda_fast.ops import BagPoolOutput, bag_attention_pool
-from umda_fast.parity.cases import bag_pool_case, offsets
+from umda_fast.parity.case import offsets
+from umda_fast.parity.cases import bag_pool_case
 
 
 @pytest.mark.parametrize(

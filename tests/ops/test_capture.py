@@ -18,7 +18,8 @@ from umda_fast import ops
 from umda_fast.model import UMDA, TaskSpec, UMDAConfig, ViewSpec
 from umda_fast.ops import _library
 from umda_fast.ops._dispatch import reasons_against
-from umda_fast.parity.cases import Case, Inputs, Outputs, all_cases
+from umda_fast.parity.case import Case, Inputs, Outputs
+from umda_fast.parity.cases import all_cases
 
 pytestmark = pytest.mark.skipif(_library.cpp_status is not None, reason=str(_library.cpp_status))
 
@@ -61,7 +62,7 @@ def forward_backward(case: Case, x: Inputs, backend: str | None) -> Outputs:
 def test_every_public_function_is_here() -> None:
     functions = {name for name in ops.__all__ if name[0].islower()}
     backends = {"backend_status", "backends_used", "get_backend", "prefer_backend", "set_backend", "use_backend"}
-    helpers = {*backends, "check_batch", "share_checks"}
+    helpers = {*backends, "check_batch", "dropout_seed", "share_checks"}
     called = set()
     for case in CASES.values():
         names = {*run_of(case).__code__.co_names}

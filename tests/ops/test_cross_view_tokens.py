@@ -11,7 +11,7 @@ from tests.ops.checks import DTYPES, check_gradients, leaf
 from umda_fast.ops import backends_used, cross_view_attention, cross_view_token_attention
 from umda_fast.ops._library import op
 from umda_fast.parity import OUTPUT_FACTOR, assert_close
-from umda_fast.parity.cases import offsets
+from umda_fast.parity.case import offsets
 
 LENGTHS, SEGMENTS = [3, 0, 5, 1, 2, 4], [3, 0, 2, 1]
 

@@ -13,8 +13,8 @@ from umda_fast import ops
 from umda_fast.errors import BackendUnavailableError
 from umda_fast.ops import _library
 from umda_fast.ops._dispatch import reasons_against
-from umda_fast.parity import cases
-from umda_fast.parity.cases import Case, Inputs
+from umda_fast.parity import cases, layer_cases
+from umda_fast.parity.case import Case, Inputs, normal
 
 pytestmark = pytest.mark.skipif(_library.cpp_status is not None, reason=str(_library.cpp_status))
 
@@ -25,8 +25,9 @@ CASES = {
         cases.cross_view_case("", 3, 2, 1, 8),
         cases.cross_view_tokens_case("", [2, 1, 2], [2, 1], 1, 8, views=2),
         cases.view_fusion_case("", 4, 2, 3, 2),
-        cases.norm_linear_case("", 2, 1, 3, 2, 1),
-        cases.linear_residual_case("", 2, 1, 3, 2),
+        layer_cases.norm_linear_case("", 2, 1, 3, 2, 1),
+        layer_cases.linear_residual_case("", 2, 1, 3, 2),
+        layer_cases.gelu_dropout_case("", (2,), 3, p=0.4),
         cases.bag_pool_case("", [3, 1], 2, 2),
         *cases.neighbor_cases("", 5, 2, 1, 3, csr=False),
     )
@@ -35,7 +36,7 @@ CASES = {
 
 
 def tangent(x: Tensor) -> Tensor:
-    return cases.normal(*x.shape, seed=99).to(x.dtype)
+    return normal(*x.shape, seed=99).to(x.dtype)
 
 
 OPERATIONS = sorted(CASES)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.ops.checks import DTYPES, check_compiled, check_op, few, keeps_rule, leaf, repeats
 from umda_fast.ops import NeighborGraph, knn_graph
-from umda_fast.parity.cases import knn_case, offsets
+from umda_fast.parity.case import offsets
+from umda_fast.parity.cases import knn_case
 
 METRICS = ("cosine", "euclidean")
 

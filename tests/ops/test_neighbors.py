@@ -21,7 +21,8 @@ from umda_fast.ops import (
     neighbor_sum,
     smoothness_energy,
 )
-from umda_fast.parity.cases import neighbor_cases, offsets, random_graph
+from umda_fast.parity.case import offsets
+from umda_fast.parity.cases import neighbor_cases, random_graph
 
 
 def graph(nodes: int = 9, degree: int = 4, *, csr: bool = False) -> NeighborGraph:

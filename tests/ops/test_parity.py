@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from umda_fast.parity import OUTPUT_FACTOR, allowed_error, assert_close, error_of, run_parity
-from umda_fast.parity.cases import Inputs, Outputs, all_cases, bag_pool_case
+from umda_fast.parity.case import Inputs, Outputs
+from umda_fast.parity.cases import all_cases, bag_pool_case
 from umda_fast.parity.rule import ULPS
 
 CASE = bag_pool_case("ragged", [3, 0, 9], 7, 2)

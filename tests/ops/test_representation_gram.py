@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tests.ops.checks import DTYPES, check_op, few, keeps_rule, repeats
 from umda_fast.ops import representation_gram
-from umda_fast.parity.cases import Case, representation_gram_case
+from umda_fast.parity.case import Case
+from umda_fast.parity.cases import representation_gram_case
 
 CASE = representation_gram_case("ragged", [3, 0, 9], 11, 3, 5, 4)
 NAMES = (

@@ -9,10 +9,12 @@ from umda_fast.ops._dispatch import (
     set_backend,
     use_backend,
 )
+from umda_fast.ops._dropout import dropout_seed
 from umda_fast.ops._validate import check_batch, share_checks
 from umda_fast.ops.bag_pool import BagPoolOutput, bag_attention_pool
 from umda_fast.ops.cross_view import CrossViewOutput, cross_view_attention
 from umda_fast.ops.cross_view_tokens import CrossViewTokensOutput, cross_view_token_attention
+from umda_fast.ops.gelu_dropout import gelu_dropout
 from umda_fast.ops.graph import NeighborGraph
 from umda_fast.ops.knn import knn_graph
 from umda_fast.ops.neighbors import edge_cosine, neighbor_attention, neighbor_sum, smoothness_energy
@@ -38,8 +40,10 @@ __all__ = [
     "combine_task_gradients",
     "cross_view_attention",
     "cross_view_token_attention",
+    "dropout_seed",
     "edge_cosine",
     "fuse_views",
+    "gelu_dropout",
     "get_backend",
     "knn_graph",
     "linear_residual",

@@ -25,6 +25,8 @@ _OPERATIONS = (
     "cross_view_tokens_backward",
     "edge_cosine",
     "edge_cosine_backward",
+    "gelu_dropout",
+    "gelu_dropout_backward",
     "graph_order",
     "graph_transpose",
     "knn",

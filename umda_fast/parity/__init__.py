@@ -7,7 +7,8 @@ import torch
 
 from umda_fast.ops import backend_status
 from umda_fast.ops._dispatch import reasons_against
-from umda_fast.parity.cases import Case, Outputs, all_cases, dtype_name, exact_inputs
+from umda_fast.parity.case import Case, Outputs, dtype_name, exact_inputs
+from umda_fast.parity.cases import all_cases
 from umda_fast.parity.rule import (
     GRADIENT_FACTOR,
     OUTPUT_FACTOR,

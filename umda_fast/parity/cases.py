@@ -6,71 +6,15 @@ tiles: kernels take other paths there (whole vectors, larger tiles), which odd w
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from umda_fast import ops
-
-Inputs = dict[str, Tensor]
-Outputs = dict[str, Tensor]
-#: A function of the inputs and of the backend's name, through the public functions.
-Run = Callable[[Inputs, str], Outputs]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation on one shape. All of its floating inputs are made in float64."""
-
-    op: str  #: name in the namespace ``umda_fast``
-    shape: str  #: what is special about it
-    inputs: Inputs
-    run: Run
-    storage: tuple[str, ...]  #: inputs rounded to the dtype under test; other floats go to the accumulation dtype
-    gradients: tuple[str, ...] = ()  #: inputs whose gradients are compared
-    composition: Run | None = None  #: PyTorch's composition; None: the reference in the dtype under test
-    weights: dict[str, Tensor] = field(default_factory=dict)  #: one gradient per output, float64, drawn on demand
-
-    def rounded(self, dtype: torch.dtype, device: str) -> Inputs:
-        """The inputs as an implementation of ``dtype`` gets them."""
-        wide = torch.promote_types(dtype, torch.float32)
-        kinds = {name: dtype if name in self.storage else wide for name in self.inputs}
-        return {name: (x.to(kinds[name]) if x.is_floating_point() else x).to(device) for name, x in self.inputs.items()}
-
-    def evaluate(self, inputs: Inputs, backend: str) -> tuple[Outputs, Outputs]:
-        """Outputs, and the gradients of one fixed combination of all of them."""
-        run = self.composition if backend == "composition" and self.composition is not None else self.run
-        name = "reference" if backend == "composition" else backend
-        leaves = {x: inputs[x].detach().requires_grad_() for x in self.gradients}
-        outputs = run({**inputs, **leaves}, name)
-        used = {x: y for x, y in outputs.items() if y.requires_grad}
-        if not used:
-            return outputs, {}
-        cotangents = [self._weight(x, y).to(y) for x, y in used.items()]
-        found = torch.autograd.grad(
-            list(used.values()), list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True
-        )
-        return {x: y.detach() for x, y in outputs.items()}, dict(zip(leaves, found, strict=True))
-
-    def _weight(self, name: str, like: Tensor) -> Tensor:
-        if name not in self.weights:
-            # Values that every dtype holds exactly: all are asked for the same gradient.
-            self.weights[name] = normal(*like.shape, seed=len(name) + 50).bfloat16().double()
-        return self.weights[name]
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    """Standard normal values, float64."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def offsets(sizes: Sequence[int]) -> Tensor:
-    """int64 offsets of pieces of these sizes."""
-    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int64)
-
+from umda_fast.parity.case import Case, Inputs, Outputs, Run, normal, offsets
+from umda_fast.parity.layer_cases import gelu_dropout_case, linear_residual_case, norm_linear_case
 
 # --- cross_view
 
@@ -178,43 +122,6 @@ def view_fusion_case(
 
     features = tuple(name for name in inputs if name != "mask")
     return Case("view_fusion", shape, inputs, run, features, features)
-
-
-# --- projections
-
-
-def norm_linear_case(shape: str, n: int, views: int, width: int, columns: int, second: int) -> Case:
-    """Two linear layers on one layer norm."""
-    inputs = {
-        "x": normal(n, views, width, seed=24),
-        "norm_weight": normal(width, seed=25),
-        "norm_bias": normal(width, seed=26),
-        "weight": normal(columns, width, seed=27) / math.sqrt(width),
-        "bias": normal(columns, seed=28),
-        "weight2": normal(second, width, seed=29) / math.sqrt(width),
-        "bias2": normal(second, seed=30),
-    }
-
-    def run(x: Inputs, backend: str) -> Outputs:
-        y, y2 = ops.norm_linear(*(x[name] for name in inputs), backend=backend)
-        return {"y": y, "y2": y2}
-
-    return Case("norm_linear", shape, inputs, run, ("x", "weight", "bias", "weight2", "bias2"), tuple(inputs))
-
-
-def linear_residual_case(shape: str, n: int, views: int, inputs: int, outputs: int) -> Case:
-    """Without dropout, which draws other elements on every backend."""
-    tensors = {
-        "x": normal(n, views, inputs, seed=31),
-        "weight": normal(outputs, inputs, seed=32) / math.sqrt(inputs),
-        "bias": normal(outputs, seed=33),
-        "residual": normal(n, views, outputs, seed=34),
-    }
-
-    def run(x: Inputs, backend: str) -> Outputs:
-        return {"out": ops.linear_residual(*(x[name] for name in tensors), backend=backend)}
-
-    return Case("linear_residual", shape, tensors, run, tuple(tensors), tuple(tensors))
 
 
 # --- knn
@@ -429,6 +336,11 @@ def all_cases() -> list[Case]:
         norm_linear_case("N=5 V=1 D=256, 32 + 1 columns", 5, 1, 256, 32, 1),
         linear_residual_case("N=33 V=3, 59 to 97", 33, 3, 59, 97),
         linear_residual_case("N=1 V=1, 256 to 16", 1, 1, 256, 16),
+        gelu_dropout_case("200 x 97, p = 0.3", (200,), 97, p=0.3),
+        gelu_dropout_case("70 x 3 x 40, p = 0.1, float32 bias", (70, 3), 40, p=0.1, wide_bias=True),
+        gelu_dropout_case("D=1, p = 0.5, no bias", (9,), 1, p=0.5, bias=False),
+        gelu_dropout_case("one row of 1030, no dropout", (), 1030),
+        gelu_dropout_case("N=0", (0, 2), 8, p=0.2),
         view_fusion_case("N=700 V=3 D=97 P=33", 700, 3, 97, 33),
         view_fusion_case("N=19 V=4 D=59 P=8, missing views", 19, 4, 59, 8, missing=True),
         view_fusion_case("N=19 V=4 D=59, closed and missing views", 19, 4, 59, None, missing=True, closed=True),
@@ -471,6 +383,7 @@ def timed_cases() -> list[Case]:
         ),
         norm_linear_case("as timed: N=50 V=3 D=256, 768 + 4 columns", 50, 3, 256, 768, 4),
         linear_residual_case("as timed: N=50 V=3, 256 to 256", 50, 3, 256, 256),
+        gelu_dropout_case("as timed: 300 x 512, p = 0.1", (300,), 512, p=0.1, wide_bias=True),
         view_fusion_case("as timed: N=300 V=3 D=256 P=64", 300, 3, 256, 64),
         knn_case("as timed: d=64 k=8", [301, 140], 64, 8, "cosine"),
         knn_case("as timed: d=256 k=8", [301, 140], 256, 8, "cosine"),
@@ -481,13 +394,3 @@ def timed_cases() -> list[Case]:
         linear_weight_gradient_case("as timed: B=300 O=256 I=256", 300, 256, 256),
         *task_gradient_cases("as timed: T=8 P=12288", 8, [8192, 4096]),
     ]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def exact_inputs(inputs: Mapping[str, Tensor]) -> Inputs:
-    """The same values in float64."""
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
