@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from umda_fast.model.residual import rate
 from umda_fast.model.specs import ViewSpec
-from umda_fast.ops import _validate
+from umda_fast.ops import _validate, gelu_dropout
 
 __all__ = ["FeatureEncoder", "QuantileBins", "ViewEncoders"]
 
@@ -151,17 +153,20 @@ class FeatureEncoder(nn.Sequential):
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.standardized(features)
-        norm, linear, gelu, dropout, out, *binned = self
+        norm, _, _, _, out, *binned = self
+        linear, dropout = cast(nn.Linear, self[1]), cast(nn.Dropout, self[3])
         read = F.dropout(norm(x), self.input_dropout, self.training)
         if self.whole and not self.few:
             rows = (self.row_statistics(x) - self.row_shift) / self.row_scale
             read = torch.cat([read, squash(rows, self.LIMIT).to(read.dtype)], 1)
-        h = linear(read)
         if binned:
             bins, own = binned
+            h = linear(read)
             steps = F.dropout(bins(features).to(h.dtype), self.input_dropout, self.training)
-            h = torch.cat([h, own(steps)], -1)
-        result: Tensor = out(dropout(gelu(h)))
+            h = gelu_dropout(torch.cat([h, own(steps)], -1), p=rate(dropout))
+        else:
+            h = gelu_dropout(F.linear(read, linear.weight), linear.bias, p=rate(dropout))
+        result: Tensor = out(h)
         return result
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from umda_fast.model._numerics import wide
 from umda_fast.model.config import Message
 from umda_fast.model.pooled import BagMaximum, PooledInstances
-from umda_fast.model.residual import add_feed_forward, feed_forward, gained, residual_gain
+from umda_fast.model.residual import add_feed_forward, feed_forward, gained, rate, residual_gain
 from umda_fast.ops import (
     NeighborGraph,
     bag_attention_pool,
@@ -90,7 +90,7 @@ class MessagePassing(nn.Module):
             message = self._messages(self.input(z), graph, log_weight)
             out: Tensor = self.norm(z + self.dropout(F.linear(message, weight, bias)))
             return out
-        norm, dropout = self.norm, self.dropout.p if self.training else 0.0
+        norm, dropout = self.norm, rate(self.dropout)
         read, _ = norm_linear(z, norm.weight, norm.bias, self.input.weight, eps=norm.eps)
         message = self._messages(read, graph, log_weight)
         z = linear_residual(message, *gained(self.output, self.gain), z, dropout=dropout)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from umda_fast.model.residual import add_feed_forward, feed_forward, gained, residual_gain
+from umda_fast.model.residual import add_feed_forward, feed_forward, gained, rate, residual_gain
 from umda_fast.ops import cross_view_attention, linear_residual, norm_linear
 
 __all__ = ["HCVA", "HCVABlock", "HCVAOutput", "concentration_penalty"]
@@ -56,7 +56,7 @@ class HCVABlock(nn.Module):
         Returns y [N, V, D], view mass [N, V, V] and its entropy [N, V, H]; rows of missing views are 0.
         """
         n, views, width = x.shape
-        norm, dropout = self.attention_norm, self.dropout.p if self.training else 0.0
+        norm, dropout = self.attention_norm, rate(self.dropout)
         qkv, gate_logits = norm_linear(
             x, norm.weight, norm.bias, self.qkv.weight, None, self.gate.weight, self.gate.bias, eps=norm.eps
         )
