@@ -116,7 +116,7 @@ def test_a_sequence_of_specs_chooses_tasks_and_allows_absent_ones():
         ([0, 1], "multilabel", "expected [B, C] for multilabel, got [2]"),
         ([[0, 1], [1, 1]], "binary", "expected [B] for binary, got [2, 2]"),
         ([["a", "b"], ["c", "d"]], None, "expected values of 0 or 1 for multilabel"),
-        ([0, 1], "ordinal", "kinds['y']: expected one of binary, multiclass"),
+        ([0, 1], "graded", "kinds['y']: expected one of binary, multiclass"),
         ([0, 1], {"kind": "multiclass"}, "kinds['y']: TaskSpec('y').classes: expected at least 2"),
         ([0, 1], TaskSpec("z", "binary"), "kinds['y']: expected a TaskSpec of that name, got 'z'"),
         ([1j, 2j], None, "expected numbers or text, got dtype complex128"),

@@ -27,7 +27,7 @@ class Bag:
         mask: bool [n, V], which views each instance has, columns in the order of the dataset's views; None:
             every view in `views` is there for every instance.
         labels: task name -> label; a missing label is absent. Binary: 0 or 1, float32 [];
-            multiclass: int64 []; multilabel: 0 or 1, float32 [C]; regression: float32 [] in original units.
+            multiclass and ordinal: int64 []; multilabel: 0 or 1, float32 [C]; regression: float32 [] in original units.
         coords: [n, 2], or None.
         metadata: float32 [M], the dataset's metadata of this bag, NaN where missing; a dataset fills it in.
 
@@ -111,7 +111,7 @@ def _check_label(where: str, task: TaskSpec, label: Tensor) -> None:
 
 
 def label_tensor(task: TaskSpec, value: npt.ArrayLike) -> Tensor:
-    """One label, or a column of labels, in the dtype of its kind: int64 for multiclass, else float32."""
+    """One label, or a column of labels, in the dtype of its kind: int64 for multiclass and ordinal, else float32."""
     return torch.as_tensor(np.asarray(value), dtype=kind_of(task).label_dtype)
 
 

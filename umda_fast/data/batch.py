@@ -24,7 +24,7 @@ class BagBatch:
         views: view name -> [N, d_v]; rows of missing views are zeros.
         mask: bool [N, V], columns in the order of `views`.
         ptr: int64 [B+1]; bag b owns rows ptr[b]:ptr[b+1].
-        labels: task name -> binary float32 [B], multiclass int64 [B], multilabel float32 [B, C], regression
+        labels: task name -> binary float32 [B], multiclass and ordinal int64 [B], multilabel float32 [B, C], regression
             float32 [B] in original units; zero where missing.
         label_mask: task name -> bool [B], whether the label is there.
         names: the bags' names.

@@ -134,12 +134,24 @@ def _kind(name: str, kind: KindOverride, where: str) -> str | TaskSpec:
         return kind
     if isinstance(kind, Mapping):
         try:
-            return TaskSpec(name=name, **kind)
+            return TaskSpec(name=name, **_completed(kind))
         except (TypeError, ValueError) as error:
             raise DataError(f"{where}: kinds[{name!r}]: {error}") from error
     if not isinstance(kind, str) or kind not in TASK_KINDS:
         raise DataError(f"{where}: kinds[{name!r}]: expected one of {', '.join(TASK_KINDS)}, got {kind!r}")
     return kind
+
+
+def _completed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a TaskSpec as people write them: classes are as many as have names, and names may be whole numbers."""
+    completed, labels = dict(fields), fields.get("labels")
+    if isinstance(labels, Sequence) and not isinstance(labels, str):
+        plain = [str(label) if isinstance(label, int) and not isinstance(label, bool) else label for label in labels]
+        completed["labels"] = plain
+        kind = fields.get("kind")
+        if isinstance(kind, str) and kind in TASK_KINDS and TASK_KINDS[kind].any_classes:
+            completed.setdefault("classes", len(plain))
+    return completed
 
 
 def _column(

@@ -22,9 +22,9 @@ def task_losses(
     """Mean loss of every task over the bags that carry its label.
 
     Binary: cross entropy of the sigmoid; multiclass: of the softmax; multilabel: of the sigmoids, mean over
-    labels; regression: squared error against `(label - mean) / std`. With class weights, binary and multiclass
-    losses are weighted means (weight of the label's class, divided by the sum of weights); for a multilabel
-    task the weight multiplies the loss of a label's positives.
+    labels; regression: squared error against `(label - mean) / std`; ordinal: `-log P(grade)` of cumulative logits.
+    With class weights, losses of tasks with one class for a bag are weighted means (weight of the label's class,
+    divided by the sum of weights); for a multilabel task the weight multiplies the loss of a label's positives.
 
     Args:
         tasks: of the model.

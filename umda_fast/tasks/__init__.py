@@ -5,6 +5,7 @@ from umda_fast.tasks.classes import THRESHOLD, Classes, OneClass, predicted_labe
 from umda_fast.tasks.kind import TASK_KINDS, TaskKind, TaskSpec, kind_of, register_kind
 from umda_fast.tasks.multiclass import Multiclass
 from umda_fast.tasks.multilabel import Multilabel
+from umda_fast.tasks.ordinal import Ordinal
 from umda_fast.tasks.regression import Regression
 from umda_fast.tasks.values import Values
 
@@ -16,6 +17,7 @@ __all__ = [
     "Multiclass",
     "Multilabel",
     "OneClass",
+    "Ordinal",
     "Regression",
     "TaskKind",
     "TaskSpec",
@@ -26,5 +28,5 @@ __all__ = [
 ]
 
 # In the order in which messages list them.
-for _kind in (Binary(), Multiclass(), Multilabel(), Regression()):
+for _kind in (Binary(), Multiclass(), Multilabel(), Regression(), Ordinal()):
     register_kind(_kind)

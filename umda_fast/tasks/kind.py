@@ -35,12 +35,13 @@ class TaskSpec:
     Attributes:
         name: unique among a model's tasks.
         kind: of `TASK_KINDS`: `binary` (label 0/1), `multiclass` (label 0..classes-1), `multilabel` (classes 0/1
-            labels), `regression` (a real number), or one that was registered.
-        classes: 1 for binary and regression, at least 2 for multiclass, at least 1 for multilabel.
+            labels), `regression` (a real number), `ordinal` (label 0..classes-1, in an order), or one that was
+            registered.
+        classes: 1 for binary and regression, at least 2 for multiclass and ordinal, at least 1 for multilabel.
         mean, std: regression only, of the training labels in original units; losses see `(y - mean) / std`.
         labels: names of the classes: 2 for binary (of label 0, of label 1), else `classes`.
-        class_weights: weights in the loss: 2 for binary (of label 0, of label 1), `classes` for multiclass,
-            `classes` for multilabel (of each label's positives); None weighs all alike.
+        class_weights: weights in the loss: 2 for binary (of label 0, of label 1), `classes` for multiclass
+            and ordinal, `classes` for multilabel (of each label's positives); None weighs all alike.
         thresholds: multilabel only, the probability from which each of the `classes` labels is predicted; None: 0.5.
 
     Sequences are stored as tuples, so `TaskSpec(**json.loads(json.dumps(dataclasses.asdict(spec)))) == spec`.
@@ -128,7 +129,7 @@ class TaskSpec:
 
     @property
     def outputs(self) -> int:
-        """Width of the task's head: 1 for binary and regression, else `classes`."""
+        """Width of the task's head: 1 for binary and regression, `classes - 1` for ordinal, else `classes`."""
         return kind_of(self).outputs(self)
 
     @property

@@ -26,6 +26,8 @@ METRIC_NAMES = {
     "f1_micro": MetricName("micro F1"),
     "map": MetricName("mAP"),
     "mae": MetricName("MAE", lower_is_better=True, in_label_units=True),
+    "kappa": MetricName("quadratic kappa"),
+    "mae_grades": MetricName("MAE in grades", lower_is_better=True),
     "r2": MetricName("R2"),
 }
 
