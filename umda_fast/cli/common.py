@@ -106,5 +106,15 @@ def named(names: str | None) -> list[str] | None:
     return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
+def numbers(option: str, texts: str | None) -> list[float] | None:
+    """The numbers of an option that takes several, separated by commas; None where it was not given."""
+    from umda_fast.errors import DataError
+
+    try:
+        return None if texts is None else [float(text) for text in texts.split(",")]
+    except ValueError:
+        raise DataError(f"{option}: expected numbers with commas between them, got {texts!r}") from None
+
+
 def number(value: float | None) -> str:
     return "undefined" if value is None or value != value else f"{value:.4f}"

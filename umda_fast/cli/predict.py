@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from umda_fast.cli.common import check_outputs, load_runs
+from umda_fast.cli.common import check_outputs, load_runs, numbers
 from umda_fast.cli.options import Format, OwnData, RunDirs, TrainedOn, out_option, split_option
 
 EXAMPLE = "umda-fast predict runs/first --data new.npz --out predicted.csv --attention attention.h5"
@@ -28,6 +28,10 @@ def predict(
             "--refer-below", min=0.0, max=1.0, help="Add calibrated confidences; name the tasks below this one."
         ),
     ] = None,
+    times: Annotated[
+        str | None,
+        typer.Option("--times", metavar="T,T,...", help="Write survival at these, in the unit of the task."),
+    ] = None,
     format: Format = None,
     use: TrainedOn,
 ) -> None:
@@ -43,6 +47,7 @@ def predict(
         attention=attention,
         split=split,
         refer_below=refer_below,
+        times=numbers("times", times),
         format=format,
         **use.arguments(),
     )

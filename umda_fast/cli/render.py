@@ -204,7 +204,12 @@ def print_inspection(console: Console, report: Any, scaling: Sequence[str] = ())
     for task in report.tasks:
         found = [sum(counts) for counts in zip(*task.counts.values(), strict=True)]
         classes = ", ".join(f"{name} {count:,}" for name, count in zip(task.classes, found, strict=True))
-        if splits[0] in task.values:
+        if "events" in task.values.get(splits[0], {}):
+            events, censored, lowest, highest = (
+                task.values[splits[0]][key] for key in ("events", "censored", "min", "max")
+            )
+            classes = f"{events:g} events, {censored:g} censored, times {lowest:.4g} to {highest:.4g}"
+        elif splits[0] in task.values:
             lowest, highest, mean, std = (
                 task.values[splits[0]][key] for key in ("min", "max", "mean", "std")
             )

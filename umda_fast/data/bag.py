@@ -27,7 +27,8 @@ class Bag:
         mask: bool [n, V], which views each instance has, columns in the order of the dataset's views; None:
             every view in `views` is there for every instance.
         labels: task name -> label; a missing label is absent. Binary: 0 or 1, float32 [];
-            multiclass and ordinal: int64 []; multilabel: 0 or 1, float32 [C]; regression: float32 [] in original units.
+            multiclass and ordinal: int64 []; multilabel: 0 or 1, float32 [C]; regression: float32 [] in original units;
+            survival: time and event, float32 [2].
         coords: [n, 2], or None.
         metadata: float32 [M], the dataset's metadata of this bag, NaN where missing; a dataset fills it in.
 

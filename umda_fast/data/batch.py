@@ -25,7 +25,7 @@ class BagBatch:
         mask: bool [N, V], columns in the order of `views`.
         ptr: int64 [B+1]; bag b owns rows ptr[b]:ptr[b+1].
         labels: task name -> binary float32 [B], multiclass and ordinal int64 [B], multilabel float32 [B, C], regression
-            float32 [B] in original units; zero where missing.
+            float32 [B] in original units, survival float32 [B, 2]; zero where missing.
         label_mask: task name -> bool [B], whether the label is there.
         names: the bags' names.
         coords: [N, 2], or None.

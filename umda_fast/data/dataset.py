@@ -90,7 +90,8 @@ class BagDataset(Dataset[Bag]):
         Args:
             views: view name -> features [N, d_v].
             ptr: integers [B+1], bag b owns rows ptr[b]:ptr[b+1]; None makes every row a bag of one instance.
-            labels: task name -> [B], or [B, C] for a multilabel task. NaN or a blank string: missing.
+            labels: task name -> [B], or [B, C] for a multilabel task, [B, 2] for one of kind survival. NaN or a blank
+                string: missing.
             mask: bool [N, V], which views an instance has, columns in the order of `views`; None: all.
             coords: [N, 2].
             metadata: name -> numbers [B] known of the bags beside their instances, NaN where missing.
@@ -98,7 +99,8 @@ class BagDataset(Dataset[Bag]):
                 as another dataset's `tasks`, which also fixes classes and standardisation. Kinds not given
                 are inferred: two distinct values make a binary task, few integers or strings a multiclass
                 one, a matrix a multilabel one, anything else a regression, whose mean and std are those of
-                the labels given.
+                the labels given. Times and events, such as os_months and os_event, are one task of kind survival;
+                those of other names: {kind: survival, time: <name>, event: <name>}.
             positive: the class of a binary task that is label 1, or task -> class; None: the later of the two.
             names: [B], the bags' names; None counts them.
             name: of the dataset, for messages.

@@ -1,6 +1,6 @@
 """From arrays of labels to tasks: kinds inferred or given, missing as NaN, specs fitted to a training set.
 
-Inside a dataset every task's labels are one float64 column, [B] or (multilabel) [B, C], with NaN where
+Inside a dataset every task's labels are one float64 column, [B] or (multilabel, survival) [B, C], with NaN where
 missing. What labels of a kind look like, the kind says (`umda_fast.tasks`).
 """
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from umda_fast.data.arrays import ArrayInput, FloatArray, as_numpy
+from umda_fast.data.event_columns import event_columns
 from umda_fast.errors import DataError
 from umda_fast.tasks import TASK_KINDS, TaskSpec, kind_of
 from umda_fast.tasks.columns import as_numbers, as_texts, distinct_texts
@@ -74,12 +75,13 @@ def label_columns(
         labels: task name -> [B] or [B, C]; NaN, None or a blank string is a missing label.
         bags: B.
         kinds: as in `BagDataset.from_arrays`. A TaskSpec whose task has no array gives a task without a
-            label.
+            label. Two arrays may be one task (`umda_fast.data.event_columns`).
         where: what messages start with.
 
     Raises:
         DataError: naming the task, what was expected and what came.
     """
+    labels, kinds = _with_events(labels, kinds, where)
     wanted = _by_name(kinds, where)
     specs, columns = [], {}
     if isinstance(kinds, Sequence):
@@ -105,6 +107,24 @@ def label_columns(
         specs.append(spec)
         columns[name] = column
     return tuple(specs), columns
+
+
+def _with_events(
+    labels: Mapping[str, ArrayInput], kinds: KindOverrides | None, where: str
+) -> tuple[dict[str, ArrayInput], KindOverrides | None]:
+    """Times and events in one array for every task of kind survival, and the kinds that say so."""
+    said = dict(kinds) if isinstance(kinds, Mapping) else {}
+    found, gone = {}, set()
+    for pair in event_columns(list(labels), kinds, where):
+        parts = [as_numpy(f"{where}: labels {name!r}", labels[name]) for name in (pair.time, pair.event)]
+        if len({part.shape for part in parts}) > 1 or parts[0].ndim != 1:
+            shapes = " and ".join(str(list(part.shape)) for part in parts)
+            raise DataError(f"{where}: labels {pair.time!r} and {pair.event!r}: expected [B] each, got {shapes}")
+        found[pair.time] = pair.task, np.stack([part.astype(object) for part in parts], axis=1)
+        gone |= {pair.event, *pair.others}
+        said[pair.task] = pair.completes(said.get(pair.task))
+    joined = dict(found.get(name, (name, array)) for name, array in labels.items() if name not in gone)
+    return joined, said if kinds is None or isinstance(kinds, Mapping) else kinds
 
 
 def fixed_tasks(kinds: KindOverrides | None) -> list[str]:
@@ -151,6 +171,8 @@ def _completed(fields: Mapping[str, Any]) -> dict[str, Any]:
         kind = fields.get("kind")
         if isinstance(kind, str) and kind in TASK_KINDS and TASK_KINDS[kind].any_classes:
             completed.setdefault("classes", len(plain))
+    if isinstance(fields.get("cuts"), Sequence):
+        completed.setdefault("classes", len(fields["cuts"]))
     return completed
 
 
@@ -167,7 +189,8 @@ def _column(
         expected = "[B, C]" if kind.several else "[B]"
         raise DataError(f"{where}: expected {expected} for {kind.name}, got {list(array.shape)}")
     if isinstance(given, TaskSpec):
-        return given, kind.read_as(where, given, array)
+        column = kind.read_as(where, given, array)
+        return kind.complete(given, column), column
     return kind.read(where, name, array)
 
 

@@ -22,14 +22,16 @@ def task_losses(
     """Mean loss of every task over the bags that carry its label.
 
     Binary: cross entropy of the sigmoid; multiclass: of the softmax; multilabel: of the sigmoids, mean over
-    labels; regression: squared error against `(label - mean) / std`; ordinal: `-log P(grade)` of cumulative logits.
+    labels; regression: squared error against `(label - mean) / std`; ordinal: `-log P(grade)` of cumulative logits;
+    survival: `-log P(interval of the event)` or of living as long as was seen, from hazards of intervals.
     With class weights, losses of tasks with one class for a bag are weighted means (weight of the label's class,
     divided by the sum of weights); for a multilabel task the weight multiplies the loss of a label's positives.
 
     Args:
         tasks: of the model.
         logits: task -> [B, outputs].
-        labels: task -> [B] (binary, multiclass, regression in original units) or [B, classes] (multilabel).
+        labels: task -> [B] (binary, multiclass, ordinal, regression in original units), [B, classes] (multilabel) or
+            [B, 2], times and events (survival).
         label_mask: task -> bool [B], True where the label is present; a task not in it has all of its labels.
             Labels elsewhere are never used (they may be NaN).
 

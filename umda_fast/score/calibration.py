@@ -23,7 +23,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 from umda_fast.errors import DataError
 from umda_fast.files import write_json
 from umda_fast.model import TaskSpec, decode
-from umda_fast.tasks import kind_of
+from umda_fast.tasks import TaskKind, kind_of
 
 __all__ = ["Calibration", "best_temperature", "calibration_error", "confidence", "fit_calibration", "risk_coverage"]
 
@@ -39,7 +39,7 @@ class Calibration:
     """What turns a model's logits into calibrated ones.
 
     Attributes:
-        temperatures: task -> T; logits are divided by it. Tasks with classes only.
+        temperatures: task -> T; logits are divided by it. Tasks with classes, and survival.
         half_widths: regression task -> half the width of an interval, in original units, that holds the label of a
             new bag with probability `level`.
         level: of the intervals.
@@ -106,9 +106,10 @@ def fit_calibration(
     """Fit on bags that the model was not trained on.
 
     The temperature of a task minimises its cross entropy, without class weights, against labels that are softened as if
-    every class had been seen once more (Platt, "Probabilistic outputs for support vector machines", 1999), so that no
-    confidence is beyond what so many bags can show. It needs 20 labelled bags, of which, where a bag has one class, 5
-    are not of the most frequent one; with fewer it would be an accident of these bags. The half width is the
+    every class had been seen once more (Platt, "Probabilistic outputs for support vector machines", 1999), or, of
+    survival, two bags more that are as all training bags together, so that no confidence is beyond what so many bags
+    can show. It needs 20 labelled bags, of which, where a bag has one class, 5 are not of the most frequent one, and
+    where it has a time, 5 have the event; with fewer it would be an accident of these bags. The half width is the
     `ceil((n + 1) level)`-th smallest of the n absolute residuals; with fewer than that it is infinite and left out.
     What is not fitted stays as it is, and `left` says why.
 
@@ -133,7 +134,7 @@ def fit_calibration(
             else:
                 found.left[task.name] = f"{len(target)} labelled bags, expected {math.ceil(level / (1 - level) - 1e-9)}"
         elif kind.calibration == "temperature":
-            reason = _too_few(kind.counts(task, target.double().numpy()), len(target), kind.several)
+            reason = _too_few(kind, kind.outcomes(task, target.double().numpy()), len(target))
             if reason is None:
                 plain = replace(task, class_weights=None)
                 found.temperatures[task.name] = best_temperature(plain, raw, target, soften=True)
@@ -144,13 +145,13 @@ def fit_calibration(
     return found
 
 
-def _too_few(counts: Sequence[int], bags: int, several: bool) -> str | None:
-    """Why a temperature cannot be fitted on so many labelled bags of every class; None if it can."""
+def _too_few(kind: TaskKind, outcomes: Sequence[int], bags: int) -> str | None:
+    """Why a temperature cannot be fitted on so many labelled bags, of every outcome; None if it can."""
     if bags < _LEAST_BAGS:
         return f"{bags} labelled bags, expected {_LEAST_BAGS}"
-    others = bags - max(counts, default=0)
-    if not several and others < _LEAST_OTHERS:
-        return f"{others} bags not of the most frequent class, expected {_LEAST_OTHERS}"
+    others = bags - max(outcomes, default=0)
+    if others < _LEAST_OTHERS:
+        return f"{others} {kind.scarce}, expected {_LEAST_OTHERS}"
     return None
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -57,7 +57,7 @@ class PredictionTable:
         """Names of the columns."""
         header = ["bag", *(column for task in self.tasks for column in kind_of(task).columns(task))]
         for task in [] if self.calibration is None else self.tasks:
-            if kind_of(task).calibration == "temperature":
+            if kind_of(task).decides and kind_of(task).calibration == "temperature":
                 header.append(f"{task.name}_confidence")
             elif self._half_width(task) is not None:
                 header += [f"{task.name}_low", f"{task.name}_high"]
@@ -95,7 +95,7 @@ class PredictionTable:
         lines: list[list[str]] = [[] for _ in referred]
         for task in self.tasks:
             half = self._half_width(task)
-            if kind_of(task).calibration == "temperature":
+            if kind_of(task).decides and kind_of(task).calibration == "temperature":
                 sure = confidence(task, calibrated[task.name]).tolist()
                 for line, tasks, value in zip(lines, referred, sure, strict=True):
                     line.append(f"{value:.6g}")
@@ -130,6 +130,7 @@ def predict(
     device: str = "auto",
     backend: str = "auto",
     refer_below: float | None = None,
+    times: Sequence[float] | None = None,
     skip_bad: bool = False,
     progress: bool = True,
 ) -> int:
@@ -140,8 +141,10 @@ def predict(
 
     The CSV holds the bag's name and, for each task, the probabilities, each in a column with the class it is of (for a
     binary task one, of the positive class), and the class predicted, classes joined by `;` for a multilabel task; for a
-    regression the value in original units. Its last columns are `refer`, tasks joined by `;` that a human should
-    decide, and `reason`; a bag without instances has no predictions and is always referred.
+    regression the value in original units; for survival the risk (the mean probability, over the cuts, that the event
+    has come by then) and the probability to live longer than each of `times`, or else of the quartiles of the training
+    bags' event times. Its last columns are `refer`, tasks joined by `;` that a human should decide, and `reason`; a bag
+    without instances has no predictions and is always referred.
 
     The HDF5 holds a group for each bag, named as the bag with `/` written as `%2F` and its plain name in the attribute
     `name`: `attention` [n, T], `view_weights` [n, V] (models with several views) and `coords` [n, 2] if the data has
@@ -156,8 +159,12 @@ def predict(
         The number of bags.
 
     Raises:
-        DataError: the data cannot be read or does not fit the model; `refer_below` out of range, or no calibration.
+        DataError: the data cannot be read or does not fit the model; `refer_below` or `times` out of range, or no
+        calibration.
     """
+    tasks: Sequence[TaskSpec] = run.model.config.tasks
+    if times is not None:
+        tasks = _at_times(tasks, times)
     calibration = None
     if refer_below is not None:
         if not 0.0 <= refer_below <= 1.0:
@@ -177,7 +184,6 @@ def predict(
         skip_bad=skip_bad,
         labels=False,
     )
-    tasks: Sequence[TaskSpec] = run.model.config.tasks
     with ExitStack() as stack:
         stack.enter_context(ops.prefer_backend(backend))
         table = stack.enter_context(atomic_file(out))
@@ -199,6 +205,21 @@ def predict(
     if empty:
         print(f"{empty} of {len(dataset)} bags have no instances: not predicted, but referred", file=sys.stderr)
     return len(dataset)
+
+
+def _at_times(tasks: Sequence[TaskSpec], times: Sequence[float]) -> tuple[TaskSpec, ...]:
+    """The tasks, those of survival with the times that are shown."""
+    timed = [task for task in tasks if kind_of(task).timed]
+    if not timed:
+        raise DataError("times: expected a model with a task of kind survival, got none")
+    for task in timed:
+        last = max(task.cuts or (0.0,))
+        if not times or not all(0.0 < time <= last for time in times):
+            expected = f"above 0 and at most {last:g}, the last event of {task.name} in training"
+            got = ", ".join(f"{time:g}" for time in times) or "none"
+            raise DataError(f"times: expected times {expected}, got {got}")
+    shown = tuple(sorted({float(time) for time in times}))
+    return tuple(replace(task, times=shown) if kind_of(task).timed else task for task in tasks)
 
 
 @contextmanager

@@ -308,7 +308,7 @@ def _confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
 
 
 def _calibration(tasks: Sequence[TaskSpec], found: Predictions, held_out: Predictions | None) -> str:
-    classified = [task for task in tasks if kind_of(task).calibration == "temperature" and len(found.of(task)[1])]
+    classified = [task for task in tasks if _has_confidence(task) and len(found.of(task)[1])]
     if not classified:
         return ""
     parts = ["<h2>Calibration</h2>"]
@@ -342,6 +342,10 @@ def _calibration(tasks: Sequence[TaskSpec], found: Predictions, held_out: Predic
     if fitted is None:
         parts.append(_note("No other split to fit temperatures on: probabilities are as the model gives them."))
     return "\n".join(parts)
+
+
+def _has_confidence(task: TaskSpec) -> bool:
+    return kind_of(task).decides and kind_of(task).calibration == "temperature"
 
 
 def _reliability(task: TaskSpec, logits: Tensor, target: Tensor, bins: int = 10) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from umda_fast.tasks.multiclass import Multiclass
 from umda_fast.tasks.multilabel import Multilabel
 from umda_fast.tasks.ordinal import Ordinal
 from umda_fast.tasks.regression import Regression
+from umda_fast.tasks.survival import Survival
 from umda_fast.tasks.values import Values
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "OneClass",
     "Ordinal",
     "Regression",
+    "Survival",
     "TaskKind",
     "TaskSpec",
     "Values",
@@ -28,5 +30,5 @@ __all__ = [
 ]
 
 # In the order in which messages list them.
-for _kind in (Binary(), Multiclass(), Multilabel(), Regression(), Ordinal()):
+for _kind in (Binary(), Multiclass(), Multilabel(), Regression(), Ordinal(), Survival()):
     register_kind(_kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -36,13 +37,19 @@ class TaskSpec:
         name: unique among a model's tasks.
         kind: of `TASK_KINDS`: `binary` (label 0/1), `multiclass` (label 0..classes-1), `multilabel` (classes 0/1
             labels), `regression` (a real number), `ordinal` (label 0..classes-1, in an order), or one that was
-            registered.
-        classes: 1 for binary and regression, at least 2 for multiclass and ordinal, at least 1 for multilabel.
+            registered; `survival` (a time and whether the event came then).
+        classes: 1 for binary and regression, at least 2 for multiclass and ordinal, at least 1 for multilabel;
+            of survival the number of intervals.
         mean, std: regression only, of the training labels in original units; losses see `(y - mean) / std`.
         labels: names of the classes: 2 for binary (of label 0, of label 1), else `classes`.
         class_weights: weights in the loss: 2 for binary (of label 0, of label 1), `classes` for multiclass
             and ordinal, `classes` for multilabel (of each label's positives); None weighs all alike.
         thresholds: multilabel only, the probability from which each of the `classes` labels is predicted; None: 0.5.
+        cuts: survival only, the ends of the `classes` intervals of time, rising; None: not chosen yet.
+        hazards: survival only, what share of all training bags that come to an interval has the event in it.
+        intervals: survival only, how many are wanted; None: by the number of events.
+        times: survival only, at which predictions are shown; None: quartiles of the cuts.
+        columns: survival only, the columns of a table with the times and the events; None: by the task's name.
 
     Sequences are stored as tuples, so `TaskSpec(**json.loads(json.dumps(dataclasses.asdict(spec)))) == spec`.
 
@@ -58,6 +65,11 @@ class TaskSpec:
     labels: tuple[str, ...] | None = None
     class_weights: tuple[float, ...] | None = None
     thresholds: tuple[float, ...] | None = None
+    cuts: tuple[float, ...] | None = None
+    hazards: tuple[float, ...] | None = None
+    intervals: int | None = None
+    times: tuple[float, ...] | None = None
+    columns: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_name("TaskSpec", self.name)
@@ -72,6 +84,8 @@ class TaskSpec:
             self._check_class_weights(where)
         if self.thresholds is not None:
             self._check_thresholds(where)
+        if any(getattr(self, field) is not None for field in _OF_TIME):
+            self._check_time(where)
 
     def _check_classes(self, where: str) -> None:
         kind = kind_of(self)
@@ -120,6 +134,32 @@ class TaskSpec:
             raise ValueError(f"{argument}: expected numbers in 0..1, got {thresholds!r}")
         object.__setattr__(self, "thresholds", thresholds)
 
+    def _check_time(self, where: str) -> None:
+        if not kind_of(self).timed:
+            said = next(field for field in _OF_TIME if getattr(self, field) is not None)
+            raise ValueError(f"{where}.{said}: belongs to {_with('timed')} tasks, got it for a {self.kind} task")
+        for field in ("cuts", "hazards", "times"):
+            values = getattr(self, field)
+            if values is None:
+                continue
+            numbers = tuple(as_float(f"{where}.{field}", value) for value in as_tuple(f"{where}.{field}", values))
+            object.__setattr__(self, field, numbers)
+            if field == "hazards":
+                if len(numbers) != self.classes or not all(0.0 < value < 1.0 for value in numbers):
+                    expected = f"{self.classes} numbers between 0 and 1"
+                    raise ValueError(f"{where}.hazards: expected {expected}, got {numbers!r}")
+            elif not numbers or any(before >= value for before, value in pairwise((0.0, *numbers))):
+                raise ValueError(f"{where}.{field}: expected rising numbers above 0, got {numbers!r}")
+        if self.cuts is not None and len(self.cuts) != self.classes:
+            raise ValueError(f"{where}.cuts: expected {self.classes}, one for each interval, got {len(self.cuts)}")
+        if self.intervals is not None and check_int(f"{where}.intervals", self.intervals) < 1:
+            raise ValueError(f"{where}.intervals: expected at least 1, got {self.intervals}")
+        if self.columns is not None:
+            columns = as_tuple(f"{where}.columns", self.columns)
+            if len(set(columns)) != 2 or len(columns) != 2 or not all(isinstance(name, str) for name in columns):
+                raise ValueError(f"{where}.columns: expected the column of times and that of events, got {columns!r}")
+            object.__setattr__(self, "columns", columns)
+
     def _check_per_class(self, argument: str, values: tuple[object, ...]) -> None:
         expected = kind_of(self).class_count(self)
         if expected == 0:
@@ -164,9 +204,15 @@ class TaskKind(ABC):
     """Whether `TaskSpec.mean` and `std` are used."""
     thresholded: ClassVar[bool] = False
     """Whether `TaskSpec.thresholds` are used, and chosen for F1 on validation bags."""
+    timed: ClassVar[bool] = False
+    """Whether a label is a time and an event, and `TaskSpec.cuts` and what belongs to them are used."""
+    decides: ClassVar[bool] = True
+    """Whether something is predicted that turns out right or wrong, with a confidence; of a kind with temperatures."""
     calibration: ClassVar[Literal["temperature", "interval"] | None] = None
     """How a prediction's certainty is made known: probabilities whose logits a temperature divides, a number with an
     interval around it, or not at all."""
+    scarce: ClassVar[str] = "bags not of the most frequent class"
+    """What a temperature needs some of: the bags beside those of the commonest of `outcomes`."""
     adds_up: ClassVar[bool] = True
     """Whether logits of independent views add up, as log-odds do; values are averaged."""
     several: ClassVar[bool] = False
@@ -277,6 +323,15 @@ class TaskKind(ABC):
         """The spec fitted to the labels of training bags."""
         return task
 
+    def complete(self, task: TaskSpec, column: FloatArray) -> TaskSpec:
+        """A spec that someone gave, with what a model cannot do without from all labels there are."""
+        return task
+
+    def outcomes(self, task: TaskSpec, column: FloatArray) -> list[int]:
+        """How many of the bags, which are labelled, had each of the outcomes of which a bag has one, as far as their
+        numbers say whether labels suffice for a temperature; [] where a label is not one of few."""
+        return [] if self.several else self.counts(task, column)
+
     def counts(self, task: TaskSpec, column: FloatArray) -> list[int]:
         """Labelled bags of every class; [] for a kind without classes."""
         return []
@@ -374,6 +429,8 @@ class TaskKind(ABC):
     def shown_errors(self, task: TaskSpec, prediction: Tensor, target: Tensor) -> Shown:
         """What the report shows of prediction and label."""
 
+
+_OF_TIME = ("cuts", "hazards", "intervals", "times", "columns")
 
 _KINDS: dict[str, TaskKind] = {}
 

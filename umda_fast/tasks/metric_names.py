@@ -28,6 +28,9 @@ METRIC_NAMES = {
     "mae": MetricName("MAE", lower_is_better=True, in_label_units=True),
     "kappa": MetricName("quadratic kappa"),
     "mae_grades": MetricName("MAE in grades", lower_is_better=True),
+    "c_index": MetricName("C-index (Harrell)"),
+    "c_index_uno": MetricName("C-index (Uno)"),
+    "ibs": MetricName("integrated Brier score", lower_is_better=True),
     "r2": MetricName("R2"),
 }
 

@@ -77,7 +77,7 @@ def fit_linear(
     penalties = {}
     for task, head in zip(model.config.tasks, model.heads, strict=True):
         column = dataset.labels[task.name]
-        if balance and kind_of(task).several and task.class_weights is None:
+        if balance and kind_of(task).thresholded and task.class_weights is None:
             task = kind_of(task).fit(task, column, "balanced")
         keep = ~np.isnan(column if column.ndim == 1 else column[:, 0])
         weight, bias, penalties[task.name] = _fit_task(task, x[torch.from_numpy(keep)], column[keep], seed)

@@ -10,6 +10,7 @@ import numpy as np
 
 from umda_fast.data.arrays import ArrayInput, FloatArray
 from umda_fast.data.columns import ColumnUse
+from umda_fast.data.event_columns import event_columns, half_known, recognised
 from umda_fast.data.files.identifiers import (
     alike_in_all_but_writing,
     are_measured,
@@ -82,11 +83,30 @@ def read_tasks(
     given: dict[str, KindOverride] = (
         dict(kinds) if isinstance(kinds, Mapping) else {spec.name: spec for spec in kinds or ()}
     )
+    named = {*given, *asked}
     used = sorted({row for row in rows if row is not None})
     arrays: dict[str, ArrayInput] = {}
     uses: list[ColumnUse] = []
     doubts: list[str] = []
+    taken: set[str] = set()
+    joined: dict[str, tuple[str, ArrayInput]] = {}
+    for pair in event_columns(list(table.columns), kinds, table.where):
+        given[pair.task] = pair.completes(given.get(pair.task))
+        taken |= {pair.time, pair.event, *pair.others}
+        parts = [["" if row is None else table.columns[name][row] for row in rows] for name in (pair.time, pair.event)]
+        joined[pair.time] = pair.task, np.array(parts, dtype=object).T
+        why = "asked for" if pair.asked else "its name and another's"
+        uses += [
+            ColumnUse(name, f"{what} of task {pair.task}", why)
+            for what, name in (("time", pair.time), ("event", pair.event))
+        ]
+        uses += [ColumnUse(name, "left out", f"called as if it were of task {pair.task} too") for name in pair.others]
+        doubts += half_known(pair, *parts)
     for name, texts in table.columns.items():
+        if name in joined:
+            arrays.update([joined[name]])
+        if name in taken:
+            continue
         if isinstance(kinds, Sequence) and name not in given:
             uses.append(ColumnUse(name, "left out", "not a task of the model"))
             continue
@@ -107,10 +127,10 @@ def read_tasks(
     specs, labels = label_columns(
         arrays, len(rows), kinds if isinstance(kinds, Sequence) else given, where=table.where
     )
-    named = {*given, *asked}
     uses += [ColumnUse(spec.name, f"task ({spec.kind})", _why(spec, spec.name in named)) for spec in specs]
-    guessed = [spec.name for spec in specs if spec.name not in named]
+    guessed = [spec.name for spec in specs if spec.name not in named and spec.columns is None]
     notes = [note for name in guessed for note in _notes(name, table.columns[name], used)]
+    notes += recognised(specs, named)
     doubts += [
         f"task {spec.name!r}: {' and '.join(map(repr, group))} are different classes; are they one?"
         for spec in specs

@@ -41,11 +41,11 @@ class TaskReport:
 
     Attributes:
         name, kind: of the task.
-        classes: names of the classes, in the order of `counts`; empty for a regression.
+        classes: names of the classes, in the order of `counts`; empty for a kind without.
         positive: binary only: the class whose probability is predicted.
         counts: split -> labelled bags of every class (multilabel: positives of every label).
         labelled, missing: split -> bags with and without a label.
-        values: regression only: split -> mean, std, min, max of the labels.
+        values: split -> mean, std, min, max of the labels of a regression; events, censored, min, max of survival.
     """
 
     name: str

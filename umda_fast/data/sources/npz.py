@@ -26,11 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from umda_fast.data.dataset import BagDataset
+from umda_fast.data.event_columns import recognised
 from umda_fast.data.labels import ClassWeights, KindOverrides, fixed_tasks
 from umda_fast.data.options import option
 from umda_fast.data.positive import Positive
 from umda_fast.data.sources.base import BagSource, Folds, GivenSplit, OpenedSource
-from umda_fast.data.splits import SPLITS, parts_of
+from umda_fast.data.splits import SPLITS, About, parts_of
 from umda_fast.errors import DataError
 
 _RESERVED = (
@@ -241,4 +242,5 @@ class NpzSource(BagSource):
             groups=file.groups,
             given=given,
             keep=fixed_tasks(self.kinds),
+            about=About(notes=recognised(dataset.tasks, _names(self.kinds))),
         )

@@ -1,0 +1,281 @@
+"""The time to an event that not all bags have had when they were last seen: hazards of intervals of time.
+
+Time is cut at quantiles of the training bags' event times, c_1 < ... < c_K, c_0 = 0. Of those that come to interval j a
+share h_j has its event in it:
+
+    logit h_j = b_j + s + l_j,   S(c_j) = prod_{i <= j} (1 - h_i),
+
+with s and l_1..l_K from the head and b_j that of all training bags together, so that a head of zeros predicts what all
+of them had. s alone is a proportional model; what l_j says of one interval costs a head more than what s says of all.
+The loss is the negative log likelihood of a bag's interval, or, where it was censored, of having lived so long: of the
+interval in which it was censored, the part that it lived through counts, as under a constant hazard.
+
+Method: Brown, "On the use of indicator variables for studying the time-dependence of parameters in a response-time
+model", 1975; Gensheimer and Narasimhan, "A scalable discrete-time survival model for neural networks", 2019.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from umda_fast.errors import DataError
+from umda_fast.tasks.columns import as_texts, expect_numbers, parse_number
+from umda_fast.tasks.few_units import auroc_interval
+from umda_fast.tasks.intervals import choose_cuts, happened, lived, marginal_hazards, survival_at
+from umda_fast.tasks.kind import Array, ClassWeights, FloatArray, TaskKind, TaskSpec
+from umda_fast.tasks.shown import Rows, Shown
+from umda_fast.tasks.survival_scores import harrell, kaplan_meier, uno
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+__all__ = ["Survival"]
+
+_EVENT = frozenset({"1", "true", "yes", "dead", "deceased", "died", "death", "event"})
+_CENSORED = frozenset({"0", "false", "no", "alive", "living", "censored"})
+
+
+class Survival(TaskKind):
+    """A label is a time and whether the event came then (1) or the bag was last seen (0): [2]. The prediction is the
+    probability to live longer than each cut, [B, K]."""
+
+    name = "survival"
+    primary = "c_index"
+    loss_name = "negative log likelihood (nats)"
+    any_classes = True
+    several = True
+    timed = True
+    decides = False
+    calibration = "temperature"
+    scarce = "events"
+
+    def outputs(self, task: TaskSpec) -> int:
+        return 1 if task.classes == 1 else 1 + task.classes
+
+    def label_shape(self, task: TaskSpec) -> tuple[int, ...]:
+        return (2,)
+
+    # ---- the likelihood
+
+    def losses(self, task: TaskSpec, logits: Tensor, target: Tensor) -> Tensor:
+        cuts, hazard = self._cuts(task, logits), self._hazard_logits(task, logits)
+        time, event = target.to(logits.dtype).unbind(1)
+        events = happened(cuts, time, event)
+        # Of an interval with an event it is not known when in it: it tells of the event alone.
+        passed = lived(cuts, time) * (1.0 - events)
+        return (passed * F.softplus(hazard) + events * F.softplus(-hazard)).sum(1)
+
+    def undecided_loss(self, task: TaskSpec, logits: Tensor) -> Tensor:
+        """Against the event times of all training bags together."""
+        base = logits.new_tensor(self._baseline(task))
+        hazard, usual = self._hazard_logits(task, logits), base.sigmoid()
+        coming = torch.cat([usual.new_ones(1), (1.0 - usual).cumprod(0)[:-1]])
+        return (coming * (usual * F.softplus(-hazard) + (1.0 - usual) * F.softplus(hazard))).sum(1).mean()
+
+    def decode(self, task: TaskSpec, logits: Tensor) -> Tensor:
+        return self._log_survival(task, logits).exp()
+
+    def mean_logits(self, tasks: Sequence[TaskSpec], logits: Sequence[Tensor]) -> Tensor:
+        """At the cuts of the first, those of the others under constant hazards between theirs."""
+        first, parts = tasks[0], []
+        for task, own in zip(tasks, logits, strict=True):
+            shares = lived(self._cuts(task, own), self._cuts(first, own), beyond=True)
+            parts.append(-F.softplus(self._hazard_logits(task, own)) @ shares.T)
+        log_survival = torch.stack(parts).logsumexp(0) - math.log(len(parts))
+        fall = -log_survival.diff(dim=1, prepend=log_survival.new_zeros(len(log_survival), 1))
+        fall = fall.clamp_min(torch.finfo(fall.dtype).tiny)
+        hazard = torch.expm1(fall).log() - fall.new_tensor(self._baseline(first))
+        common = hazard.mean(1, keepdim=True)
+        return common if first.classes == 1 else torch.cat([common, hazard - common], 1)
+
+    def linear_targets(self, task: TaskSpec, target: Array) -> FloatArray:
+        """Events less those that all training bags together would have had by then, for s (the martingale residuals of
+        Therneau, Grambsch and Fleming, 1990); nothing for the others."""
+        cuts, found = torch.tensor(task.cuts, dtype=torch.float64), torch.from_numpy(target)
+        expected = lived(cuts, found[:, 0]) @ F.softplus(found.new_tensor(self._baseline(task)))
+        targets = np.zeros((len(target), self.outputs(task)))
+        targets[:, 0] = target[:, 1] - expected.numpy()
+        return targets
+
+    def _cuts(self, task: TaskSpec, like: Tensor) -> Tensor:
+        if task.cuts is None:
+            raise ValueError(f"task {task.name!r}: expected cuts, which `fit` chooses from labels, got none")
+        return like.new_tensor(task.cuts)
+
+    def _baseline(self, task: TaskSpec) -> list[float]:
+        """b_1..b_K."""
+        return [math.log(hazard / (1.0 - hazard)) for hazard in task.hazards or [0.5] * task.classes]
+
+    def _hazard_logits(self, task: TaskSpec, logits: Tensor) -> Tensor:
+        base = logits.new_tensor(self._baseline(task))
+        return logits + base if task.classes == 1 else logits[:, :1] + logits[:, 1:] + base
+
+    def _log_survival(self, task: TaskSpec, logits: Tensor) -> Tensor:
+        return -F.softplus(self._hazard_logits(task, logits)).cumsum(1)
+
+    # ---- labels
+
+    def read(self, where: str, name: str, array: Array) -> tuple[TaskSpec, FloatArray]:
+        task = TaskSpec(name, self.name)
+        column = self.read_as(where, task, array)
+        return self.complete(task, column), column
+
+    def read_as(self, where: str, task: TaskSpec, array: Array) -> FloatArray:
+        if array.shape[1] != 2:
+            raise DataError(f"{where}: expected times and events, [B, 2], got {list(array.shape)}")
+        times = expect_numbers(f"{where}: times", array[:, 0], self.name)
+        wrong = np.flatnonzero(times < 0)
+        if len(wrong):
+            raise DataError(f"{where}: times: expected at least 0, got {times[wrong[0]]:g} in row {wrong[0]}")
+        column = np.stack([times, np.array([_event(where, text) for text in as_texts(array[:, 1])])], axis=1)
+        column[np.isnan(column).any(axis=1)] = np.nan
+        return column
+
+    def check_label(self, where: str, task: TaskSpec, label: Tensor) -> None:
+        if label.shape != (2,):
+            raise DataError(f"{where}: expected a time and an event, [2], got shape {list(label.shape)}")
+        time, event = label.tolist()
+        if not (math.isfinite(time) and time >= 0 and event in (0, 1)):
+            raise DataError(f"{where}: expected a time of at least 0 and an event of 0 or 1, got {time:g}, {event:g}")
+
+    def complete(self, task: TaskSpec, column: FloatArray) -> TaskSpec:
+        """With cuts; hazards, where someone said cuts, are those of the training bags alone."""
+        return task if task.cuts is not None else self.fit(task, column)
+
+    def fit(self, task: TaskSpec, column: FloatArray, class_weights: ClassWeights = None) -> TaskSpec:
+        """Cuts, unless someone said them (there are no hazards yet), and the hazards of all together."""
+        cuts = task.cuts if task.cuts is not None and task.hazards is None else choose_cuts(column, task.intervals)
+        return replace(task, classes=len(cuts), cuts=cuts, hazards=marginal_hazards(cuts, column))
+
+    def constant(self, task: TaskSpec, column: FloatArray) -> FloatArray:
+        """Those of the hazards of all together."""
+        assert task.cuts is not None
+        hazards = np.array(marginal_hazards(task.cuts, column))
+        found = np.log(hazards / (1.0 - hazards)) - self._baseline(task)
+        return found if task.classes == 1 else np.concatenate([[0.0], found])
+
+    def chance(self, task: TaskSpec, column: FloatArray) -> float:
+        """That of any constant."""
+        return 0.5
+
+    def outcomes(self, task: TaskSpec, column: FloatArray) -> list[int]:
+        """Censored bags, which say little."""
+        return [int((column[:, 1] == 0).sum())]
+
+    def strata(self, task: TaskSpec, column: FloatArray) -> list[npt.NDArray[np.bool_]]:
+        """Early and late events, and early and late censorings, each halved at its median."""
+        found = []
+        for event in (1, 0):
+            there = column[:, 1] == event
+            if there.any():
+                early = column[:, 0] <= np.median(column[there, 0])
+                found += [there & early, there & ~early]
+        return found
+
+    def summary(self, column: FloatArray) -> dict[str, float]:
+        known = column[~np.isnan(column).any(axis=1)]
+        if not len(known):
+            return {}
+        times, events = known[:, 0], int(known[:, 1].sum())
+        figures = {"events": events, "censored": len(known) - events, "min": times.min(), "max": times.max()}
+        return {name: float(figure) for name, figure in figures.items()}
+
+    def problem(self, task: TaskSpec, column: FloatArray, everywhere: FloatArray) -> str | None:
+        found = self.summary(column)
+        return None if found["events"] else f"no event in {found['censored']:g} labelled bags"
+
+    # ---- scores
+
+    def risk(self, prediction: Tensor) -> Tensor:
+        """The mean over the cuts of the probability that the event has come by then, [B] in 0..1."""
+        return 1.0 - prediction.mean(1)
+
+    def metrics(self, task: TaskSpec) -> dict[str, Metric]:
+        from umda_fast.tasks.survival_metrics import Concordance, IntegratedBrier
+
+        found = {"c_index": Concordance(harrell), "c_index_uno": Concordance(uno)}
+        # To the last but one: what comes then lies with the few who are left, and may be most of the time.
+        return found | {"ibs": IntegratedBrier((task.cuts or ())[:-1])}
+
+    def for_metric(self, task: TaskSpec, metric: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if metric != "ibs":
+            return self.risk(prediction.double())[:, None], target
+        return torch.stack([prediction, self._cuts(task, prediction).expand_as(prediction)], 1), target
+
+    def defined(self, task: TaskSpec, metric: str, target: Tensor) -> Tensor | None:
+        """Not without an event before the last time."""
+        time, event = target.unbind(1)
+        return ((event == 1) & (time < time.max())).any()
+
+    def primary_score(self, task: TaskSpec, prediction: Array, target: Array) -> float:
+        return harrell(1.0 - prediction.mean(axis=1), target[:, 0], target[:, 1])
+
+    def few_units(self, task: TaskSpec, score: float, target: Array, level: float) -> tuple[float, float] | None:
+        """As of an AUROC of the bags with the event against half of the others, as many as live longer on average."""
+        events, others = int(target[:, 1].sum()), (len(target) - 1) // 2
+        return auroc_interval(score, others, events, level) if events and others and score == score else None
+
+    # ---- shown
+
+    def shown_times(self, task: TaskSpec) -> tuple[float, ...]:
+        """Those that were asked for, or else the quartiles of the cuts."""
+        if task.times is not None:
+            return task.times
+        cuts = task.cuts or ()
+        return tuple(dict.fromkeys(cuts[max(len(cuts) * quarter // 4 - 1, 0)] for quarter in (1, 2, 3)) if cuts else ())
+
+    def columns(self, task: TaskSpec) -> list[str]:
+        return [f"{task.name}_risk", *(f"{task.name}_survival_{time:.4g}" for time in self.shown_times(task))]
+
+    def cells(self, task: TaskSpec, prediction: Tensor) -> list[list[str]]:
+        times, risk = prediction.new_tensor(self.shown_times(task)), self.risk(prediction)
+        known = (times <= max(task.cuts or (0.0,))).tolist()
+        values = torch.cat([risk[:, None], survival_at(self._cuts(task, prediction), prediction, times)], 1).tolist()
+        there = [True, *known]
+        return [[f"{value:.6g}" if own else "" for value, own in zip(row, there, strict=True)] for row in values]
+
+    def shown_errors(self, task: TaskSpec, prediction: Tensor, target: Tensor) -> Shown:
+        """Thirds by risk: survival as it was and as it was predicted."""
+        times = self.shown_times(task)
+        expected = survival_at(self._cuts(task, prediction), prediction, prediction.new_tensor(times))
+        thirds = self.risk(prediction).argsort().tensor_split(3)
+        rows = []
+        for name, part in zip(("low", "middle", "high"), thirds, strict=True):
+            if not len(part):
+                continue
+            time, event = target[part].double().numpy().T
+            distinct, share = kaplan_meier(time, event)
+            seen = np.concatenate([[1.0], share])[np.searchsorted(distinct, times, side="right")]
+            left = [int((time > moment).sum()) for moment in times]
+            cells = [
+                f"{was:.2f} / {said:.2f} ({n})"
+                for was, said, n in zip(seen, expected[part].mean(0).tolist(), left, strict=True)
+            ]
+            rows.append([name, str(len(part)), str(int(event.sum())), *cells])
+        header = [f"alive after {time:.4g}: observed / predicted (at risk)" for time in times]
+        return Rows(["risk", "bags", "events", *header], rows)
+
+
+def _event(where: str, text: str) -> float:
+    """1, 0, or NaN where missing, of a cell such as `1`, `dead` or `0:LIVING`."""
+    plain = text.lower()
+    number = parse_number(plain)
+    if number in (0.0, 1.0):
+        return number
+    if plain[:2] in ("0:", "1:"):
+        return float(plain[0])
+    if not plain:
+        return math.nan
+    if plain in _EVENT or plain in _CENSORED:
+        return float(plain in _EVENT)
+    expected = "0 or 1, true or false, alive or dead, censored or event"
+    raise DataError(f"{where}: events: expected {expected}, got {text!r}: which of them is the event must be clear")
