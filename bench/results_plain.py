@@ -41,7 +41,7 @@ SPLIT = {
 SETS = {**FOLDED, **SPLIT, **{name.replace(" ", "-"): name for name in planted.SIZES}}
 MODELS = ("umda", "linear", "mean_pooling", "gated_attention", "late_fusion")
 # Beside the first score of a task.
-ALSO = {"binary": "accuracy", "multilabel": "map"}
+ALSO = {"binary": ("accuracy",), "multilabel": ("map",), "survival": ("c_index_uno", "ibs")}
 
 
 def parts_of(name: str, folder: Path, seed: int) -> Mapping[str, BagDataset]:
@@ -97,7 +97,7 @@ def fit(values: Mapping[str, Any], parts: Mapping[str, BagDataset], model: str =
 def _scores(dataset: BagDataset, scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     found = {}
     for task in dataset.tasks:
-        names = dict.fromkeys([kind_of(task).primary, ALSO.get(task.kind, kind_of(task).primary)])
+        names = (kind_of(task).primary, *ALSO.get(task.kind, ()))
         found[task.name] = {name: scores[task.name][name] for name in names}
     return found
 

@@ -216,9 +216,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-def parser(description: str, out: str) -> argparse.ArgumentParser:
+def parser(description: str, out: str, *, data: bool = True) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of the data sets")
+    if data:
+        result.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of the data sets")
     result.add_argument("--out", type=Path, default=RESULTS / out, metavar="FILE.json")
     result.add_argument("--seeds", type=int, default=5)
     result.add_argument("--epochs", type=int, help="instead of the table's own, for a quick look")

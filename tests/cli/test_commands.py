@@ -108,7 +108,8 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
     keys += " instances_per_second peak_memory_mb processes versions backend linear schema commit machine time"
     assert set(metrics) == set(keys.split())
     assert set(metrics["tasks"]) == {"has_nine", "largest", "present", "mean"}
-    assert set(metrics["tasks"]["has_nine"]) == {"auroc", "accuracy"}
+    of_two = "auroc accuracy balanced_accuracy f1 auprc sensitivity_90 cohen_kappa"
+    assert set(metrics["tasks"]["has_nine"]) == set(of_two.split())
     assert set(metrics["tasks"]["present"]) == {"f1_macro", "f1_micro", "map"}
     assert set(metrics["tasks"]["mean"]) == {"mae", "r2"}
     assert metrics["data"]["bags"] == {"train": 40, "val": 16, "test": 16}
@@ -124,6 +125,9 @@ def test_evaluate_repeats_the_run_s_own_figures(run: Path, tmp_path: Path) -> No
     metrics = json.loads((run / "metrics.json").read_text())
     assert scores["tasks"] == metrics["tasks"]
     assert scores["mean_score"] == metrics["mean_score"]
+    for task, found in scores["intervals"].items():
+        assert found["low"] <= scores["tasks"][task][found["metric"]] <= found["high"]
+        assert (found["unit"], found["units"], found["level"]) == ("bags", 16, 0.95)
 
 
 def test_train_predict_and_attention_on_a_file(slides: Path, config: Path, tmp_path: Path) -> None:

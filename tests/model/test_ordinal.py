@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import cohen_kappa_score
+from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score
 from torch import Tensor
 
 from tests.command_line import call
@@ -113,6 +113,7 @@ def test_scores_agree_with_scikit_learn() -> None:
     assert found["kappa"] == pytest.approx(kappa, abs=1e-6)
     assert primary_score(GRADES, decode(GRADES, logits).numpy(), target.double().numpy()) == pytest.approx(kappa)
     assert found["mae_grades"] == pytest.approx(np.abs(grade - target.numpy()).mean(), abs=1e-6)
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(target.numpy(), grade), abs=1e-6)
     assert found["accuracy"] == pytest.approx((grade == target.numpy()).mean(), abs=1e-6)
     low, high = bootstrap_interval(GRADES, logits, target, samples=200)
     assert low < kappa < high
@@ -194,7 +195,7 @@ def test_a_run(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "ordinal" in capsys.readouterr().out
     assert call("train", "--data", cohort, *kinds, *small, *mean, "--set", "train.steps=80", "--out", run) == 0
     metrics = json.loads((run / "metrics.json").read_text())
-    assert set(metrics["tasks"]["grade"]) == {"kappa", "mae_grades", "accuracy"}
+    assert set(metrics["tasks"]["grade"]) == {"kappa", "mae_grades", "accuracy", "balanced_accuracy"}
     assert metrics["tasks"]["grade"]["kappa"] > 0.7
     assert call("evaluate", run, run, "--json", tmp_path / "scores.json", "--quiet") == 0
     scores = json.loads((tmp_path / "scores.json").read_text())["tasks"]["grade"]

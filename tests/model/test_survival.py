@@ -380,6 +380,8 @@ def test_a_run(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     page = (run / "report.html").read_text()
     assert "os (survival)" in page
     assert "observed / predicted (at risk)" in page
+    assert "os: survival by risk" in page
+    assert "Log-rank test of low against high risk: p = " in page
 
 
 def test_adapt_and_crossval(file: Path, tmp_path: Path) -> None:

@@ -43,9 +43,7 @@ def test_values_agree_with_scikit_learn_and_missing_labels_are_left_out() -> Non
     logits, labels, mask = _data()
     metrics = TaskMetrics(TASKS)
     # A label that is missing may hold anything.
-    spoilt = {
-        name: torch.where(mask[name].view(-1, *[1] * (v.ndim - 1)), v, 1 - v) for name, v in labels.items()
-    }
+    spoilt = {name: torch.where(mask[name].view(-1, *[1] * (v.ndim - 1)), v, 1 - v) for name, v in labels.items()}
     _update_in_parts(metrics, logits, spoilt, mask)
     values = metrics.compute()
 
@@ -55,12 +53,30 @@ def test_values_agree_with_scikit_learn_and_missing_labels_are_left_out() -> Non
     assert values["b"]["auroc"] == pytest.approx(reference.roc_auc_score(truth, probability), abs=1e-6)
     assert values["b"]["accuracy"] == pytest.approx(np.mean((probability >= 0.5) == truth), abs=1e-6)
 
+    chosen = probability >= 0.5
+    assert values["b"]["balanced_accuracy"] == pytest.approx(reference.balanced_accuracy_score(truth, chosen), abs=1e-6)
+    assert values["b"]["f1"] == pytest.approx(reference.f1_score(truth, chosen), abs=1e-6)
+    assert values["b"]["auprc"] == pytest.approx(reference.average_precision_score(truth, probability), abs=1e-6)
+    assert values["b"]["cohen_kappa"] == pytest.approx(reference.cohen_kappa_score(truth, chosen), abs=1e-6)
+    false, hit, _ = reference.roc_curve(truth, probability, drop_intermediate=False)
+    assert values["b"]["sensitivity_90"] == pytest.approx(hit[false <= 0.1].max(), abs=1e-6)
+
     keep = mask["c"].numpy()
     scores = torch.softmax(logits["c"], dim=1).numpy()[keep]
     truth = labels["c"].numpy()[keep]
     one_to_rest = [reference.roc_auc_score(truth == k, scores[:, k]) for k in range(3)]
     assert values["c"]["auroc"] == pytest.approx(np.mean(one_to_rest), abs=1e-6)
     assert values["c"]["accuracy"] == pytest.approx(np.mean(scores.argmax(1) == truth), abs=1e-6)
+
+    chosen = scores.argmax(1)
+    assert values["c"]["balanced_accuracy"] == pytest.approx(
+        np.mean([np.mean(chosen[truth == k] == k) for k in range(3)])
+    )
+    per_class = reference.f1_score(truth, chosen, average=None, labels=range(3), zero_division=0)
+    assert values["c"]["f1_macro"] == pytest.approx(per_class.mean(), abs=1e-6)
+    precisions = [reference.average_precision_score(truth == k, scores[:, k]) for k in range(3)]
+    assert values["c"]["auprc"] == pytest.approx(np.mean(precisions), abs=1e-6)
+    assert values["c"]["cohen_kappa"] == pytest.approx(reference.cohen_kappa_score(truth, chosen), abs=1e-6)
 
     keep = mask["l"].numpy()
     scores = torch.sigmoid(logits["l"]).numpy()[keep]
@@ -77,9 +93,7 @@ def test_values_agree_with_scikit_learn_and_missing_labels_are_left_out() -> Non
     assert values["r"]["mae"] == pytest.approx(reference.mean_absolute_error(truth, prediction), abs=1e-5)
     assert values["r"]["r2"] == pytest.approx(reference.r2_score(truth, prediction), abs=1e-5)
 
-    expected = np.mean(
-        [values["b"]["auroc"], values["c"]["accuracy"], values["l"]["f1_macro"], values["r"]["r2"]]
-    )
+    expected = np.mean([values["b"]["auroc"], values["c"]["accuracy"], values["l"]["f1_macro"], values["r"]["r2"]])
     assert mean_score(TASKS, values) == pytest.approx(expected)
 
 

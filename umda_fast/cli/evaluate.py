@@ -7,6 +7,8 @@ from typing import Annotated
 from umda_fast.cli.common import check_outputs, load_runs, number, save_json
 from umda_fast.cli.options import Bags, JsonFile, RunDirs, TrainedOn, split_option
 
+SAMPLES = 1000
+"""Draws of bags, or of patients, for the intervals."""
 EXAMPLE = "umda-fast evaluate runs/first --split val --json scores.json"
 
 
@@ -32,7 +34,8 @@ def evaluate(
     loaded = load_runs(runs, use)
     name = ", ".join(str(run) for run in runs)
     split = measured_split(loaded, bags.data, split)
-    result = evaluate_run(loaded, source=bags.data, format=bags.format, split=split, **use.arguments())
+    samples = 0 if json is None else SAMPLES
+    result = evaluate_run(loaded, source=bags.data, format=bags.format, split=split, samples=samples, **use.arguments())
     console = make_console()
     console.print(metrics_table({"": result.tasks}, title=f"{name}, split {split}, {result.bags} bags"))
     console.print(f"mean_score {number(result.mean_score)}")
@@ -41,6 +44,7 @@ def evaluate(
         "data": {"source": bags.data or loaded.config.data.source, "split": split, "bags": result.bags},
         "tasks": result.tasks,
         "mean_score": result.mean_score,
+        "intervals": result.intervals,
         "view_consistency": result.view_consistency,
         "notes": loaded.notes,
     }

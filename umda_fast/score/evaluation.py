@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from umda_fast.runtime.guard import check_batch
 from umda_fast.runtime.progress import ProgressReport
 from umda_fast.runtime.together import label_counts, penalty_counts
 from umda_fast.score.calibration import best_temperature
+from umda_fast.score.collect import Predictions
 from umda_fast.score.inference import batches_in_order, evaluating, infer, sampler_in_order
 from umda_fast.score.metrics import TaskMetrics, mean_score
 from umda_fast.tasks import kind_of
@@ -35,7 +36,8 @@ class SplitResult:
     carry the label (with class weights, weighted means); `calibrated_losses` are what is left of them once each task's
     logits are divided by the temperature that is best on these very bags, and the same for a kind that has none.
     `view_consistency`, `view_mass` [V, V] (row: the view that listens) and `influence` [T, T] are None for a model
-    that has no such thing.
+    that has no such thing. `predictions`, of all bags in their order, are there if they were asked for, and
+    `intervals` of scores if somebody made them of those (`umda_fast.train.measure`).
     """
 
     tasks: dict[str, dict[str, float]]
@@ -47,6 +49,8 @@ class SplitResult:
     view_consistency: float | None
     view_mass: Tensor | None
     influence: Tensor | None
+    predictions: Predictions | None = None
+    intervals: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class _Mean:
@@ -118,8 +122,10 @@ class _Found:
         self.bags += bags
         self.instances += instances
 
-    def result(self, values: dict[str, dict[str, float]], outputs: Sequence[_Outputs]) -> SplitResult:
-        """`values` and `outputs`: metrics, and what they are of."""
+    def result(
+        self, values: dict[str, dict[str, float]], outputs: Sequence[_Outputs], keep: bool
+    ) -> SplitResult:
+        """`values` and `outputs`: metrics, and what they are of, which the result has with `keep`."""
         means = {name: mean.value() for name, mean in self.losses.items()}
         losses = {name: math.nan if value is None else float(value) for name, value in means.items()}
         consistency = self.consistency.value()
@@ -136,6 +142,7 @@ class _Found:
             view_consistency=None if consistency is None else float(consistency),
             view_mass=view_mass,
             influence=self.influence.value(),
+            predictions=_together(outputs) if keep and outputs else None,
         )
 
 
@@ -147,6 +154,11 @@ def _calibrated(task: TaskSpec, loss: float, outputs: Sequence[_Outputs]) -> flo
     kept = [(out[task.name][mask[task.name]], labels[task.name][mask[task.name]]) for out, labels, mask in outputs]
     logits, target = (torch.cat(parts) for parts in zip(*kept, strict=True))
     return float(kind.loss(task, logits.double() / best_temperature(task, logits, target), target, None))
+
+
+def _together(outputs: Sequence[_Outputs]) -> Predictions:
+    parts = [{name: torch.cat([out[kind][name] for out in outputs]) for name in outputs[0][kind]} for kind in range(3)]
+    return Predictions(*parts)
 
 
 def _in_order(indices: Sequence[int], outputs: Sequence[_Outputs], batches: Sequence[int]) -> list[_Outputs]:
@@ -167,12 +179,19 @@ def _in_order(indices: Sequence[int], outputs: Sequence[_Outputs], batches: Sequ
 
 @torch.no_grad()
 def evaluate_dataset(
-    model: nn.Module, dataset: BagDataset, fabric: Fabric, data: DataConfig, *, progress: bool = False
+    model: nn.Module,
+    dataset: BagDataset,
+    fabric: Fabric,
+    data: DataConfig,
+    *,
+    progress: bool = False,
+    keep: bool = False,
 ) -> SplitResult:
     """Run `model` in evaluation mode over `dataset` on `fabric`'s device.
 
     Several processes share the bags; process 0 gathers the outputs of all of them, each bag once and in the
-    dataset's order, computes the metrics as one process would, and tells the others.
+    dataset's order, computes the metrics as one process would, and tells the others. With `keep` the result has the
+    predictions too.
 
     Raises:
         DataError: a feature or a label is NaN or infinite; names bag, view and instance.
@@ -197,7 +216,7 @@ def evaluate_dataset(
             outputs.append((logits, host.labels, host.label_mask))
             report.update(found.bags / max(len(dataset), 1), instances=host.num_instances)
     if processes is None:
-        return found.result(metrics.compute(), outputs)
+        return found.result(metrics.compute(), outputs, keep)
     indices = [index for batch in sampler_in_order(dataset, data, processes).batches(0) for index in batch]
     parts = processes.objects((indices, outputs, found.state()))
     result: SplitResult | None = None
@@ -214,6 +233,6 @@ def evaluate_dataset(
         for logits, labels, label_mask in merged:
             moved = ({name: value.to(fabric.device) for name, value in x.items()} for x in (logits, labels, label_mask))
             metrics.update(*moved)
-        result = found.result(metrics.compute(), merged)
+        result = found.result(metrics.compute(), merged, keep)
     told: SplitResult = processes.object_from_first(result)
     return told

@@ -25,19 +25,20 @@ from umda_fast.model import TaskSpec, decode
 from umda_fast.runtime.rundir import RunDirectory
 from umda_fast.score.calibration import calibration_error, confidence, fit_calibration, risk_coverage
 from umda_fast.score.collect import Predictions, collect
-from umda_fast.score.intervals import bootstrap_interval, primary_score
+from umda_fast.score.intervals import primary_score
 from umda_fast.score.metrics import TaskMetrics
+from umda_fast.studies.followed import logrank_p, plot_followed
 from umda_fast.studies.maps import BagMap, attention_maps, plot_maps, relative
 from umda_fast.tasks import kind_of
 from umda_fast.tasks.metric_names import metric_name
-from umda_fast.tasks.shown import Rows, Scatter, Shown
+from umda_fast.tasks.shown import Followed, Rows, Scatter, Shown
 from umda_fast.train.chosen import ALL
 from umda_fast.train.data import is_own, measured_split, model_data
 from umda_fast.train.loading import Run
+from umda_fast.train.measure import LEVEL, intervals, patients_by_record
 
 __all__ = ["write_report"]
 
-_LEVEL = 0.95
 _MOST_CLASSES = 30  # in a confusion matrix
 
 _STYLE = """
@@ -126,7 +127,7 @@ def write_report(
     tasks = dataset.tasks
     sections = [
         _header(run, dataset, split, files),
-        _scores(tasks, found, samples, _patients(run, dataset.names)),
+        _scores(tasks, found, samples, patients_by_record(run, dataset.names)),
         _errors(tasks, found),
         _calibration(tasks, found, held_out),
         _plots(files),
@@ -218,27 +219,18 @@ def _described(task: TaskSpec) -> str:
     return f"{task.name} ({task.kind}{'' if positive is None else f', probability of {positive}'})"
 
 
-def _patients(run: Run, names: Sequence[str]) -> list[str] | None:
-    """Whose bags these are, by the run's splits.csv; None where it does not know of patients."""
-    known = {} if run.record is None else {bag.name: bag.patient for bag in run.record.bags}
-    if not any(known.get(name) for name in names):
-        return None
-    return [f"patient {known[name]}" if known.get(name) else f"bag {name}" for name in names]
-
-
 def _scores(
     tasks: Sequence[TaskSpec], found: Predictions, samples: int, patients: Sequence[str] | None = None
 ) -> str:
     metrics = TaskMetrics(tasks)
     metrics.update(found.logits, found.labels, found.masks)
     values = metrics.compute()
+    between = intervals(tasks, found, patients, samples)
     rows = []
     scores = []
     for task in tasks:
         logits, target = found.of(task)
-        kept = found.masks[task.name].nonzero()[:, 0].tolist()
-        groups = None if patients is None else [patients[row] for row in kept]
-        low, high = bootstrap_interval(task, logits, target, groups=groups, level=_LEVEL, samples=samples)
+        low, high = (between[task.name][end] for end in ("low", "high"))
         score = primary_score(task, decode(task, logits.double()).numpy(), target.double().numpy())
         scores.append(score)
         interval = "n/a" if low != low else f"{low:.3f} to {high:.3f}"
@@ -252,7 +244,7 @@ def _scores(
     mean = _number(sum(defined) / len(defined) if defined else None, 4)
     return (
         f"<h2>Scores</h2>\n<p>mean_score <strong>{mean}</strong></p>\n"
-        + _table(["task", "labelled bags", "metric", "score", f"{_LEVEL:.0%} interval", "other metrics"], rows)
+        + _table(["task", "labelled bags", "metric", "score", f"{LEVEL:.0%} interval", "other metrics"], rows)
         + _note(f"Intervals: percentile bootstrap over {units}, {samples} draws, and at least as wide as so few "
                 f"{units} allow (of an AUROC by Newcombe's formula, else of classes by Wilson's); they say how much "
                 f"the score would vary with other {units}, not with another training.")
@@ -275,6 +267,11 @@ def _shown(name: str, shown: Shown) -> str:
         return _table(shown.header, shown.rows)
     if isinstance(shown, Scatter):
         return _picture(_scatter(name, shown.predicted, shown.target), f"{name}: prediction against label")
+    if isinstance(shown, Followed):
+        p = logrank_p(shown, 0, len(shown.names) - 1)
+        between = f"Log-rank test of {shown.names[0]} against {shown.names[-1]} risk: p = {p:.2g}." if p == p else ""
+        curves = _picture(plot_followed(name, shown), f"{name}: survival by risk")
+        return _table(shown.table.header, shown.table.rows) + curves + _note(between)
     if len(shown.names) > _MOST_CLASSES:
         return _note(f"{len(shown.names)} classes: too many for a confusion matrix.")
     counts = confusion_matrix(shown.target.numpy(), shown.predicted.numpy(), labels=range(len(shown.names)))

@@ -50,15 +50,27 @@ class Binary(OneClass):
         return 0.5
 
     def metrics(self, task: TaskSpec) -> dict[str, Metric]:
-        from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
+        from torchmetrics import classification as of
 
-        return {"auroc": BinaryAUROC(), "accuracy": BinaryAccuracy(threshold=THRESHOLD)}
+        from umda_fast.tasks.sensitivity import SensitivityAtSpecificity
+
+        return {
+            "auroc": of.BinaryAUROC(),
+            "accuracy": of.BinaryAccuracy(threshold=THRESHOLD),
+            "balanced_accuracy": of.MulticlassAccuracy(2, average="macro"),
+            "f1": of.BinaryF1Score(threshold=THRESHOLD),
+            "auprc": of.BinaryAveragePrecision(),
+            "sensitivity_90": SensitivityAtSpecificity(0.9),
+            "cohen_kappa": of.BinaryCohenKappa(threshold=THRESHOLD),
+        }
 
     def for_metric(self, task: TaskSpec, metric: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return prediction.reshape(-1), target.reshape(-1).long()
+        chosen = self.predicted(task, prediction) if metric == "balanced_accuracy" else prediction.reshape(-1)
+        return chosen, target.reshape(-1).long()
 
     def defined(self, task: TaskSpec, metric: str, target: Tensor) -> Tensor | None:
-        return (target == 0).any() & (target == 1).any() if metric == "auroc" else None
+        """All but the accuracy with both classes alone."""
+        return None if metric == "accuracy" else (target == 0).any() & (target == 1).any()
 
     def primary_score(self, task: TaskSpec, prediction: Array, target: Array) -> float:
         from sklearn.metrics import roc_auc_score

@@ -22,6 +22,11 @@ class MetricName:
 METRIC_NAMES = {
     "auroc": MetricName("AUROC"),
     "accuracy": MetricName("accuracy"),
+    "balanced_accuracy": MetricName("balanced accuracy"),
+    "f1": MetricName("F1"),
+    "auprc": MetricName("AUPRC"),
+    "sensitivity_90": MetricName("sensitivity at 90 % specificity"),
+    "cohen_kappa": MetricName("Cohen's kappa"),
     "f1_macro": MetricName("macro F1"),
     "f1_micro": MetricName("micro F1"),
     "map": MetricName("mAP"),

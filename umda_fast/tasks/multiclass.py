@@ -66,23 +66,29 @@ class Multiclass(OneClass):
         return prediction.argmax(1)
 
     def metrics(self, task: TaskSpec) -> dict[str, Metric]:
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+        from torchmetrics import classification as of
 
         # Per class, because a class without a single positive (or negative) has no AUROC; torchmetrics would
         # count it as 0.
         return {
-            "auroc": MulticlassAUROC(task.classes, average=None),
-            "accuracy": MulticlassAccuracy(task.classes, average="micro"),
+            "auroc": of.MulticlassAUROC(task.classes, average=None),
+            "accuracy": of.MulticlassAccuracy(task.classes, average="micro"),
+            "balanced_accuracy": of.MulticlassAccuracy(task.classes, average=None),
+            "f1_macro": of.MulticlassF1Score(task.classes, average=None),
+            "auprc": of.MulticlassAveragePrecision(task.classes, average=None),
+            "cohen_kappa": of.MulticlassCohenKappa(task.classes),
         }
 
     def for_metric(self, task: TaskSpec, metric: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return prediction, target.long()
 
     def defined(self, task: TaskSpec, metric: str, target: Tensor) -> Tensor | None:
-        if metric != "auroc":
+        if metric == "accuracy":
             return None
         counts = torch.bincount(target, minlength=task.classes)
-        return (counts > 0) & (counts < len(target))
+        if metric == "cohen_kappa":
+            return (counts > 0).sum() > 1
+        return (counts > 0) & (counts < len(target)) if metric == "auroc" else counts > 0
 
     def primary_score(self, task: TaskSpec, prediction: Array, target: Array) -> float:
         return float((prediction.argmax(axis=1) == target).mean())

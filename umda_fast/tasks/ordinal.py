@@ -126,6 +126,7 @@ class Ordinal(OneClass):
             "kappa": MulticlassCohenKappa(task.classes, weights="quadratic"),
             "mae_grades": MeanAbsoluteError(),
             "accuracy": MulticlassAccuracy(task.classes, average="micro"),
+            "balanced_accuracy": MulticlassAccuracy(task.classes, average=None),
         }
 
     def for_metric(self, task: TaskSpec, metric: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,6 +134,8 @@ class Ordinal(OneClass):
         return (grade.float(), target.float()) if metric == "mae_grades" else (grade, target.long())
 
     def defined(self, task: TaskSpec, metric: str, target: Tensor) -> Tensor | None:
+        if metric == "balanced_accuracy":
+            return torch.bincount(target, minlength=task.classes) > 0
         return (target != target[0]).any() if metric == "kappa" else None
 
     def primary_score(self, task: TaskSpec, prediction: Array, target: Array) -> float:

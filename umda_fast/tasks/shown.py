@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Confusion", "Rows", "Scatter", "Shown"]
+__all__ = ["Confusion", "Followed", "Rows", "Scatter", "Shown"]
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,16 @@ class Rows:
     rows: Sequence[Sequence[str]]
 
 
-Shown: TypeAlias = Confusion | Scatter | Rows
+@dataclass(frozen=True)
+class Followed:
+    """Groups of bags followed over time: times and events (1, or 0 for censored) [B] and group, int64 [B], with the
+    groups' names, lowest risk first; and a table."""
+
+    time: Tensor
+    event: Tensor
+    group: Tensor
+    names: Sequence[str]
+    table: Rows
+
+
+Shown: TypeAlias = Confusion | Scatter | Rows | Followed

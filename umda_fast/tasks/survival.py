@@ -32,7 +32,7 @@ from umda_fast.tasks.columns import as_texts, expect_numbers, parse_number
 from umda_fast.tasks.few_units import auroc_interval
 from umda_fast.tasks.intervals import choose_cuts, happened, lived, marginal_hazards, survival_at
 from umda_fast.tasks.kind import Array, ClassWeights, FloatArray, TaskKind, TaskSpec
-from umda_fast.tasks.shown import Rows, Shown
+from umda_fast.tasks.shown import Followed, Rows, Shown
 from umda_fast.tasks.survival_scores import harrell, kaplan_meier, uno
 
 if TYPE_CHECKING:
@@ -247,11 +247,12 @@ class Survival(TaskKind):
         """Thirds by risk: survival as it was and as it was predicted."""
         times = self.shown_times(task)
         expected = survival_at(self._cuts(task, prediction), prediction, prediction.new_tensor(times))
-        thirds = self.risk(prediction).argsort().tensor_split(3)
+        names, group = ("low", "middle", "high"), torch.zeros(len(target), dtype=torch.int64)
         rows = []
-        for name, part in zip(("low", "middle", "high"), thirds, strict=True):
+        for number, part in enumerate(self.risk(prediction).argsort().tensor_split(3)):
             if not len(part):
                 continue
+            group[part] = number
             time, event = target[part].double().numpy().T
             distinct, share = kaplan_meier(time, event)
             seen = np.concatenate([[1.0], share])[np.searchsorted(distinct, times, side="right")]
@@ -260,9 +261,10 @@ class Survival(TaskKind):
                 f"{was:.2f} / {said:.2f} ({n})"
                 for was, said, n in zip(seen, expected[part].mean(0).tolist(), left, strict=True)
             ]
-            rows.append([name, str(len(part)), str(int(event.sum())), *cells])
+            rows.append([names[number], str(len(part)), str(int(event.sum())), *cells])
         header = [f"alive after {time:.4g}: observed / predicted (at risk)" for time in times]
-        return Rows(["risk", "bags", "events", *header], rows)
+        table = Rows(["risk", "bags", "events", *header], rows)
+        return Followed(target[:, 0], target[:, 1], group, names, table)
 
 
 def _event(where: str, text: str) -> float:

@@ -27,6 +27,7 @@ __all__ = ["plot_run"]
 # Okabe and Ito's colours, told apart with any colour vision; lines beyond eight change their dashes.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 _DASHES = ["-", "--", ":", "-."]
+_MOST_METRICS = 3
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -98,17 +99,18 @@ def plot_losses(epochs: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec]) 
 
 
 def plot_metrics(epochs: Sequence[Mapping[str, Any]], tasks: Sequence[TaskSpec]) -> Figure:
-    """A panel for each task's metrics on the validation split by epoch, and one for the mean score."""
+    """A panel for the first metrics of each task on the validation split by epoch, and one for the mean score."""
     figure, axes = _panels(len(tasks) + 1)
     x = [record["epoch"] + 1 for record in epochs]
     for axis, task in zip(axes, tasks, strict=False):
         names = list(epochs[-1].get("val", {}).get("tasks", {}).get(task.name, {}))
         names.sort(key=lambda metric: metric != kind_of(task).primary)
+        names = names[:_MOST_METRICS]
         lines = 0
         for index, metric in enumerate(names):
             y = _series(epochs, lambda r, n=task.name, m=metric: r["val"]["tasks"][n][m])  # type: ignore[misc]
             label = str(metric_name(metric))
-            if metric_name(metric).in_label_units:
+            if metric_name(metric).in_label_units or metric_name(metric).lower_is_better:
                 other = axis.twinx()
                 other.spines["top"].set_visible(False)
                 _line(other, x, y, **_style(index))
