@@ -20,7 +20,7 @@ from umda_fast.train import RunResult, load_config, train
 # Small enough for two cores; what is not named here has its default.
 COMMON = ["data.budget=512", "train.lr=3e-3", "train.epochs=15"]
 UMDA = ["model.width=64"]
-BASELINE = ["model.architecture=gated_attention", "model.view=pixels", "sgl.balancer=none"]
+BASELINE = ["model.architecture=gated_attention", "model.view=pixels", "sgl.balancer=none", "train.linear=off"]
 
 
 def run(out: Path, name: str, overrides: list[str]) -> RunResult:

@@ -17,7 +17,8 @@ def small_config(**sections: Any) -> RunConfig:
         "device": "cpu",
         "data": {"options": dict(DATA), "budget": 96},
         "model": {"width": 16, "heads": 2, "layers": 1},
-        "train": {"epochs": 2, "log_steps": 2, "checkpoint_steps": 3},
+        # Fitting and weighing the linear model takes longer than such a training: tests that are about it ask for it.
+        "train": {"epochs": 2, "log_steps": 2, "checkpoint_steps": 3, "linear": "off"},
     }
     for name, section in sections.items():
         if isinstance(section, dict) and "architecture" not in section:

@@ -87,6 +87,8 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
         "metrics.json",
         "model.safetensors",
         "config.json",
+        "mixture.json",  # after so short a training the linear model knows more
+        "linear.safetensors",
         "calibration.json",
         "checkpoint.pt",
         "plots",

@@ -48,12 +48,14 @@ def test_every_value_is_written_and_read_back(tmp_path: Path) -> None:
 
 def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path: Path) -> None:
     older = as_dict(make_config({"train": {"epochs": 20, "ema": 0.0}, "data": {"budget": 512}}))
-    for section, key in (("train", "select"), ("train", "steps"), ("data", "bags")):
+    missing = (("train", "select"), ("train", "steps"), ("train", "linear"), ("train", "thresholds"), ("data", "bags"))
+    for section, key in missing:
         del older[section][key]
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(older))
     run = load_run_config(file, {"train": {"epochs": 30}})
     assert (run.train.select, run.train.epochs, run.train.steps) == ("mean_score", 30, None)
+    assert (run.train.linear, run.train.thresholds) == ("beside", "half")
     assert (run.train.ema, run.data.bags, run.data.budget) == (0.0, None, 512)
     assert load_config(file).train.select == "skill"  # a user's file that leaves out the key means the default
     assert complete_run_config(older)["train"]["select"] == "mean_score"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from umda_fast.model import TaskSpec, decode
-from umda_fast.score.mixing import calibrated_losses, mix_task
+from umda_fast.score.mixing import SURE, calibrated_losses, mix_task
 
 TASKS = (
     TaskSpec("binary", "binary", class_weights=(1.0, 3.0)),
@@ -72,6 +72,7 @@ def test_a_model_that_lost_is_left_out(task: TaskSpec) -> None:
 
 def test_few_bags_decide_nothing_by_accident() -> None:
     """Noise mixed in would fit twelve bags better in about half of all draws, and by more than its error in some."""
+    assert SURE == 2.0
     task, mixed, better = TASKS[0], 0, 0
     for seed in range(15):
         first, _, target = seen(task, 12, seed)
@@ -79,7 +80,7 @@ def test_few_bags_decide_nothing_by_accident() -> None:
         (added,) = mix_task(task, [first, noise], target).additions
         better += added.gain > 1e-6
         mixed += added.weight > 0
-        assert (added.weight > 0) == (added.gain > added.error)
+        assert (added.weight > 0) == (added.gain > SURE * added.error)
     assert better > 2 * mixed
     one = mix_task(task, [torch.ones(1, 1), torch.zeros(1, 1)], torch.ones(1))
     assert one.coefficients == (1.0, 0.0)

@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from umda_fast.model import TaskSpec
 from umda_fast.score.collect import Predictions
 from umda_fast.score.intervals import primary_score
 from umda_fast.score.metrics import TaskMetrics
-from umda_fast.score.thresholds import best_f1_thresholds, share_thresholds, tune_thresholds
+from umda_fast.score.thresholds import best_f1_thresholds, share_thresholds, tune_thresholds, with_thresholds
 from umda_fast.tasks import predicted_labels
 from umda_fast.train import load_run, predict, train
 
@@ -88,6 +89,12 @@ class TestTuned:
             {name: torch.ones(9, dtype=torch.bool) for name in found.masks},
         )
         assert tune_thresholds(self.TASKS[:1], few, "share", {"many": np.ones((5, 3))}) == self.TASKS[:1]
+
+    def test_half_leaves_them_and_share_needs_the_training_labels(self, found):
+        given = replace(self.TASKS[0], thresholds=(0.1, 0.2, 0.3))
+        assert with_thresholds(given, *found.of(given), "half") == given
+        with pytest.raises(ValueError, match="trained: expected the training labels of task 'many', got None"):
+            with_thresholds(given, *found.of(given), "share")
 
     def test_the_same_every_time_and_unlabelled_tasks_keep_theirs(self, found):
         assert tune_thresholds(self.TASKS, found) == tune_thresholds(self.TASKS, found)

@@ -149,7 +149,7 @@ def test_a_cross_validation_of_before_is_gone_on_with_on_the_same_bags(
 
 def test_bags_that_are_drawn_for_a_fold_are_not_taken_for_others(tmp_path: Path) -> None:
     options = {"train_bags": 20, "val_bags": 6, "test_bags": 6}
-    config = small_config(data={"options": options}, train={"epochs": 1})
+    config = small_config(data={"options": options}, train={"epochs": 1, "linear": "mix"})
     folds = list(load_folds("digits", folds=2, **options))
     cross_validate(config, tmp_path / "cv", folds=2, datasets=folds, progress=False)
     with pytest.raises(DataError, match=r"digits that it recorded are not drawn again from its configuration \(is it"):

@@ -15,7 +15,7 @@ from umda_fast.train import train
 from umda_fast.train.step import StepResult, TrainStep
 
 RESUMED_RUN: dict[str, Any] = {
-    "train": {"epochs": 3, "log_steps": 1, "checkpoint_steps": 3, "ema": 0.9},
+    "train": {"epochs": 3, "log_steps": 1, "checkpoint_steps": 3, "ema": 0.9, "linear": "mix"},
     "model": {"width": 16, "heads": 2, "layers": 1, "dropout": 0.2, "view_heads": True},
     "sgl": {"scope": "shared_parameters", "every": 2},
 }

@@ -42,7 +42,7 @@ def config(scope: str, **sgl: Any) -> RunConfig:
     return small_config(
         data={"budget": 24},
         model={"width": 16, "heads": 2, "layers": 1, "dropout": 0.0, "kappa_g": 1.0},
-        train={"epochs": 2, "log_steps": 2, "checkpoint_steps": 3, "ema": 0.5},
+        train={"epochs": 2, "log_steps": 2, "checkpoint_steps": 3, "ema": 0.5, "linear": "mix"},
         penalties=INEXACT,
         sgl={"scope": scope, **sgl} if scope != "none" else {"balancer": "none"},
     )

@@ -173,7 +173,8 @@ def test_as_a_run(tmp_path: Path) -> None:
 
 def test_beside_every_training(tmp_path: Path) -> None:
     data = small_data()
-    result = train(small_config(), tmp_path / "run", datasets=data, progress=False, plots=False)
+    config = small_config(train={"linear": "beside"})
+    result = train(config, tmp_path / "run", datasets=data, progress=False, plots=False)
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())["linear"]
     assert found == result.metrics["linear"]
     assert set(found["tasks"]) == {task.name for task in data["train"].tasks}

@@ -13,8 +13,9 @@ import torch
 from tests.small import small_config
 from tests.train.killed import RESUMED_RUN
 from umda_fast.errors import DataError
+from umda_fast.model import Mixture
 from umda_fast.runtime.rundir import MetricsLog, read_metrics
-from umda_fast.train import ConfigError, train
+from umda_fast.train import ConfigError, load_run, train
 
 TIMES = {"seconds", "instances_per_second", "peak_memory_mb", "time"}
 
@@ -59,9 +60,9 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
         assert expected[part].keys() == found[part].keys()
         for name in expected[part]:
             assert torch.equal(expected[part][name], found[part][name]), f"{part}: {name}"
-    assert (killed / "model.safetensors").read_bytes() == (
-        tmp_path / "straight" / "model.safetensors"
-    ).read_bytes()
+    assert isinstance(straight.model, Mixture)
+    for name in ("model.safetensors", "linear.safetensors", "mixture.json"):
+        assert (killed / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     assert torch.equal(expected["random"][0]["torch"], found["random"][0]["torch"])
 
     def log(directory: Path) -> list[Any]:
@@ -72,11 +73,13 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_stays_as_it_is_and_goes_on_with_more_epochs(tmp_path: Path) -> None:
-    config = small_config(train={"epochs": 1})
+    config = small_config(train={"epochs": 1, "linear": "mix"})
     first = train(config, tmp_path / "run", progress=False, plots=False)
     again = train(config, tmp_path / "run", resume=True, progress=False, plots=False)
     assert again.metrics["tasks"] == first.metrics["tasks"]
-    longer = small_config(train={"epochs": 2})
+    assert again.metrics["linear"] == first.metrics["linear"]
+    assert isinstance(load_run(tmp_path / "run").model, Mixture)
+    longer = small_config(train={"epochs": 2, "linear": "mix"})
     train(longer, tmp_path / "run", resume=True, progress=False, plots=False)
     epochs = [r["epoch"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "epoch"]
     assert epochs == [0, 1]

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from tests.small import small_config, small_data
+from tests.written import read_json
 from umda_fast.data import Bag, BagDataset
 from umda_fast.errors import DataError
-from umda_fast.model import UMDA, TaskSpec, ViewSpec
+from umda_fast.model import UMDA, Mixture, TaskSpec, ViewSpec
 from umda_fast.runtime.config import ARCHITECTURES
 from umda_fast.runtime.fabric import make_fabric
 from umda_fast.runtime.rundir import RunDirectory, read_metrics
@@ -59,7 +60,10 @@ def test_a_balancer_needs_a_model_that_names_its_shared_parameters(tmp_path: Pat
 
 
 def test_scores_alone_are_kept_if_asked(tmp_path: Path) -> None:
-    train(small_config(train={"keep": "scores", "epochs": 1}), tmp_path / "run", progress=False)
+    config = small_config(train={"keep": "scores", "epochs": 1, "linear": "mix"})
+    result = train(config, tmp_path / "run", progress=False)
+    assert isinstance(result.model, Mixture)
+    assert read_json(tmp_path / "run" / "metrics.json", "metrics")["linear"] == result.metrics["linear"] is not None
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
         "config.yaml",
         "metrics.json",
@@ -88,7 +92,8 @@ def test_gradient_cosines_reach_the_influence_matrix(tmp_path: Path) -> None:
 
 def test_early_stopping_keeps_the_best_weights(tmp_path: Path) -> None:
     # So small a learning rate that no score gets better than the first.
-    config = small_config(train={"epochs": 40, "patience": 2, "lr": 1e-12})
+    # In an epoch labels are predicted from one half.
+    config = small_config(train={"epochs": 40, "patience": 2, "lr": 1e-12, "thresholds": "half"})
     train(config, tmp_path / "run", progress=False, plots=False)
     epochs = _epochs(tmp_path / "run")
     assert [epoch["best_epoch"] for epoch in epochs] == [0, 0, 0]

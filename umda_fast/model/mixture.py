@@ -63,6 +63,12 @@ class Mixture(nn.Module):
     def config(self, config: Any) -> None:
         self.model.config = config
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """How much of the mixture is not the model, up to 1, of the tasks in which anything is: what the model's
+        attention does not tell."""
+        return {name: 1.0 - own[0] for name, own in self.coefficients.items() if own[0] < 1.0}
+
     def forward(
         self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None = None, *args: Any, **further: Any
     ) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from umda_fast.data.draws import Stream, generator, integers
 from umda_fast.model import TaskSpec, decode
@@ -15,12 +16,14 @@ from umda_fast.score.collect import Predictions
 from umda_fast.tasks import kind_of
 from umda_fast.tasks.kind import FloatArray
 
-__all__ = ["best_f1_thresholds", "share_thresholds", "tune_thresholds"]
+__all__ = ["Rule", "best_f1_thresholds", "share_thresholds", "tune_thresholds", "with_thresholds"]
 
 FEWEST = 10
 """Bags on which the thresholds of `share` are chosen, at least."""
 _DRAWS = 100
 _Matrix = npt.NDArray[np.float64]
+Rule: TypeAlias = Literal["share", "f1", "half"]
+"""How thresholds are chosen; `half` leaves them as they are."""
 
 
 def best_f1_thresholds(probability: _Matrix, target: _Matrix) -> _Matrix:
@@ -61,40 +64,49 @@ def share_thresholds(probability: _Matrix, share: _Matrix) -> _Matrix:
 def tune_thresholds(
     tasks: Sequence[TaskSpec],
     found: Predictions,
-    rule: Literal["share", "f1"] = "f1",
+    rule: Rule = "f1",
     labels: Mapping[str, FloatArray] | None = None,
     seed: int = 0,
 ) -> tuple[TaskSpec, ...]:
-    """The tasks, multilabel ones with thresholds chosen on `found`.
+    """The tasks, each `with_thresholds` chosen on `found`, which are of bags that the weights were not trained on.
 
-    `share`: every label is predicted for as large a share of the bags of `found` as have it among the bags trained on.
-    How rare a label is is known well, from all training bags, and is the only thing that is asked of the few of
-    `found` beside their order. With fewer than `FEWEST` bags thresholds stay as they are.
+    Args:
+        labels: of the training bags, task -> [B, classes], NaN where missing; `share` needs them.
+    """
+    return tuple(with_thresholds(task, *found.of(task), rule, (labels or {}).get(task.name), seed) for task in tasks)
 
-    `f1`: those that are best for their F1 in `found`. The best cut for a rare label rests on a handful of bags. So it
-    is the mean over the best cuts of 100 bootstrap samples, which varies less (bagging: Breiman, "Bagging
+
+def with_thresholds(
+    task: TaskSpec, logits: Tensor, target: Tensor, rule: Rule, trained: FloatArray | None = None, seed: int = 0
+) -> TaskSpec:
+    """`task`; if it is a multilabel one, with thresholds chosen on bags that the weights were not trained on.
+
+    `share`: every label is predicted for as large a share of these bags as have it among the bags trained on. How rare
+    a label is is known well, from all training bags, and is the only thing that is asked of these few beside their
+    order. With fewer than `FEWEST` bags thresholds stay as they are.
+
+    `f1`: those that are best for their F1 on these bags. The best cut for a rare label rests on a handful of bags. So
+    it is the mean over the best cuts of 100 bootstrap samples, which varies less (bagging: Breiman, "Bagging
     predictors", 1996). That the best cut for F1 lies below 1/2 for all but easy labels, and how badly one chosen on
     few positives may do: Lipton, Elkan and Narayanaswamy, "Thresholding classifiers to maximize F1 score", 2014.
 
     Args:
-        found: of bags that the weights were not trained on. A task without labelled bags keeps what it has.
-        labels: of the training bags, task -> [B, classes], NaN where missing; `share` needs them.
+        logits, target: [B, classes], of the bags with labels. Without any the task keeps what it has.
+        trained: labels of the training bags, [n, classes], NaN where missing; `share` needs them.
         seed: of the samples.
+
+    Raises:
+        ValueError: `share` without `trained`.
     """
-    tuned = []
-    for task in tasks:
-        logits, known = found.of(task)
-        if not kind_of(task).thresholded or len(known) < (FEWEST if rule == "share" else 1):
-            tuned.append(task)
-            continue
-        probability, target = decode(task, logits.double()).numpy(), known.double().numpy()
-        if rule == "share":
-            column = (labels or {})[task.name]
-            shares = column[~np.isnan(column).any(axis=1)].mean(axis=0)
-            tuned.append(replace(task, thresholds=tuple(share_thresholds(probability, shares).tolist())))
-            continue
-        rng, bags = generator(Stream.THRESHOLDS, seed), len(target)
-        draws = [integers(rng, 0, bags - 1, bags) for _ in range(_DRAWS)]
-        cuts = np.mean([best_f1_thresholds(probability[rows], target[rows]) for rows in draws], axis=0)
-        tuned.append(replace(task, thresholds=tuple(cuts.tolist())))
-    return tuple(tuned)
+    if rule == "half" or not kind_of(task).thresholded or len(target) < (FEWEST if rule == "share" else 1):
+        return task
+    probability, known = decode(task, logits.double()).numpy(), target.double().numpy()
+    if rule == "share":
+        if trained is None:
+            raise ValueError(f"trained: expected the training labels of task {task.name!r}, got None")
+        shares = trained[~np.isnan(trained).any(axis=1)].mean(axis=0)
+        return replace(task, thresholds=tuple(share_thresholds(probability, shares).tolist()))
+    rng, bags = generator(Stream.THRESHOLDS, seed), len(known)
+    draws = [integers(rng, 0, bags - 1, bags) for _ in range(_DRAWS)]
+    cuts = np.mean([best_f1_thresholds(probability[rows], known[rows]) for rows in draws], axis=0)
+    return replace(task, thresholds=tuple(cuts.tolist()))

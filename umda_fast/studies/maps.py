@@ -23,7 +23,8 @@ from umda_fast.data import BagDataset
 from umda_fast.errors import DataError
 from umda_fast.files import atomic_file
 from umda_fast.studies.patches import commonest_step, neighbour_steps, patch_sizes
-from umda_fast.studies.predict import predict_batches
+from umda_fast.studies.predict import mixed_note, predict_batches
+from umda_fast.train.chosen import tell
 from umda_fast.train.data import model_data
 from umda_fast.train.loading import Run
 
@@ -332,6 +333,8 @@ def explain(
         skip_bad=skip_bad,
         labels=False,
     )
+    for member in run.each:
+        tell(member, mixed_note(member))
     tasks = [task.name for task in run.model.config.tasks]
     views = [view.name for view in run.model.config.views]
     place = Path(out)

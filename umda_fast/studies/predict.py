@@ -23,11 +23,12 @@ from umda_fast.data import BagBatch, BagDataset
 from umda_fast.errors import DataError
 from umda_fast.extras import require
 from umda_fast.files import atomic_file
-from umda_fast.model import TaskSpec, decode
+from umda_fast.model import Mixture, TaskSpec, decode
 from umda_fast.runtime.rundir import RunDirectory
 from umda_fast.score.calibration import Calibration, confidence
 from umda_fast.score.inference import outputs_in_order
 from umda_fast.tasks import kind_of
+from umda_fast.train.chosen import tell
 from umda_fast.train.data import model_data
 from umda_fast.train.loading import Run
 
@@ -192,7 +193,11 @@ def predict(
         writer = csv.writer(text, lineterminator="\n")
         predictions = PredictionTable(tasks, calibration, 0.0 if refer_below is None else refer_below)
         writer.writerow(predictions.header())
-        store = stack.enter_context(_attention_file(attention, run)) if attention is not None else None
+        store = None
+        if attention is not None:
+            store = stack.enter_context(_attention_file(attention, run))
+            for member in run.each:
+                tell(member, mixed_note(member))
         empty = 0
         for batch, result in predict_batches(run, dataset, fabric, progress=progress):
             sizes = batch.ptr.diff().tolist()
@@ -220,6 +225,15 @@ def _at_times(tasks: Sequence[TaskSpec], times: Sequence[float]) -> tuple[TaskSp
             raise DataError(f"times: expected times {expected}, got {got}")
     shown = tuple(sorted({float(time) for time in times}))
     return tuple(replace(task, times=shown) if kind_of(task).timed else task for task in tasks)
+
+
+def mixed_note(run: Run) -> str:
+    """What has to be known of attention where other models are mixed in; "" where none is."""
+    if not isinstance(run.model, Mixture) or not run.model.shares:
+        return ""
+    shares = ", ".join(f"{task} {share:.0%}" for task, share in run.model.shares.items())
+    names = " and ".join(run.model.members)
+    return f"attention is that of the trained model alone; what is mixed in ({names}) has a share in: {shares}"
 
 
 @contextmanager

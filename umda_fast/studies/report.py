@@ -29,6 +29,7 @@ from umda_fast.score.intervals import primary_score
 from umda_fast.score.metrics import TaskMetrics
 from umda_fast.studies.followed import logrank_p, plot_followed
 from umda_fast.studies.maps import BagMap, attention_maps, plot_maps, relative
+from umda_fast.studies.predict import mixed_note
 from umda_fast.tasks import kind_of
 from umda_fast.tasks.metric_names import metric_name
 from umda_fast.tasks.shown import Followed, Rows, Scatter, Shown
@@ -124,14 +125,14 @@ def write_report(
             if len(validation):
                 held_out = measure(validation, fabric)
         bags = _largest_with_coords(run, dataset, fabric, maps, patch_size)
-    tasks = dataset.tasks
+    tasks, mixed = dataset.tasks, mixed_note(run)
     sections = [
-        _header(run, dataset, split, files),
+        _header(run, dataset, split, files, mixed),
         _scores(tasks, found, samples, patients_by_record(run, dataset.names)),
         _errors(tasks, found),
         _calibration(tasks, found, held_out),
         _plots(files),
-        _maps(tasks, [view.name for view in run.model.config.views], bags),
+        _maps(tasks, [view.name for view in run.model.config.views], bags, mixed),
         _configuration(files),
     ]
     title = escape(f"{run.directory.name}: {dataset.name}")
@@ -192,7 +193,7 @@ def _figure(columns: int, *, side: float = 3.6) -> tuple[Figure, Any]:
 # ---- sections ----
 
 
-def _header(run: Run, dataset: BagDataset, split: str, files: RunDirectory) -> str:
+def _header(run: Run, dataset: BagDataset, split: str, files: RunDirectory, mixed: str) -> str:
     metrics = json.loads(files.metrics.read_text(encoding="utf-8")) if files.metrics.is_file() else {}
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     rows = [
@@ -202,6 +203,8 @@ def _header(run: Run, dataset: BagDataset, split: str, files: RunDirectory) -> s
         ("tasks", ", ".join(_described(task) for task in dataset.tasks)),
         ("model", f"{run.config.model['architecture']}, {parameters:,} parameters"),
     ]
+    if mixed:
+        rows.append(("mixture", mixed))
     rows += [("bags left out, new or gone", note) for note in run.notes]
     if "versions" in metrics:  # not of a model with new heads
         rows += [
@@ -362,10 +365,12 @@ def _plots(files: RunDirectory) -> str:
     return "<h2>Training</h2>\n" + "\n".join(images)
 
 
-def _maps(tasks: Sequence[TaskSpec], views: Sequence[str], bags: Sequence[BagMap]) -> str:
+def _maps(tasks: Sequence[TaskSpec], views: Sequence[str], bags: Sequence[BagMap], mixed: str) -> str:
     if not bags:
         return ""
     parts = ["<h2>Where the model looked</h2>", _note("The largest bags of the split; `umda-fast explain` draws all.")]
+    if mixed:
+        parts.append(_note(f"{mixed[0].upper()}{mixed[1:]}."))
     if any(bag.guessed for bag in bags):
         parts.append(_note("The size of the patches is guessed from the distances between them: --patch-size says it."))
     for bag in bags:

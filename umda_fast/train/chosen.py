@@ -24,8 +24,8 @@ ALL = "all"
 
 
 def tell(run: Run, text: str) -> None:
-    """A line on standard error, once for a run that was read back."""
-    if text not in run.told:
+    """A line on standard error, once for a run that was read back; none for an empty text."""
+    if text and text not in run.told:
         run.told.append(text)
         print(f"{run.directory}: {text}", file=sys.stderr)
 

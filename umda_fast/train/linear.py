@@ -22,7 +22,9 @@ from umda_fast.score.collect import Predictions, collect
 from umda_fast.score.inference import batches_in_order
 from umda_fast.score.intervals import primary_score
 from umda_fast.score.mixing import calibrated_losses, mix_task
+from umda_fast.score.thresholds import Rule, with_thresholds
 from umda_fast.tasks import kind_of
+from umda_fast.tasks.kind import FloatArray
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -184,7 +186,15 @@ def _path(task: TaskSpec, x: Tensor, column: Any, penalties: Sequence[float]) ->
 
 
 def beside_linear(
-    model: Any, train: BagDataset, val: BagDataset, fabric: Fabric, data: DataConfig, seed: int, *, mix: bool
+    model: Any,
+    train: BagDataset,
+    val: BagDataset,
+    fabric: Fabric,
+    data: DataConfig,
+    seed: int,
+    *,
+    mix: bool,
+    thresholds: Rule = "half",
 ) -> tuple[Any, dict[str, Any]]:
     """The linear model fitted to `train` beside `model` on `val`, and mixed into it.
 
@@ -193,6 +203,7 @@ def beside_linear(
     Args:
         model: on the fabric's device; left as it is.
         mix: weigh the two against each other on `val` (see `mix_task`).
+        thresholds: how those of multilabel tasks are chosen; each model is scored with its own.
 
     Returns:
         `model`, or the `Mixture` if the linear model has a part in any task; and what was found: `tasks`: task ->
@@ -213,7 +224,8 @@ def beside_linear(
 
     def measure() -> tuple[dict[str, Any], dict[str, tuple[float, ...]]]:
         found = [collect(one, val, fabric, data) for one in (model, linear)]
-        each = {task.name: _beside(task, found, mix) for task in train.tasks}
+        labels = train.labels
+        each = {task.name: _beside(task, found, mix, thresholds, labels[task.name]) for task in train.tasks}
         return {name: told for name, (told, _) in each.items()}, {name: own for name, (_, own) in each.items()}
 
     tasks, coefficients = one_decides(processes, measure)
@@ -224,13 +236,16 @@ def beside_linear(
     return model, {"tasks": tasks, "penalties": penalties, "below": below}
 
 
-def _beside(task: TaskSpec, found: Sequence[Predictions], mix: bool) -> tuple[dict[str, Any], tuple[float, ...]]:
+def _beside(
+    task: TaskSpec, found: Sequence[Predictions], mix: bool, thresholds: Rule, trained: FloatArray
+) -> tuple[dict[str, Any], tuple[float, ...]]:
     """What is told of a task, and the coefficients of the two, of which `found` are the predictions."""
     (own, target), (linear, _) = (predictions.of(task) for predictions in found)
     metric = kind_of(task).primary
 
     def score(logits: Tensor) -> float:
-        return primary_score(task, decode(task, logits.double()).numpy(), target.double().numpy())
+        decided = with_thresholds(task, logits, target, thresholds, trained)
+        return primary_score(decided, decode(task, logits.double()).numpy(), target.double().numpy())
 
     told: dict[str, Any] = {"metric": metric, "model": score(own), "linear": score(linear)}
     if not mix or not len(target):

@@ -116,14 +116,13 @@ def train(
             trainer.fit()
         best = trainer.best_model()
         beside = None
-        mix = config.train.linear == "mix"
+        mix, rule = config.train.linear == "mix", config.train.thresholds
         asked = mix or (config.train.linear == "beside" and keep_all)
         if asked and not trainer.fitted and len(datasets.get("val", ())):
             parts = datasets["train"], datasets["val"]
-            best, beside = beside_linear(best, *parts, fabric, config.data, config.seed, mix=mix)
-        rule = config.train.thresholds
+            best, beside = beside_linear(best, *parts, fabric, config.data, config.seed, mix=mix, thresholds=rule)
         thresholded = any(kind_of(task).thresholded for task in best.config.tasks)
-        if rule != "half" and thresholded and len(datasets.get("val", ())):
+        if thresholded and rule != "half" and len(datasets.get("val", ())):
             found = collect(best, datasets["val"], fabric, config.data)
             tuned = tune_thresholds(best.config.tasks, found, rule, datasets["train"].labels)
             best.config = dataclasses.replace(best.config, tasks=tuned)
