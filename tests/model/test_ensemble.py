@@ -65,10 +65,11 @@ def test_sure_members_stay_finite() -> None:
     torch.testing.assert_close(logits["yes"][1], torch.tensor([0.0]))  # of opposite mind: one half
 
 
-def test_thresholds_are_means_where_all_have_some() -> None:
+def test_thresholds_are_means_and_one_half_of_those_that_have_none() -> None:
     assert Ensemble([model(0), model(1, OTHER)]).config.tasks[2].thresholds == pytest.approx((0.3, 0.6))
     none = (*TASKS[:2], TaskSpec("tags", "multilabel", classes=2), TASKS[3])
-    assert Ensemble([model(0), model(1, none)]).config.tasks[2].thresholds is None
+    assert Ensemble([model(0), model(1, none)]).config.tasks[2].thresholds == pytest.approx((0.35, 0.45))
+    assert Ensemble([model(0, none), model(1, none)]).config.tasks[2].thresholds is None
 
 
 def test_other_views_tasks_or_metadata() -> None:

@@ -96,6 +96,21 @@ class TestTuned:
         with pytest.raises(ValueError, match="trained: expected the training labels of task 'many', got None"):
             with_thresholds(given, *found.of(given), "share")
 
+    def test_auto_takes_the_better_of_share_and_half(self, found):
+        labels = np.tile([0.5, 0.1, 0.02], (50, 1)) > np.linspace(0.0, 0.99, 50)[:, None]
+        trained = labels.astype(float)
+        hard = self.TASKS[0]
+        shared = with_thresholds(hard, *found.of(hard), "share", trained)
+        assert with_thresholds(hard, *found.of(hard), "auto", trained) == shared != hard
+        _, target = found.of(hard)
+        sure = 20.0 * target - 10.0  # right about every bag; as many of them as among `trained` are not there
+        assert with_thresholds(hard, sure, target, "share", 1.0 - trained).thresholds is not None
+        given = replace(hard, thresholds=(0.1, 0.2, 0.3))
+        assert with_thresholds(given, sure, target, "auto", 1.0 - trained) == hard
+        assert with_thresholds(given, sure[:9], target[:9], "auto", trained) == given
+        with pytest.raises(ValueError, match="trained: expected the training labels of task 'many', got None"):
+            with_thresholds(hard, sure, target, "auto")
+
     def test_the_same_every_time_and_unlabelled_tasks_keep_theirs(self, found):
         assert tune_thresholds(self.TASKS, found) == tune_thresholds(self.TASKS, found)
         given = TaskSpec("many", "multilabel", 3, thresholds=(0.1, 0.2, 0.3))

@@ -42,7 +42,7 @@ class Ensemble(nn.Module):
         members: at least one model (`UMDA` or a baseline), for the same views and tasks in the same order.
 
     Attributes:
-        config: the first member's, with the mean of the thresholds where all members have some.
+        config: the first member's, with the mean of the thresholds where any member has some; others have one half.
 
     Raises:
         ValueError: no member, or one that differs from the first in views, tasks or metadata.
@@ -103,7 +103,7 @@ def _metadata(member: Any) -> tuple[str, ...]:
 
 def _joint(specs: Sequence[TaskSpec]) -> TaskSpec:
     """The first one's, with mean thresholds."""
-    known = [spec.thresholds for spec in specs if spec.thresholds is not None]
-    if len(known) < len(specs):
-        return replace(specs[0], thresholds=None)
-    return replace(specs[0], thresholds=tuple(math.fsum(column) / len(known) for column in zip(*known, strict=True)))
+    if all(spec.thresholds is None for spec in specs):
+        return specs[0]
+    each = [spec.thresholds or (0.5,) * specs[0].classes for spec in specs]
+    return replace(specs[0], thresholds=tuple(math.fsum(column) / len(each) for column in zip(*each, strict=True)))

@@ -166,10 +166,10 @@ class TrainConfig(_Section):
     linear: Literal["off", "beside", "mix"] = "mix"
     """A linear model of bag means at the end of the training (docs/training.md): compared on the validation split;
     `mix` weighs the two there task by task, and what is measured and kept is the mixture."""
-    thresholds: Literal["share", "f1", "half"] = "share"
+    thresholds: Literal["auto", "share", "f1", "half"] = "auto"
     """Probability from which a label of a multilabel task is predicted, kept with the model: one half; or each
     label's own, by which as large a share of the validation bags gets it as has it among the training bags; or the one
-    that is best for F1 on the validation split."""
+    that is best for F1 on the validation split. `auto` takes the better one of the first two there."""
     deterministic: bool | None = None
     """Bit-identical repetition; None means yes on the CPU, no on a GPU."""
     keep: Literal["all", "scores"] = "all"

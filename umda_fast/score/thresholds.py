@@ -22,7 +22,7 @@ FEWEST = 10
 """Bags on which the thresholds of `share` are chosen, at least."""
 _DRAWS = 100
 _Matrix = npt.NDArray[np.float64]
-Rule: TypeAlias = Literal["share", "f1", "half"]
+Rule: TypeAlias = Literal["auto", "share", "f1", "half"]
 """How thresholds are chosen; `half` leaves them as they are."""
 
 
@@ -85,6 +85,10 @@ def with_thresholds(
     a label is is known well, from all training bags, and is the only thing that is asked of these few beside their
     order. With fewer than `FEWEST` bags thresholds stay as they are.
 
+    `auto`: as by `share` or one half for all, whichever has the higher macro F1 on these bags, one half if neither.
+    Rare labels that are hard to tell are nearly never predicted from one half on. Where a model is right about nearly
+    every bag, it is `share` that errs: these bags are a draw, and need not have a label as often as the training bags.
+
     `f1`: those that are best for their F1 on these bags. The best cut for a rare label rests on a handful of bags. So
     it is the mean over the best cuts of 100 bootstrap samples, which varies less (bagging: Breiman, "Bagging
     predictors", 1996). That the best cut for F1 lies below 1/2 for all but easy labels, and how badly one chosen on
@@ -92,20 +96,24 @@ def with_thresholds(
 
     Args:
         logits, target: [B, classes], of the bags with labels. Without any the task keeps what it has.
-        trained: labels of the training bags, [n, classes], NaN where missing; `share` needs them.
+        trained: labels of the training bags, [n, classes], NaN where missing; `share` and `auto` need them.
         seed: of the samples.
 
     Raises:
-        ValueError: `share` without `trained`.
+        ValueError: `share` or `auto` without `trained`.
     """
-    if rule == "half" or not kind_of(task).thresholded or len(target) < (FEWEST if rule == "share" else 1):
+    if rule == "half" or not kind_of(task).thresholded or len(target) < (1 if rule == "f1" else FEWEST):
         return task
     probability, known = decode(task, logits.double()).numpy(), target.double().numpy()
-    if rule == "share":
+    if rule != "f1":
         if trained is None:
             raise ValueError(f"trained: expected the training labels of task {task.name!r}, got None")
         shares = trained[~np.isnan(trained).any(axis=1)].mean(axis=0)
-        return replace(task, thresholds=tuple(share_thresholds(probability, shares).tolist()))
+        shared = replace(task, thresholds=tuple(share_thresholds(probability, shares).tolist()))
+        half, score = replace(task, thresholds=None), kind_of(task).primary_score
+        if rule == "auto" and score(shared, probability, known) <= score(half, probability, known):
+            return half
+        return shared
     rng, bags = generator(Stream.THRESHOLDS, seed), len(known)
     draws = [integers(rng, 0, bags - 1, bags) for _ in range(_DRAWS)]
     cuts = np.mean([best_f1_thresholds(probability[rows], known[rows]) for rows in draws], axis=0)
