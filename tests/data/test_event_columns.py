@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from umda_fast.data import BagDataset, load_source
-from umda_fast.data.event_columns import event_columns
+from umda_fast.data.event_columns import event_columns, perhaps
 from umda_fast.data.labels import label_columns
 from umda_fast.errors import DataError
 from umda_fast.tasks import TaskSpec
@@ -42,6 +42,25 @@ def test_columns_that_someone_names() -> None:
     assert pairs("os_months", "os_event", kinds={"os_months": "regression"}) == []
 
 
+def test_an_event_that_is_called_as_its_task() -> None:
+    """As the TCGA's clinical data resource has it: OS and OS.time."""
+    (line,) = perhaps(["age", "OS", "OS.time"], event_columns(["age", "OS", "OS.time"], None, "table"), None)
+    assert line.startswith(
+        "columns 'OS' and 'OS.time' are two tasks, in which who was censored counts as dead; if they"
+    )
+    said = {"OS": {"kind": "survival", "time": "OS.time", "event": "OS"}}
+    assert line.endswith("kinds={OS: {kind: survival, time: OS.time, event: OS}}'")
+    assert pairs("age", "OS", "OS.time", kinds=said) == [("OS", "OS.time", "OS", ())]
+    labels = {"OS": np.array([1, 0]), "OS.time": np.array([3.0, 4.0]), "age": np.array([1.5, 2.5])}
+    specs, columns = label_columns(labels, 2, said, where="set")
+    assert [(spec.name, spec.kind) for spec in specs] == [("OS", "survival"), ("age", "regression")]
+    np.testing.assert_array_equal(columns["OS"], [[3, 1], [4, 0]])
+    again, _ = label_columns(labels, 2, specs, where="set")
+    assert again == specs
+    for kinds in (said, {"OS": "binary"}, specs):
+        assert perhaps(["OS", "OS.time"], event_columns(["OS", "OS.time"], kinds, "table"), kinds) == []
+
+
 def test_a_model_finds_its_own_and_no_others() -> None:
     spec = TaskSpec("os", "survival", columns=("days_to_death", "vital_status"))
     assert pairs("days_to_death", "vital_status", "pfs_time", "pfs_event", kinds=[spec]) == [
@@ -68,6 +87,11 @@ def test_a_model_finds_its_own_and_no_others() -> None:
             ["a", "b"],
             {"os": {"kind": "survival", "time": "a", "event": "c"}},
             "table: kinds['os']: event: expected a column among a, b, got 'c'",
+        ),
+        (
+            ["os", "b"],
+            {"os": {"kind": "survival", "time": "c", "event": "os"}},
+            "table: kinds['os']: time: expected a column among os, b, got 'c'",
         ),
         (
             ["a", "b"],

@@ -262,7 +262,7 @@ def test_a_temperature_makes_good_what_is_too_sure() -> None:
 
 def _cohort(bags: int = 900, seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
     """Features of bags of 1 to 3 instances, offsets, the log hazard, and times and events [B, 2]: Weibull times,
-    proportional hazards in two features of six, censoring that depends on nothing."""
+    proportional hazards in two features of the first view, censoring that depends on nothing."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 4, bags)
     ptr = np.concatenate([[0], sizes.cumsum()])
@@ -280,7 +280,9 @@ def _cohort(bags: int = 900, seed: int = 0) -> tuple[dict[str, np.ndarray], np.n
 def parts() -> dict[str, tuple[BagDataset, np.ndarray]]:
     """train, val and test with the true log hazards."""
     views, ptr, hazard, label = _cohort()
-    bags = BagDataset.from_arrays({"both": views["both"]}, ptr, {"os": label}, kinds={"os": "survival"})
+    bags = BagDataset.from_arrays(
+        {view: views[view] for view in ("one", "two")}, ptr, {"os": label}, kinds={"os": "survival"}
+    )
     rows = split_bags(bags, {"train": 0.5, "val": 0.1, "test": 0.4}, seed=0)
     train = bags.subset(rows["train"])
     tasks = fit_tasks(train.tasks, train.labels)
@@ -317,11 +319,13 @@ def test_the_linear_model_finds_the_hazard(parts: dict[str, tuple[BagDataset, np
     np.testing.assert_allclose(decode(test.tasks[0], logits).mean(0).numpy()[:-1], seen[:-1], atol=0.06)
 
 
-def test_a_network_finds_the_hazard(parts: dict[str, tuple[BagDataset, np.ndarray]], tmp_path: Path) -> None:
+def test_umda_finds_the_hazard_which_is_in_one_of_two_views(
+    parts: dict[str, tuple[BagDataset, np.ndarray]], tmp_path: Path
+) -> None:
     settings = {
         "device": "cpu",
-        "model": {"architecture": "mean_pooling", "width": 16},
-        "train": {"steps": 120, "lr": 0.01, "linear": "off", "keep": "scores"},
+        "model": {"width": 16, "heads": 2, "layers": 1},
+        "train": {"steps": 150, "linear": "off", "keep": "scores"},
     }
     datasets = {name: dataset for name, (dataset, _) in parts.items()}
     result = train(make_config(settings), tmp_path / "run", datasets=datasets, progress=False, plots=False)

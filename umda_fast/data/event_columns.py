@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from umda_fast.errors import DataError
 from umda_fast.tasks import TaskSpec
 
-__all__ = ["EventColumns", "event_columns", "half_known", "recognised"]
+__all__ = ["EventColumns", "event_columns", "half_known", "perhaps", "recognised"]
 
 Kinds: TypeAlias = Mapping[str, Any] | Sequence[TaskSpec] | None
 
@@ -62,9 +62,13 @@ def event_columns(columns: Collection[str], kinds: Kinds, where: str) -> list[Ev
     plain = kinds if isinstance(kinds, Mapping) else {one.name: one for one in kinds or () if isinstance(one, TaskSpec)}
     claimed: set[str] = set()
     for task, kind in plain.items():
-        if _kind_name(kind) != "survival" or task in columns:
+        if _kind_name(kind) != "survival":
             continue
-        asked = _asked(task, kind, columns, f"{where}: kinds[{task!r}]", must=isinstance(kinds, Mapping))
+        # A column of the task's name is both in one, unless it is named as one of the two.
+        must = isinstance(kind, Mapping) and "time" in kind if task in columns else isinstance(kinds, Mapping)
+        asked = _asked(task, kind, columns, f"{where}: kinds[{task!r}]", must=must)
+        if asked is None and task in columns:
+            continue
         pair = asked or _by_name(task, columns, claimed, where if isinstance(kinds, Mapping) else None)
         if pair is None and isinstance(kinds, Mapping):
             raise DataError(
@@ -102,6 +106,24 @@ def recognised(tasks: Sequence[TaskSpec], asked: Collection[str] = ()) -> list[s
         for task in tasks
         if task.columns is not None and task.name not in asked
     ]
+
+
+def perhaps(columns: Collection[str], found: Sequence[EventColumns], kinds: Kinds) -> list[str]:
+    """A line for every column that is called the time of another, `OS.time` beside `OS`, which nobody said is its
+    event."""
+    if kinds is not None and not isinstance(kinds, Mapping):
+        return []
+    known = {name for pair in found for name in (pair.time, pair.event, *pair.others)} | {*(kinds or ())}
+    lines = []
+    for column in columns:
+        match = _TIME.fullmatch(column.lower())
+        task = "" if match is None else column[: len(match[1])]
+        if task in columns and not known & {task, column}:
+            lines.append(
+                f"columns {task!r} and {column!r} are two tasks, in which who was censored counts as dead; if they are "
+                f"an event and its time: {_remedy(task, column, task)}"
+            )
+    return lines
 
 
 def half_known(pair: EventColumns, times: Sequence[str], events: Sequence[str]) -> list[str]:

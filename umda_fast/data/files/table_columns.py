@@ -10,7 +10,7 @@ import numpy as np
 
 from umda_fast.data.arrays import ArrayInput, FloatArray
 from umda_fast.data.columns import ColumnUse
-from umda_fast.data.event_columns import event_columns, half_known, recognised
+from umda_fast.data.event_columns import event_columns, half_known, perhaps, recognised
 from umda_fast.data.files.identifiers import (
     alike_in_all_but_writing,
     are_measured,
@@ -90,7 +90,9 @@ def read_tasks(
     doubts: list[str] = []
     taken: set[str] = set()
     joined: dict[str, tuple[str, ArrayInput]] = {}
-    for pair in event_columns(list(table.columns), kinds, table.where):
+    pairs = event_columns(list(table.columns), kinds, table.where)
+    doubts += perhaps(list(table.columns), pairs, kinds)
+    for pair in pairs:
         given[pair.task] = pair.completes(given.get(pair.task))
         taken |= {pair.time, pair.event, *pair.others}
         parts = [["" if row is None else table.columns[name][row] for row in rows] for name in (pair.time, pair.event)]
