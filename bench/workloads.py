@@ -141,12 +141,33 @@ def _gelu_dropout(x: Tensor, bias: Tensor | None, seed: Tensor | None, threshold
     return active if seed is None else F.dropout(active, threshold / 65536)
 
 
+def _dropout_add_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    added = x if bias is None else x + bias.to(x.dtype)
+    added = added if seed is None else F.dropout(added, threshold / 65536)
+    total = residual + (added if gain is None else added * gain.to(x.dtype))
+    if norm_weight is None:
+        return total, x.new_empty(0)
+    return total, F.layer_norm(total, x.shape[-1:], norm_weight, norm_bias, eps).to(x.dtype)
+
+
 @contextmanager
 def stored_masks() -> Iterator[None]:
     """The reference with PyTorch's own dropout, as a user would write it. The numbers that all backends share take
     several times as long when they are composed of elementary operations."""
-    module = importlib.import_module("umda_fast.ops.gelu_dropout")
-    with mock.patch.object(module, "reference", _gelu_dropout):
+    with (
+        mock.patch.object(importlib.import_module("umda_fast.ops.gelu_dropout"), "reference", _gelu_dropout),
+        mock.patch.object(importlib.import_module("umda_fast.ops.dropout_add_norm"), "reference", _dropout_add_norm),
+    ):
         yield
 
 
@@ -270,6 +291,32 @@ def gelu_dropout(n: int, place: Place) -> Problem:
         {OURS: ours, EAGER: eager},
         Floor(2 * x.nbytes),
         Floor(3 * x.nbytes),
+        EAGER,
+    )
+
+
+def dropout_add_norm(n: int, place: Place) -> Problem:
+    """After a linear layer: bias, dropout, gain, the sum with the stream, and the layer norm that is read next."""
+    x, residual = place.normal(n, VIEWS, WIDTH), place.normal(n, VIEWS, WIDTH, grad=True)
+    vectors = [place.normal(WIDTH, dtype=torch.float32) for _ in range(4)]
+    rate = 0.1
+
+    def ours(x: Tensor, residual: Tensor, *vectors: Tensor) -> Any:
+        return ops.dropout_add_norm(x, residual, *vectors, p=rate)
+
+    def eager(x: Tensor, residual: Tensor, bias: Tensor, gain: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        total = residual + gain.to(x.dtype) * F.dropout(x + bias.to(x.dtype), rate)
+        return total, F.layer_norm(total.float(), [WIDTH], scale, shift).to(x.dtype)
+
+    return Problem(
+        "dropout_add_norm",
+        f"N = {n:,}, V = {VIEWS}, {WIDTH} wide",
+        n,
+        place.dtype,
+        (x, residual, *vectors),
+        {OURS: ours, EAGER: eager},
+        Floor(4 * x.nbytes),
+        Floor(6 * x.nbytes),
         EAGER,
     )
 
@@ -829,6 +876,7 @@ WORKLOADS: dict[str, Workload] = {
     "norm_linear": Workload(norm_linear, *_INSTANCES),
     "linear_residual": Workload(linear_residual, *_INSTANCES),
     "gelu_dropout": Workload(gelu_dropout, *_INSTANCES),
+    "dropout_add_norm": Workload(dropout_add_norm, *_INSTANCES),
     "view_fusion": Workload(view_fusion, *_INSTANCES),
     "cross_view_tokens": Workload(
         cross_view_tokens,

@@ -119,7 +119,7 @@ def plan_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = row_tile(width)
     run, runs = runs_of_rows(rows, tile["BM"])
-    part = None if bias is None else torch.empty((runs, width), dtype=torch.float32, device=x.device)
+    part = None if bias is None else torch.empty((runs, 1, width), dtype=torch.float32, device=x.device)
     launches = [
         Launch(
             kernel=gelu_dropout_backward_kernel,

@@ -16,17 +16,13 @@
 namespace umda::UMDA_ISA {
 namespace {
 
-float scale_of(const GeluDropoutInput& in) {
-  return in.seed == nullptr ? 1.0f : static_cast<float>(65536.0 / (65536 - in.threshold));
-}
-
 template <class T>
 void forward(const GeluDropoutForward& a) {
   const GeluDropoutInput& in = a.in;
   const RowShape shape(in.rows, in.width);
   const Scratch<float> bias(in.width);
   widen_row(in.bias, in.bias_type, in.width, bias.data());
-  const Vec scale = splat(scale_of(in));
+  const Vec scale = splat(dropout_scale(in.seed != nullptr, in.threshold));
   const bool past_cache = worth_streaming(static_cast<const T*>(a.y), in.rows, in.width);
   parallel_items(shape.partitions, [&](int64_t p) {
     const Scratch<uint16_t> drawn(in.seed == nullptr ? 0 : shape.numbers_per_tile() + kWidth);
@@ -52,7 +48,7 @@ void backward(const GeluDropoutBackward& a) {
   const Scratch<float> bias(in.width);
   widen_row(in.bias, in.bias_type, in.width, bias.data());
   const Scratch<float> parts(a.d_bias == nullptr ? 0 : shape.partitions * in.width);
-  const Vec scale = splat(scale_of(in));
+  const Vec scale = splat(dropout_scale(in.seed != nullptr, in.threshold));
   const bool past_cache = worth_streaming(static_cast<const T*>(a.dx), in.rows, in.width);
   parallel_items(shape.partitions, [&](int64_t p) {
     const Scratch<uint16_t> drawn(in.seed == nullptr ? 0 : shape.numbers_per_tile() + kWidth);
@@ -85,7 +81,7 @@ void backward(const GeluDropoutBackward& a) {
     stream_fence();
   });
   if (a.d_bias != nullptr) {
-    UMDA_DISPATCH_DTYPE(in.bias_type, sum_partitions(parts.data(), shape.partitions, in.width,
+    UMDA_DISPATCH_DTYPE(in.bias_type, sum_partitions(parts.data(), shape.partitions, in.width, in.width,
                                                      static_cast<scalar_t*>(a.d_bias)));
   }
 }

@@ -81,6 +81,11 @@ UMDA_INLINE void random_numbers(uint64_t seed, int64_t first, int64_t count, uin
   }
 }
 
+// By what elements that are kept are multiplied.
+inline float dropout_scale(bool dropped, int threshold) {
+  return dropped ? static_cast<float>(65536.0 / (65536 - threshold)) : 1.0f;
+}
+
 // x where the number is at least the threshold, else 0, whatever x is.
 UMDA_INLINE Vec keep(Vec x, const uint16_t* numbers, int threshold) {
   using Halves = uint16_t __attribute__((vector_size(kWidth * sizeof(uint16_t))));

@@ -47,9 +47,9 @@ UMDA_INLINE void in_tiles(const RowShape& shape, int64_t partition, const int64_
   }
 }
 
-// to[d] = the sum of parts[p][d] over all partitions.
+// to[d] = the sum of parts[p * stride + d] over all partitions.
 template <class T>
-void sum_partitions(const float* parts, int64_t partitions, int64_t width, T* to) {
+void sum_partitions(const float* parts, int64_t partitions, int64_t stride, int64_t width, T* to) {
   constexpr int64_t kColumns = 256;
   parallel_ranges((width + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
@@ -57,7 +57,7 @@ void sum_partitions(const float* parts, int64_t partitions, int64_t width, T* to
       double total[kColumns] = {};
       for (int64_t p = 0; p < partitions; ++p) {
         for (int64_t d = 0; d < count; ++d) {
-          total[d] += static_cast<double>(parts[p * width + first + d]);
+          total[d] += static_cast<double>(parts[p * stride + first + d]);
         }
       }
       for (int64_t d = 0; d < count; ++d) {

@@ -25,7 +25,7 @@ from umda_fast.parity.cases import bag_pool_case
 CPU = torch.device("cpu")
 #: Said to be something else: attention without statistics or gates, one combined gradient, random dropout.
 OTHERWISE = {FLASH, "torchjd IMTLG, combination included"}
-RANDOM = {"gelu_dropout", "linear_residual"}
+RANDOM = {"dropout_add_norm", "gelu_dropout", "linear_residual"}
 
 
 def outputs(found: Any) -> list[Tensor]:

@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 import triton
 
-from umda_fast.kernels import cross_view, cross_view_tokens, gelu_dropout, knn, projections, view_fusion
+from umda_fast.kernels import (
+    cross_view,
+    cross_view_tokens,
+    dropout_add_norm,
+    gelu_dropout,
+    knn,
+    projections,
+    view_fusion,
+)
 from umda_fast.kernels._aot import Resources, compile_launch
 from umda_fast.kernels._launch import Launch
 
@@ -104,6 +112,19 @@ def gelu_dropout_launches(dtype: torch.dtype, width: int) -> list[Launch]:
     return forward + backward
 
 
+def dropout_add_norm_launches(dtype: torch.dtype, stream: torch.dtype, width: int) -> list[Launch]:
+    """Both passes with all vectors, dropout and layer norm, and the sums of the vectors' gradients."""
+    x, residual, seed = meta(1000, width, dtype=dtype), meta(1000, width, dtype=stream), meta((), dtype=torch.int64)
+    vectors = [meta(width) for _ in range(4)]
+    forward, (total, normed, *moments) = dropout_add_norm.plan_forward(
+        x, *vectors[:2], residual, *vectors[2:], seed, 6554, 1e-5
+    )
+    backward, _ = dropout_add_norm.plan_backward(
+        total, normed, x, *vectors[:2], total, vectors[2], *moments, seed, 6554
+    )
+    return forward + backward
+
+
 CASES: dict[str, Callable[[], list[Launch]]] = {
     **{
         f"cross_view {name} V={views} H={heads} Dh={head_dim}": functools.partial(
@@ -146,6 +167,16 @@ CASES: dict[str, Callable[[], list[Launch]]] = {
     **{
         f"gelu_dropout {name} D={width}": functools.partial(gelu_dropout_launches, dtype, width)
         for name, dtype, width in (("bf16", BF16, 512), ("bf16", BF16, 97), ("f32", F32, 512), ("f32", F32, 40))
+    },
+    **{
+        f"dropout_add_norm {name} D={width}": functools.partial(dropout_add_norm_launches, dtype, stream, width)
+        for name, dtype, stream, width in (
+            ("bf16", BF16, BF16, 256),
+            ("bf16 on f32", BF16, F32, 256),
+            ("bf16", BF16, BF16, 97),
+            ("f32", F32, F32, 256),
+            ("f32", F32, F32, 4096),
+        )
     },
     **{
         f"view_fusion {name} V={views} D={width} P={narrow}": functools.partial(

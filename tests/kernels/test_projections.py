@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -14,7 +13,6 @@ from tests.kernels._parity import assert_close, normal
 from umda_fast import ops
 from umda_fast.errors import BackendUnavailableError
 from umda_fast.kernels import projections
-from umda_fast.model import HCVABlock
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
@@ -197,34 +195,6 @@ def test_no_rows_and_what_does_not_fit() -> None:
         projections.linear_residual(given["x"], given["weight"], None, torch.empty(0, 5), None, 1.0)
     with pytest.raises(TypeError, match="keep"):
         projections.linear_residual(given["x"], given["weight"], None, torch.empty(0, 6), torch.empty(0, 6), 1.0)
-
-
-def test_a_block_of_the_model_runs_on_them() -> None:
-    """Forward and backward of a block, all of it on Triton kernels, by the rule."""
-    torch.manual_seed(0)
-    block = HCVABlock(16, 2, 3, dropout=0.0)
-    torch.nn.init.normal_(block.influence_bias)
-    mask = torch.rand(6, 3) > 0.3
-    mask[:, 0] = True
-    x = normal(6, 3, 16, seed=1).masked_fill(~mask[..., None], 0)
-
-    def run(block: HCVABlock, backend: str, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        leaf = x.clone().requires_grad_()
-        with ops.use_backend(backend):
-            outputs = block(leaf, mask)
-        weights = [normal(*y.shape, seed=i).to(y.dtype) for i, y in enumerate(outputs)]
-        return list(outputs), list(torch.autograd.grad(outputs, [leaf, *block.parameters()], weights))
-
-    ours, own = run(block, "triton", x), run(block, "reference", x)
-    assert {ops.backends_used()[name] for name in ("cross_view", "norm_linear", "linear_residual")} == {"reference"}
-    run(block, "triton", x)
-    assert {ops.backends_used()[name] for name in ("cross_view", "norm_linear", "linear_residual")} == {"triton"}
-    exact = run(copy.deepcopy(block).double(), "reference", x.double())
-    for i, name in enumerate(["y", "mass", "entropy"]):
-        assert_close(name, ours[0][i].detach(), exact[0][i].detach(), own[0][i].detach(), 2)
-    names = ["x", *(name for name, _ in block.named_parameters())]
-    for name, a, e, o in zip(names, ours[1], exact[1], own[1], strict=True):
-        assert_close(f"d_{name}", a, e, o, 3)
 
 
 def test_the_same_bits_twice() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from tests.model.conftest import VIEWS, make_batch, make_config, total_loss
 from tests.model.test_gmip import clusters
-from umda_fast import UMDA
-from umda_fast.model import GMIP, HCVABlock
+from umda_fast import UMDA, ops
+from umda_fast.model import GMIP, HCVA, HCVABlock
 from umda_fast.model.gmip import GMIPOutput
-from umda_fast.ops import cross_view_attention, neighbor_attention, neighbor_sum
+from umda_fast.ops import _library, cross_view_attention, neighbor_attention, neighbor_sum
+from umda_fast.parity.rule import assert_close
 from umda_fast.train.optim import parameter_groups
 
 GAINED: dict[str, Any] = {"layer_scale": 0.0, "message_norm": "pre", "message_ffn": 2}
@@ -110,3 +112,67 @@ def test_bfloat16_autocast_with_gains() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     for name, logits in exact.logits.items():
         assert F.mse_loss(out.logits[name].float(), logits).sqrt() < 0.05 * (1 + logits.abs().max())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_hand_on_what_the_next_one_reads(masked: bool) -> None:
+    """Each normalised by the pass that made it, they are block after block, values and gradients."""
+    torch.manual_seed(0)
+    hcva = HCVA(16, 2, 3, layers=3, layer_scale=0.0).double().eval()
+    set_gains(hcva)
+    mask = torch.arange(27).reshape(9, 3) % 4 > 0 if masked else None
+    x = torch.randn(9, 3, 16, dtype=torch.float64)
+    if mask is not None:
+        x = x.masked_fill(~mask[..., None], 0.0)
+    ours, own = (x.clone().requires_grad_() for _ in range(2))
+    y, mass, entropy = hcva(ours, mask)
+    alone, expected_mass, entropies = own, torch.empty(0), []
+    for block in hcva.blocks:
+        alone, expected_mass, one = block(alone, mask)
+        entropies.append(one)
+    torch.testing.assert_close(y, alone)
+    torch.testing.assert_close(mass, expected_mass)
+    torch.testing.assert_close(entropy, torch.stack(entropies))
+    found = torch.autograd.grad((y.sin().sum() + mass.square().sum() + entropy.sum()), [ours, *hcva.parameters()])
+    total = alone.sin().sum() + expected_mass.square().sum() + torch.stack(entropies).sum()
+    for a, b in zip(found, torch.autograd.grad(total, [own, *hcva.parameters()]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("ffn", [0, 2])
+def test_rounds_hand_on_what_the_next_one_reads(ffn: int) -> None:
+    torch.manual_seed(0)
+    z, ptr = clusters(60).double(), torch.tensor([0, 25, 25, 60])
+    gmip = GMIP(16, 2, k=3, graph_width=8, layers=3, pre_norm=True, ffn=ffn, layer_scale=0.0).double().eval()
+    set_gains(gmip)
+    out = gmip(z, ptr)
+    log_weight = out.weight.log()
+    alone = z
+    for layer in gmip.layers:
+        alone = layer(alone, out.graph, log_weight)
+    torch.testing.assert_close(out.z, alone)
+
+
+def test_blocks_drop_the_same_on_every_backend() -> None:
+    """In training: kernels, the reference and float64 draw the same masks from one state of the generator."""
+    torch.manual_seed(0)
+    hcva = HCVA(16, 2, 3, layers=2, dropout=0.3, layer_scale=0.0).train()
+    set_gains(hcva)
+    x, weight = torch.randn(40, 3, 16), torch.randn(40, 3, 16)
+
+    def run(hcva: HCVA, backend: str) -> list[Tensor]:
+        wide = next(hcva.parameters()).dtype
+        leaf = x.to(wide).requires_grad_()
+        torch.manual_seed(7)
+        with ops.use_backend(backend):
+            y = hcva(leaf).y
+        return [y.detach(), *torch.autograd.grad((y * weight).sum(), [leaf, *hcva.parameters()])]
+
+    exact, own = run(copy.deepcopy(hcva).double(), "reference"), run(hcva, "reference")
+    ours = run(hcva, "auto")
+    if _library.cpp_status is None:
+        assert ops.backends_used()["dropout_add_norm"] == ops.backends_used()["gelu_dropout"] == "cpp"
+    for i, (a, e, c) in enumerate(zip(ours, exact, own, strict=True)):
+        assert_close(f"result {i}", a, e, c, 3 if i else 2)
+    torch.manual_seed(8)
+    assert not torch.equal(hcva(x).y, own[0])

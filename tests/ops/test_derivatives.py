@@ -28,6 +28,7 @@ CASES = {
         layer_cases.norm_linear_case("", 2, 1, 3, 2, 1),
         layer_cases.linear_residual_case("", 2, 1, 3, 2),
         layer_cases.gelu_dropout_case("", (2,), 3, p=0.4),
+        layer_cases.dropout_add_norm_case("", (2,), 3, p=0.4),
         cases.bag_pool_case("", [3, 1], 2, 2),
         *cases.neighbor_cases("", 5, 2, 1, 3, csr=False),
     )

@@ -41,6 +41,7 @@ def arguments(form: str) -> dict[str, tuple[Any, ...]]:
     bias = normal(2, 3, 3, seed=13) if given else None
     mask = torch.arange(NODES * 3).reshape(NODES, 3) % 4 > 0 if given else None
     cross = (*views, gate, bias, mask)
+    vectors = [normal(6, seed=s) if given else None for s in (14, 15, 16, 17)]
     fused = views[0].flatten(2), gate[..., 0], views[1].flatten(2) if given else None, mask
 
     def grads(name: str, forward: tuple[Any, ...], optional: bool) -> tuple[Any, ...]:
@@ -52,6 +53,7 @@ def arguments(form: str) -> dict[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {
         "bag_pool": (z, scores, PTR),
         "cross_view": cross,
+        "dropout_add_norm": (x, *vectors[:2], z, *vectors[2:], torch.tensor(7), 20_000, 1e-5),
         "edge_cosine": (x, *tables),
         "gelu_dropout": (x, q.flatten(1)[0, :6] if given else None, torch.tensor(7), 20_000),
         "graph_transpose": (graph.neighbors, graph.indptr, NODES),
@@ -76,6 +78,11 @@ def arguments(form: str) -> dict[str, tuple[Any, ...]]:
         found[f"{name}_backward"] = (*grads(name, forward, optional)[:gradients], *forward, *saved)
     _, _, mean, _, count, _, _, rest = _library.op("view_fusion")(*fused)
     d_z, d_beta, d_mean, d_variance, _, d_cosine_sum, _, _ = grads("view_fusion", fused, True)
+    total, _, *moments = _library.op("dropout_add_norm")(*found["dropout_add_norm"])
+    found["dropout_add_norm_backward"] = (
+        *(normal(NODES, 6, seed=18), normal(NODES, 6, seed=19) if given else None),
+        *(x, *vectors[:2], total, vectors[2], *moments, torch.tensor(7), 20_000),
+    )
     found["view_fusion_backward"] = (d_z, d_beta, d_mean, d_variance, d_cosine_sum, *fused, mean, rest, count)
     return found
 

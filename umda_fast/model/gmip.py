@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,14 @@ from torch import Tensor, nn
 from umda_fast.model._numerics import wide
 from umda_fast.model.config import Message
 from umda_fast.model.pooled import BagMaximum, PooledInstances
-from umda_fast.model.residual import add_feed_forward, feed_forward, gained, rate, residual_gain
+from umda_fast.model.residual import add_feed_forward, add_linear, feed_forward, normalized, residual_gain
 from umda_fast.ops import (
     NeighborGraph,
     bag_attention_pool,
     edge_cosine,
     knn_graph,
-    linear_residual,
     neighbor_attention,
     neighbor_sum,
-    norm_linear,
 )
 from umda_fast.ops._dispatch import resolve
 
@@ -85,16 +83,24 @@ class MessagePassing(nn.Module):
 
     def forward(self, z: Tensor, graph: NeighborGraph, log_weight: Tensor) -> Tensor:
         """z [N, D]; log_weight float32 (float64 for float64), the shape of graph.neighbors. Returns [N, D]."""
-        if not self.pre_norm:
-            weight, bias = gained(self.output, self.gain)
-            message = self._messages(self.input(z), graph, log_weight)
-            out: Tensor = self.norm(z + self.dropout(F.linear(message, weight, bias)))
-            return out
-        norm, dropout = self.norm, rate(self.dropout)
-        read, _ = norm_linear(z, norm.weight, norm.bias, self.input.weight, eps=norm.eps)
-        message = self._messages(read, graph, log_weight)
-        z = linear_residual(message, *gained(self.output, self.gain), z, dropout=dropout)
-        return add_feed_forward(z, self.ffn_norm, self.ffn, self.ffn_gain, dropout) if self.has_ffn else z
+        if self.pre_norm:
+            return self.step(z, normalized(z, self.norm), graph, log_weight)[0]
+        message = self._messages(self.input(z), graph, log_weight)
+        total, _ = add_linear(z, message, self.output, self.gain, self.dropout)
+        out: Tensor = self.norm(total)
+        return out
+
+    def step(
+        self, z: Tensor, read: Tensor, graph: NeighborGraph, log_weight: Tensor, norm_after: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `forward` with `pre_norm`, of z and `read = norm(z)`; second, `norm_after` of the result, which the next
+        round reads, or None without it."""
+        message = self._messages(F.linear(read, self.input.weight), graph, log_weight)
+        if not self.has_ffn:
+            return add_linear(z, message, self.output, self.gain, self.dropout, norm_after)
+        z, read_next = add_linear(z, message, self.output, self.gain, self.dropout, self.ffn_norm)
+        assert read_next is not None
+        return add_feed_forward(z, read_next, self.ffn, self.ffn_gain, self.dropout, norm_after)
 
     def _messages(self, read: Tensor, graph: NeighborGraph, log_weight: Tensor) -> Tensor:
         """m [N, D] from q, k and v [N, 3 D] side by side, or v [N, D] alone."""
@@ -182,12 +188,17 @@ class GMIP(nn.Module):
         if not len(self.layers):
             return z
         # What an edge gathers: of attention the key and the value.
-        gathered = z.shape[1] * z.element_size() * (2 if self.layers[0].message == "attention" else 1)
+        layers = cast("list[MessagePassing]", list(self.layers))
+        gathered = z.shape[1] * z.element_size() * (2 if layers[0].message == "attention" else 1)
         moved = graph.reorder_where_it_pays(gathered)
         if moved is not None:
             z, graph, log_weight = z[moved.order], moved.graph, log_weight.reshape(-1)[moved.edges]
-        for layer in self.layers:
-            z = layer(z, graph, log_weight)
+        read = normalized(z, layers[0].norm) if layers[0].pre_norm else None
+        for layer, after in zip(layers, [*layers[1:], None], strict=True):
+            if read is None:
+                z = layer(z, graph, log_weight)
+            else:
+                z, read = layer.step(z, read, graph, log_weight, None if after is None else after.norm)
         return z if moved is None else z[moved.rank]
 
 

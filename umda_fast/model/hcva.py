@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umda_fast.model.residual import add_feed_forward, feed_forward, gained, rate, residual_gain
-from umda_fast.ops import cross_view_attention, linear_residual, norm_linear
+from umda_fast.model.residual import add_feed_forward, add_linear, feed_forward, normalized, residual_gain
+from umda_fast.ops import cross_view_attention
 
 __all__ = ["HCVA", "HCVABlock", "HCVAOutput", "concentration_penalty"]
 
@@ -55,19 +56,26 @@ class HCVABlock(nn.Module):
 
         Returns y [N, V, D], view mass [N, V, V] and its entropy [N, V, H]; rows of missing views are 0.
         """
+        y, _, mass, entropy = self.step(x, normalized(x, self.attention_norm), mask)
+        return y, mass, entropy
+
+    def step(
+        self, x: Tensor, read: Tensor, mask: Tensor | None, norm_after: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """As `forward`, of x and `read = attention_norm(x)`; second, `norm_after(y)` where views are present, which the
+        next block reads, or None without it."""
         n, views, width = x.shape
-        norm, dropout = self.attention_norm, rate(self.dropout)
-        qkv, gate_logits = norm_linear(
-            x, norm.weight, norm.bias, self.qkv.weight, None, self.gate.weight, self.gate.bias, eps=norm.eps
-        )
+        qkv = F.linear(read, self.qkv.weight)
         q, k, v = qkv.view(n, views, 3, self.heads, width // self.heads).unbind(2)
+        gate_logits = self.gate(read)
         out, mass, entropy = cross_view_attention(q, k, v, gate_logits, bias=self.influence_bias, mask=mask)
-        weight, bias = gained(self.output, self.attention_gain)
-        x = linear_residual(out.reshape(n, views, width), weight, bias, x, dropout=dropout)
-        x = add_feed_forward(x, self.ffn_norm, self.ffn, self.ffn_gain, dropout)
+        out = out.reshape(n, views, width)
+        x, read_next = add_linear(x, out, self.output, self.attention_gain, self.dropout, self.ffn_norm)
+        assert read_next is not None
+        x, read_after = add_feed_forward(x, read_next, self.ffn, self.ffn_gain, self.dropout, norm_after)
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
-        return x, mass, entropy
+        return x, read_after, mass, entropy
 
 
 class HCVAOutput(NamedTuple):
@@ -100,8 +108,11 @@ class HCVA(nn.Module):
         """x [N, V, D]; mask bool [N, V] with at least one view per instance, or None when all are present."""
         mass = x
         entropies = []
-        for block in self.blocks:
-            x, mass, entropy = block(x, mask)
+        blocks = cast("list[HCVABlock]", list(self.blocks))
+        read: Tensor | None = normalized(x, blocks[0].attention_norm)
+        for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+            assert read is not None
+            x, read, mass, entropy = block.step(x, read, mask, None if after is None else after.attention_norm)
             entropies.append(entropy)
         return HCVAOutput(x, mass, torch.stack(entropies))
 

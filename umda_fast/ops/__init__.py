@@ -14,6 +14,7 @@ from umda_fast.ops._validate import check_batch, share_checks
 from umda_fast.ops.bag_pool import BagPoolOutput, bag_attention_pool
 from umda_fast.ops.cross_view import CrossViewOutput, cross_view_attention
 from umda_fast.ops.cross_view_tokens import CrossViewTokensOutput, cross_view_token_attention
+from umda_fast.ops.dropout_add_norm import dropout_add_norm
 from umda_fast.ops.gelu_dropout import gelu_dropout
 from umda_fast.ops.graph import NeighborGraph
 from umda_fast.ops.knn import knn_graph
@@ -40,6 +41,7 @@ __all__ = [
     "combine_task_gradients",
     "cross_view_attention",
     "cross_view_token_attention",
+    "dropout_add_norm",
     "dropout_seed",
     "edge_cosine",
     "fuse_views",

@@ -23,6 +23,8 @@ _OPERATIONS = (
     "cross_view_backward",
     "cross_view_tokens",
     "cross_view_tokens_backward",
+    "dropout_add_norm",
+    "dropout_add_norm_backward",
     "edge_cosine",
     "edge_cosine_backward",
     "gelu_dropout",

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from umda_fast import ops
 from umda_fast.parity.case import Case, Inputs, Outputs, Run, normal, offsets
-from umda_fast.parity.layer_cases import gelu_dropout_case, linear_residual_case, norm_linear_case
+from umda_fast.parity.layer_cases import (
+    dropout_add_norm_case,
+    gelu_dropout_case,
+    linear_residual_case,
+    norm_linear_case,
+)
 
 # --- cross_view
 
@@ -341,6 +346,12 @@ def all_cases() -> list[Case]:
         gelu_dropout_case("D=1, p = 0.5, no bias", (9,), 1, p=0.5, bias=False),
         gelu_dropout_case("one row of 1030, no dropout", (), 1030),
         gelu_dropout_case("N=0", (0, 2), 8, p=0.2),
+        dropout_add_norm_case("200 x 97, p = 0.3", (200,), 97, p=0.3),
+        dropout_add_norm_case("70 x 3 x 40, p = 0.1, float32 residual", (70, 3), 40, p=0.1, wide=True),
+        dropout_add_norm_case("33 x 59, p = 0.2, no norm", (33,), 59, p=0.2, norm=False),
+        dropout_add_norm_case("9 x 8, no dropout, no gain", (9,), 8, gain=False),
+        dropout_add_norm_case("one row of 1030, no gain, no norm", (), 1030, gain=False, norm=False),
+        dropout_add_norm_case("N=0", (0, 2), 8, p=0.2),
         view_fusion_case("N=700 V=3 D=97 P=33", 700, 3, 97, 33),
         view_fusion_case("N=19 V=4 D=59 P=8, missing views", 19, 4, 59, 8, missing=True),
         view_fusion_case("N=19 V=4 D=59, closed and missing views", 19, 4, 59, None, missing=True, closed=True),
@@ -384,6 +395,7 @@ def timed_cases() -> list[Case]:
         norm_linear_case("as timed: N=50 V=3 D=256, 768 + 4 columns", 50, 3, 256, 768, 4),
         linear_residual_case("as timed: N=50 V=3, 256 to 256", 50, 3, 256, 256),
         gelu_dropout_case("as timed: 300 x 512, p = 0.1", (300,), 512, p=0.1, wide_bias=True),
+        dropout_add_norm_case("as timed: 300 x 256, p = 0.1", (300,), 256, p=0.1, wide=True),
         view_fusion_case("as timed: N=300 V=3 D=256 P=64", 300, 3, 256, 64),
         knn_case("as timed: d=64 k=8", [301, 140], 64, 8, "cosine"),
         knn_case("as timed: d=256 k=8", [301, 140], 256, 8, "cosine"),

@@ -61,3 +61,34 @@ def gelu_dropout_case(
 
     storage = ("x",) if wide_bias else tuple(tensors)
     return Case("gelu_dropout", shape, {**tensors, **seed}, run, storage, tuple(tensors), composition)
+
+
+def dropout_add_norm_case(
+    shape: str, rows: tuple[int, ...], width: int, *, p: float = 0.0, gain: bool = True, norm: bool = True,
+    wide: bool = False,
+) -> Case:  # fmt: skip
+    """Residual rows far from 0; with ``wide``, residual and vectors as autocast leaves them."""
+    vectors = ["bias", *(["gain"] if gain else []), *(["norm_weight", "norm_bias"] if norm else [])]
+    tensors = {
+        "x": normal(*rows, width, seed=37),
+        "residual": 2 * normal(*rows, width, seed=38) + 3,
+        **{name: normal(width, seed=39 + i) for i, name in enumerate(vectors)},
+    }
+    seed = {"seed": torch.tensor(2**62 + 777)} if p else {}
+
+    def run(x: Inputs, backend: str) -> Outputs:
+        given = (x.get(name) for name in ("bias", "gain", "norm_weight", "norm_bias"))
+        total, normed = ops.dropout_add_norm(x["x"], x["residual"], *given, p=p, seed=x.get("seed"), backend=backend)
+        return {"sum": total} if normed is None else {"sum": total, "normed": normed}
+
+    def composition(x: Inputs, backend: str) -> Outputs:
+        dtype = x["x"].dtype
+        added = philox.dropout(x["x"] + x["bias"].to(dtype), x.get("seed"), round(65536 * p))
+        total = x["residual"] + (added * x["gain"].to(dtype) if gain else added)
+        if not norm:
+            return {"sum": total}
+        scale, shift = (x[name].to(total.dtype) for name in ("norm_weight", "norm_bias"))
+        return {"sum": total, "normed": F.layer_norm(total, (width,), scale, shift).to(dtype)}
+
+    storage = ("x",) if wide else tuple(tensors)
+    return Case("dropout_add_norm", shape, {**tensors, **seed}, run, storage, tuple(tensors), composition)
