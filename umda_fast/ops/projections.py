@@ -1,8 +1,8 @@
 """Linear layers around attention, with what precedes and follows them (docs/model.md, section 1).
 
-The model's block is `x + W_o attention(LN(x))`, then `x + W_2 gelu(W_1 LN(x))`: `norm_linear` is a layer norm and the
-linear layers that read it, `linear_residual` a linear layer, dropout and the sum. On the CPU, where the matrix product
-is all that counts, they are PyTorch's composition.
+A block is `x + W_o attention(LN(x))`, then `x + W_2 gelu(W_1 LN(x))`: `norm_linear` is a layer norm and the linear
+layers that read it, `linear_residual` a linear layer, dropout and the sum. On the CPU, where the matrix product is all
+that counts, they are PyTorch's composition. The model takes plain products and `dropout_add_norm` between them.
 """
 
 from typing import Any
