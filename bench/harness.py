@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from umda_fast import profiling
 from umda_fast.heap import keep_freed_pages
 from umda_fast.parity.rule import allowed_error, error_of
 from umda_fast.runtime.provenance import processor
@@ -169,7 +170,5 @@ def sgemm_rate() -> float:
 
 
 def copy_rate() -> float:
-    """Bytes per second of a copy of 200 MB, reads and writes together."""
-    a = torch.ones(50_000_000)
-    out = torch.ones_like(a)
-    return 2 * a.nbytes / best_of(lambda: out.copy_(a), 8)
+    """Bytes per second of a copy in memory, as `umda-fast profile` measures it."""
+    return profiling.copy_rate(torch.device("cpu"))

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"errors", "extras", "heap", "files"},
+    {"errors", "extras", "heap", "files", "blocks"},
     {"reference", "kernels"},
     {"ops", "tasks"},
     {"model", "pyg"},
@@ -20,7 +20,7 @@ FLOORS = (
     {"data.files"},
     {"data.sources"},
     {"runtime"},
-    {"score"},
+    {"score", "profiling"},
     {"train", "parity"},
     {"studies"},
     {"bench"},

@@ -26,6 +26,7 @@ COMMANDS = (
     "report",
     "adapt",
     "pack",
+    "profile",
     "bench",
     "tune",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,7 @@ __all__ = [
     "parity_table",
     "print_info",
     "print_inspection",
+    "print_profile",
 ]
 
 
@@ -240,3 +242,37 @@ def print_inspection(console: Console, report: Any, scaling: Sequence[str] = ())
         console.print(f"  {escape(problem)}", soft_wrap=True)
     if len(report.problems) > 20:
         console.print(f"  and {len(report.problems) - 20} more (--json FILE lists all)")
+
+
+def print_profile(console: Console, result: Mapping[str, Any], folder: Path) -> None:
+    """The step by block and the operations that take most of it, beside what their bytes allow."""
+    timed, device = result["steps"]["timed"], result["total"]["device_seconds"] is not None
+    instances = result["instances"]["timed"] / timed
+    title = f"A step of {instances:,.0f} instances: {result['seconds_per_step'] * 1e3:.1f} ms, mean of {timed}"
+    blocks = [(f"{row['block']}", row["pass"], row) for row in result["blocks"]]
+    blocks.append(("total", "", result["total"]))
+    console.print(_profile_table(title, ("block", "pass"), blocks, device))
+    operations = [(row["operation"], "", row) for row in result["operations"]]
+    shown = [one for at, one in enumerate(operations) if at < 10 or one[0].startswith("umda_fast::")]
+    title = f"Its operations: all of umda_fast and the first of {len(operations)}"
+    console.print(_profile_table(title, ("operation", ""), shown, device))
+    rate = result["copy_bytes_per_second"] / 1e9
+    console.print(f"floor: bytes at the {rate:.1f} GB/s of a copy, measured in this run", highlight=False)
+    console.print(f"trace: {folder / 'trace.json.gz'} (chrome://tracing, ui.perfetto.dev)", soft_wrap=True)
+
+
+def _profile_table(
+    title: str, names: tuple[str, str], rows: Sequence[tuple[str, str, Mapping[str, Any]]], device: bool
+) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in names[: 1 + bool(names[1])]:
+        table.add_column(name)
+    for name in ("host ms", *(["device ms"] if device else []), "calls", "MB", "floor ms", "share of floor"):
+        table.add_column(name, justify="right")
+    for first, second, row in rows:
+        seconds = [row["host_seconds"], *([row["device_seconds"]] if device else [])]
+        cells = [f"{value * 1e3:.2f}" for value in seconds]
+        cells += [f"{row['calls']:,.0f}", f"{row['bytes'] / 1e6:.2f}", f"{row['floor_seconds'] * 1e3:.2f}"]
+        cells.append("-" if row["share"] is None or not row["bytes"] else f"{row['share']:.2f}")
+        table.add_row(escape(first), *([second] if names[1] else []), *cells)
+    return table

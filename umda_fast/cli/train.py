@@ -24,10 +24,13 @@ def train(
     seed: Annotated[int | None, seed_option("the run")] = None,
     epochs: Epochs = None,
     skip_bad: SkipBad = False,
+    profile: Annotated[
+        int, typer.Option("--profile", min=0, metavar="N", help="Also profile N steps; results stay the same.")
+    ] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Train a model, measure it on the test split, and leave a run directory."""
-    from umda_fast.cli.render import make_console, metrics_table
+    from umda_fast.cli.render import make_console, metrics_table, print_profile
     from umda_fast.train import ConfigError, run_config
     from umda_fast.train import train as train_run
     from umda_fast.train.linear import comparison_lines
@@ -48,7 +51,8 @@ def train(
     else:
         settings = load_settings(configuration, given)
     settle_heap()
-    result = train_run(settings, directory_of("train", out, settings), resume=resume, progress=not quiet)
+    directory = directory_of("train", out, settings)
+    result = train_run(settings, directory, resume=resume, progress=not quiet, profile=profile)
     console = make_console()
     bags = result.metrics["data"]["bags"][result.split]
     console.print(metrics_table({"": result.metrics["tasks"]}, title=f"Split {result.split}, {bags} bags"))
@@ -61,5 +65,7 @@ def train(
             console.print(f"  {line}", soft_wrap=True, highlight=False)
     elif settings.train.linear == "mix" and settings.model.get("architecture", "umda") != "linear":
         console.print("No linear model is mixed in: there are no validation bags to weigh it on.", soft_wrap=True)
+    if result.profile is not None:
+        print_profile(console, result.profile, result.directory / "profile")
     console.print(f"mean_score {number(score)} after {seconds:.0f} s of training")
     console.print(f"run directory: {result.directory}, plots in {result.directory / 'plots'}", soft_wrap=True)

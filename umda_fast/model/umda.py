@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from umda_fast.blocks import block
 from umda_fast.model import pretrained
 from umda_fast.model.atsb import ATSB, cohesion_penalty
 from umda_fast.model.chunked import CrossViews, in_chunks
@@ -134,9 +135,12 @@ class UMDA(nn.Module):
             _validate.views_present(mask, "mask")
         x, view_mass, entropy, alone = in_chunks(self.cross_views, views, ptr, mask, self.config.chunk)
         zero = x.new_zeros((), dtype=view_mass.dtype)
-        fused = fuse_and_penalize(self.fusion, self.consistency, x, mask, self.config.delta)
+        with block("fusion"):
+            fused = fuse_and_penalize(self.fusion, self.consistency, x, mask, self.config.delta)
+        with block("penalties"):
+            concentration = zero if entropy is None else concentration_penalty(entropy, mask)
         penalties = {
-            "entropy": zero if entropy is None else concentration_penalty(entropy, mask),
+            "entropy": concentration,
             "consistency": fused.consistency,
             "dispersion": fused.dispersion,
         }
@@ -149,10 +153,15 @@ class UMDA(nn.Module):
     def cross_views(self, views: Mapping[str, Tensor], ptr: Tensor, mask: Tensor | None = None) -> CrossViews:
         """Encoders and cross-view attention, which see each instance by itself, and for `view_heads` the pools of what
         the encoders gave. Arguments as of `forward`."""
-        x: Tensor = self.encoders(views, mask)
-        alone = None if self.view_heads is None else self.view_heads.pool(self.pooling, x, ptr, mask)
+        with block("encoders"):
+            x: Tensor = self.encoders(views, mask)
+        alone = None
+        if self.view_heads is not None:
+            with block("view heads"):
+                alone = self.view_heads.pool(self.pooling, x, ptr, mask)
         if self.hcva is not None:
-            y, mass, entropy = self.hcva(x, mask)
+            with block("HCVA"):
+                y, mass, entropy = self.hcva(x, mask)
             return CrossViews(y, mass, entropy, alone)
         n, count, _ = x.shape
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -175,22 +184,30 @@ class UMDA(nn.Module):
         graph = None
         penalties["smoothness"] = zero
         if self.gmip is not None:
-            z, graph, weight = self.gmip(z, ptr, coords)
-            penalties["smoothness"] = smoothness_energy(z, graph, weight)
-        penalties["diversity"] = diversity_penalty(z, ptr, self.config.gamma)
-        pooled, attention, attention_entropy, instances, statistics = self.pooling(z, ptr)
+            with block("GMIP"):
+                z, graph, weight = self.gmip(z, ptr, coords)
+            with block("penalties"):
+                penalties["smoothness"] = smoothness_energy(z, graph, weight)
+        with block("penalties"):
+            penalties["diversity"] = diversity_penalty(z, ptr, self.config.gamma)
+        with block("pooling"):
+            pooled, attention, attention_entropy, instances, statistics = self.pooling(z, ptr)
         if self.film is not None:
             if metadata is None:
                 raise ValueError(f"metadata: expected [{len(pooled)}, {len(self.config.metadata)}], got None")
             pooled = self.film(pooled, metadata)
 
-        branches, influence = self.atsb(pooled, task_cosines, statistics)
-        penalties["divergence"] = self.atsb.divergence()
-        penalties["cohesion"] = cohesion_penalty(branches, influence, ptr.diff() > 0) if self.atsb.private else zero
-        penalties["linear"] = zero if self.linear is None else self.linear.penalty()
-        heads = zip(self.config.tasks, self.heads, self.dropout(branches).unbind(1), strict=True)
+        with block("ATSB"):
+            branches, influence = self.atsb(pooled, task_cosines, statistics)
+        with block("penalties"):
+            penalties["divergence"] = self.atsb.divergence()
+            penalties["cohesion"] = cohesion_penalty(branches, influence, ptr.diff() > 0) if self.atsb.private else zero
+            penalties["linear"] = zero if self.linear is None else self.linear.penalty()
+        with block("heads"):
+            heads = zip(self.config.tasks, self.heads, self.dropout(branches).unbind(1), strict=True)
+            logits = {task.name: head(branch) for task, head, branch in heads}
         return UMDAOutput(
-            logits={task.name: head(branch) for task, head, branch in heads},
+            logits=logits,
             penalties=penalties,
             attention=attention,
             attention_entropy=attention_entropy,
@@ -213,7 +230,8 @@ class UMDA(nn.Module):
     def with_view_heads(self, out: UMDAOutput, pool: ViewPool) -> UMDAOutput:
         """`out` with what every view alone says, from its pools, added to the logits."""
         assert self.view_heads is not None
-        alone: ViewLogits = self.view_heads(pool, out.branches)
+        with block("view heads"):
+            alone: ViewLogits = self.view_heads(pool, out.branches)
         logits = {name: logits + alone.total[name] for name, logits in out.logits.items()}
         return replace(
             out, logits=logits, view_logits=alone.views, view_present=alone.present, view_features=alone.features

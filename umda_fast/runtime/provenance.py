@@ -36,6 +36,7 @@ SCHEMAS: Mapping[str, int] = {
     "inspect": 1,
     "metrics": 1,
     "parity": 1,
+    "profile": 1,
 }
 """Schemas by name, with their versions; `umda_fast/schemas/<name>.json` each."""
 

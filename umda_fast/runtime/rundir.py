@@ -32,6 +32,7 @@ class RunDirectory:
         self.mixture = self.path / MIXTURE
         self.plots = self.path / "plots"
         self.events = self.path / "tensorboard"
+        self.profile = self.path / "profile"
 
     def begin(self, *, resume: bool) -> None:
         """Create the directory, or make sure that it may be used.

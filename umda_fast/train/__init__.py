@@ -30,6 +30,7 @@ from umda_fast.train.build import build_model
 from umda_fast.train.data import load_data
 from umda_fast.train.loading import Run, load_ensemble, load_run, run_config
 from umda_fast.train.measure import evaluate
+from umda_fast.train.profile import profile_steps
 from umda_fast.train.run import RunResult, train
 from umda_fast.train.trainer import Trainer
 
@@ -60,6 +61,7 @@ __all__ = [
     "load_run",
     "make_config",
     "predict",
+    "profile_steps",
     "run_config",
     "train",
     "write_json",

@@ -18,6 +18,7 @@ from umda_fast import ops
 from umda_fast.data import BagDataset
 from umda_fast.files import write_json
 from umda_fast.model import Mixture
+from umda_fast.profiling import StepProfile
 from umda_fast.runtime.config import RunConfig, dump_config
 from umda_fast.runtime.fabric import make_fabric, processes_of
 from umda_fast.runtime.progress import peak_memory_mb
@@ -36,18 +37,20 @@ from umda_fast.train.split_record import SplitRecord
 from umda_fast.train.summary import summary
 from umda_fast.train.trainer import Trainer
 
-__all__ = ["RunResult", "train"]
+__all__ = ["RunResult", "computing", "train"]
 
 
 @dataclass
 class RunResult:
     """A finished run: its directory, the content of metrics.json, the split it was measured on, and the model
-    with the best weights, in evaluation mode: a `Mixture` if anything was mixed into it."""
+    with the best weights, in evaluation mode: a `Mixture` if anything was mixed into it; and the profile, if one was
+    asked for."""
 
     directory: Path
     metrics: dict[str, Any]
     split: str
     model: Any
+    profile: dict[str, Any] | None = None
 
 
 def train(
@@ -59,6 +62,7 @@ def train(
     encoders: Mapping[str, nn.Module] | None = None,
     progress: bool = True,
     plots: bool = True,
+    profile: int = 0,
 ) -> RunResult:
     """Train, keep the weights with the best validation score, measure them on the test split, and fill the
     run directory.
@@ -73,13 +77,15 @@ def train(
         encoders: view -> module, see `UMDA`.
         progress: show progress on standard error.
         plots: draw plots/ at the end.
+        profile: steps of it to profile, after some to warm up, into profile/; changes no result.
 
     Under torchrun all processes train one model together, as one of them would: `data.bags` and
     `data.budget` are those of the whole batch, and the weights come out the same within rounding (with dropout, each
     draws numbers of its own). Process 0 alone writes; the result is the same in all.
 
     Raises:
-        DataError, ConfigError: the configuration, the directory or the data cannot be used.
+        DataError, ConfigError: the configuration, the directory or the data cannot be used, or the training is too
+        short for its profile.
         NonFiniteError: a loss or a gradient became NaN or infinite; the weights and the last checkpoint are
         untouched.
         ProcessLostError: another process ended or did not answer in time; the last checkpoint is whole.
@@ -95,16 +101,16 @@ def train(
         record = SplitRecord.of(datasets, config.data, processes, progress=progress and zero)
         if zero:
             record.write(run.splits)
-    on_cpu = fabric.device.type == "cpu"
-    deterministic = config.train.deterministic if config.train.deterministic is not None else on_cpu
-    with _deterministic(deterministic), ops.prefer_backend(config.backend, strict=config.strict_backend):
+    looked_at = StepProfile(profile if zero else 0, fabric.device, run.profile)
+    with computing(config, fabric):
         Fabric.seed_everything(config.seed, verbose=False)
         model = build_model(config, datasets["train"], encoders)
-        trainer = Trainer(config, model, datasets, run, fabric, progress=progress)
+        trainer = Trainer(config, model, datasets, run, fabric, progress=progress, profile=looked_at)
         if not zero:
             Fabric.seed_everything(rank_seed(config.seed, fabric.global_rank, 0), verbose=False)
         if resume:
             trainer.load()
+        one_decides(processes, trainer.check_profile)
         if zero:
             dump_config(config, run.config)
         if zero and not trainer.state.finished:
@@ -113,7 +119,9 @@ def train(
         with contextlib.ExitStack() as stack:
             if keep_all and zero:
                 trainer.log.events = stack.enter_context(tensorboard_events(run, trainer.state.step))
-            trainer.fit()
+            with looked_at.whole():
+                trainer.fit()
+        table = looked_at.save() if profile and zero else None
         best = trainer.best_model()
         beside = None
         mix, rule = config.train.linear == "mix", config.train.thresholds
@@ -148,7 +156,16 @@ def train(
         write_json(run.metrics, metrics)
         if plots and keep_all:
             plot_run(run, datasets["train"].views, datasets["train"].tasks, result)
-    return RunResult(run.path, metrics, split, best)
+    return RunResult(run.path, metrics, split, best, table)
+
+
+@contextlib.contextmanager
+def computing(config: RunConfig, fabric: Fabric) -> Iterator[None]:
+    """How a run computes: by which backend, and whether by deterministic algorithms."""
+    on_cpu = fabric.device.type == "cpu"
+    deterministic = config.train.deterministic if config.train.deterministic is not None else on_cpu
+    with _deterministic(deterministic), ops.prefer_backend(config.backend, strict=config.strict_backend):
+        yield
 
 
 @contextlib.contextmanager

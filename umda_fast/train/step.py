@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from umda_fast.blocks import block
 from umda_fast.data import BagBatch
 from umda_fast.model import TaskSpec, penalty_loss, task_losses, view_losses
 from umda_fast.runtime.config import RunConfig, as_dict
@@ -148,20 +149,26 @@ class TrainStep:
         """
         lr = set_learning_rate(self.optimizer, self.options, progress)
         share = self.processes.share(host)
-        batch = to_device(host, self.fabric)
+        with block("data"):
+            batch = to_device(host, self.fabric)
         forward = self._forward(batch, share, progress)
         if not share.teaches(forward.losses):
             return StepResult(lr, share)
         self.optimizer.zero_grad(set_to_none=True)
-        self.gradients.backward(forward.trained, forward.penalty, forward.out, share)
-        norm = self._clip()
+        with block("losses"):
+            trained = forward.trained
+        with block("gradients" if self.gradients.guided is None else "SGL"):
+            self.gradients.backward(trained, forward.penalty, forward.out, share)
+        with block("optimiser"):
+            norm = self._clip()
         # One wait for the device for all that decides whether the weights may be touched.
         values = share.read(norm, forward.losses, forward.penalty)
         if not all(map(math.isfinite, values.values())):
             raise self._non_finite(batch, forward, values, share, number)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        with block("optimiser"):
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update_parameters(self.model)
         penalties, alone = (
             {name: value.detach() for name, value in part.items()} for part in (forward.penalties, forward.view_losses)
         )
@@ -172,14 +179,16 @@ class TrainStep:
             self.gradients.skip_forward()
             return _Forward()
         with self.fabric.autocast():
-            out = self.model(**batch.inputs(), **self.gradients.model_inputs())
-            losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
-            view_weight, alone = self.options.view_loss * (1.0 - progress), {}
-            if view_weight > 0.0 and getattr(out, "view_logits", None) is not None:
-                labelled = [task for task in self.tasks if task.name in losses]
-                alone = view_losses(labelled, out.view_logits, out.view_present, batch.labels, batch.label_mask)
-            weights = share.penalty_weights(self.penalty_weights)
-            penalty = penalty_loss(out.penalties, weights) if out.penalties else None
+            with block("model"):
+                out = self.model(**batch.inputs(), **self.gradients.model_inputs())
+            with block("losses"):
+                losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
+                view_weight, alone = self.options.view_loss * (1.0 - progress), {}
+                if view_weight > 0.0 and getattr(out, "view_logits", None) is not None:
+                    labelled = [task for task in self.tasks if task.name in losses]
+                    alone = view_losses(labelled, out.view_logits, out.view_present, batch.labels, batch.label_mask)
+                weights = share.penalty_weights(self.penalty_weights)
+                penalty = penalty_loss(out.penalties, weights) if out.penalties else None
         return _Forward(out, losses, alone, view_weight, penalty)
 
     def _clip(self) -> Tensor:

@@ -18,10 +18,12 @@ from typing import Any
 from lightning_fabric import Fabric
 from torch import nn
 
-from umda_fast.data import BagDataset, InstanceBudgetSampler, make_loader
+from umda_fast.blocks import block
+from umda_fast.data import BagBatch, BagDataset, InstanceBudgetSampler, make_loader
 from umda_fast.data.thinning import drop_instances
 from umda_fast.errors import DataError, ProcessLostError
 from umda_fast.model.baselines import Linear
+from umda_fast.profiling import StepProfile
 from umda_fast.runtime.config import RunConfig, SGLConfig, as_dict
 from umda_fast.runtime.guard import check_batch
 from umda_fast.runtime.progress import ProgressReport
@@ -55,6 +57,7 @@ class Trainer:
         run: the directory for checkpoints and metrics.
         fabric: device, precision and processes.
         progress: show progress on standard error.
+        profile: looks at some of the steps.
 
     Attributes:
         train_step: what changes the weights.
@@ -76,11 +79,13 @@ class Trainer:
         fabric: Fabric,
         *,
         progress: bool = True,
+        profile: StepProfile | None = None,
     ) -> None:
         self.config = config
         self.fabric = fabric
         self.run = run
         self.progress = progress and fabric.is_global_zero
+        self.profile = StepProfile(0, fabric.device, run.profile) if profile is None else profile
         self.train_set = datasets["train"]
         self.val_set = datasets.get("val")
         if len(self.train_set) == 0:
@@ -117,6 +122,11 @@ class Trainer:
     def evaluated_model(self) -> nn.Module:
         """The weights that are judged and saved: their running mean if there is one."""
         return self.train_step.evaluated_model
+
+    def check_profile(self) -> None:
+        """Raise DataError if what is left of the training is too short for its profile."""
+        left = 0 if self.fitted or self.state.finished else self.plan.updates - self.state.step
+        self.profile.check(left)
 
     # ---- the loop ----
 
@@ -163,15 +173,13 @@ class Trainer:
 
     def _train_epoch(self, report: ProgressReport, began: float) -> None:
         """What is left of an epoch, checkpoints within it included."""
-        state, plan, options, data = self.state, self.plan, self.config.train, self.config.data
+        state, plan, options = self.state, self.plan, self.config.train
         self.sampler.resume_at(state.epoch, state.step_in_epoch)
         steps = self.sampler.num_batches(state.epoch)
         self.train_step.model.train()
         last = time.monotonic()
-        for host in self.loader:
-            if len(host) > 0:  # of several processes one may have nothing of a batch
-                check_batch(host)
-                host = drop_instances(host, data.instance_dropout, self.config.seed, state.epoch)
+        for drawn in self.profile.steps(self.loader):
+            host = self.prepare(drawn, state.epoch)
             progress = plan.progress(state.epoch + state.step_in_epoch / steps, state.step)
             result = self.train_step(host, progress, state.step)
             state.add(result.values)
@@ -194,6 +202,14 @@ class Trainer:
             if every and state.step % every == 0 and state.step_in_epoch < steps:
                 state.total_seconds = time.monotonic() - began
                 self.save()
+
+    def prepare(self, host: BagBatch, epoch: int) -> BagBatch:
+        """What of a batch that was drawn is trained on; DataError for one that cannot be."""
+        with block("data"):
+            if len(host) == 0:  # of several processes one may have nothing of a batch
+                return host
+            check_batch(host)
+            return drop_instances(host, self.config.data.instance_dropout, self.config.seed, epoch)
 
     def _log_step(self, figures: Mapping[str, Any]) -> None:
         if not self.log.begun:
