@@ -1,4 +1,5 @@
-# Two commands: `make demo` and `make test`. Each makes its own virtual environment from nothing.
+# Three commands: `make demo`, `make test` and `make bench`. The first two make their own virtual environment from nothing,
+# the third uses that of the second.
 
 PYTHON ?= python3
 # The version everything is tested with; any torch >= 2.11 works.
@@ -10,15 +11,20 @@ BUILD_TOOLS = "setuptools>=77" wheel ninja
 # Processes that run tests; each computes on one thread.
 JOBS ?= 2
 
+# More options of pytest for `make bench`, for example BENCH='-k cross_view --benchmark-compare'.
+BENCH ?=
+
 DEMO_VENV = .venv-demo
 TEST_VENV = .venv-test
 DEMO_OUT ?= runs/demo
 
-.PHONY: help demo test package lint clean
+.PHONY: help demo test bench environment package lint clean
 
 help:
 	@echo "make demo   install into $(DEMO_VENV), train UMDA and a baseline on real digits, print both (minutes)"
 	@echo "make test   install into $(TEST_VENV), then ruff, mypy and all tests"
+	@echo "make bench  time every operation and a training step beside their contenders, after parity; keep the run in .benchmarks/"
+	@echo "            (BENCH='-k cross_view --benchmark-compare': more options of pytest; needs an idle machine)"
 	@echo "make package  build the source distribution, and from it a wheel with its library, both into dist/"
 	@echo "make lint   ruff and mypy only, in $(TEST_VENV) (made by make test)"
 	@echo "make clean  remove both environments, builds and caches; runs/ stays"
@@ -29,14 +35,20 @@ demo:
 	$(DEMO_VENV)/bin/python $(PIP_INSTALL) --no-build-isolation -e ".[train]"
 	$(DEMO_VENV)/bin/python examples/demo.py --out $(DEMO_OUT)
 
-test:
+test: environment
+	$(MAKE) lint
+	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --durations 15 --benchmark-disable
+
+bench:
+	$(TEST_VENV)/bin/python -c "import pytest_benchmark" 2>/dev/null || $(MAKE) environment
+	$(TEST_VENV)/bin/python -m pytest bench --benchmark-only --benchmark-autosave $(BENCH)
+
+environment:
 	$(PYTHON) -m venv --clear $(TEST_VENV)
 	$(TEST_VENV)/bin/python $(PIP_INSTALL) $(TORCH) $(BUILD_TOOLS)
 	$(MAKE) package
 	UMDA_FAST_EXTENSION=0 $(TEST_VENV)/bin/python $(PIP_INSTALL) --no-build-isolation -e ".[train,io,graph,balancers,dev]"
 	cp dist/site/umda_fast/_C.abi3.so umda_fast/
-	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --durations 15
 
 # The wheel is built in a folder that holds the unpacked source distribution and nothing else.
 package:

@@ -1,6 +1,7 @@
 """The machine a benchmark runs on: what it is, with which software, how fast it copies and multiplies."""
 
 import subprocess
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -48,8 +49,20 @@ def driver() -> str | None:
     return result.stdout.strip().split("\n")[0]
 
 
-def measure_rates(timer: Timer, device: torch.device, profile: str) -> Record:
-    """Copy (bytes/s, read + written) and matrix products (FLOP/s) of this device, medians."""
+#: Matrix rates: dtype, and the precision that `torch.set_float32_matmul_precision` is asked for.
+PRODUCTS = {
+    "bfloat16": (torch.bfloat16, "highest"),
+    "tf32": (torch.float32, "high"),
+    "float32": (torch.float32, "highest"),
+}
+
+
+def measure_rates(timer: Timer, device: torch.device, profile: str, products: Iterable[str] = PRODUCTS) -> Record:
+    """Copy (bytes/s, read + written) and matrix products (FLOP/s) of this device, medians.
+
+    Args:
+        products: which of `PRODUCTS`; a CPU without instructions for bfloat16 takes minutes for that one.
+    """
     elements = {"quick": 1 << 18, "cpu": 1 << 26, "cuda": 1 << 28}[profile]
     side = {"quick": 128, "cpu": 2048, "cuda": 8192}[profile]
     rounds = 3 if profile == "quick" else 20
@@ -60,11 +73,8 @@ def measure_rates(timer: Timer, device: torch.device, profile: str) -> Record:
     del source, target
     timer.free()
     a = torch.randn(side, side, device=device)
-    for name, dtype, precision in (
-        ("bfloat16", torch.bfloat16, "highest"),
-        ("tf32", torch.float32, "high"),
-        ("float32", torch.float32, "highest"),
-    ):
+    for name in products:
+        dtype, precision = PRODUCTS[name]
         x = a.to(dtype)
         out = torch.empty_like(x)
         before = torch.get_float32_matmul_precision()

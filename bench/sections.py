@@ -93,7 +93,7 @@ class _Steps:
     def __init__(self, task: Task, emit: Emit) -> None:
         self.device, self.quick, self.emit = torch.device(task.device), task.profile == "quick", emit
         self.timer = make_timer(self.device, held=False)
-        self.width = 8 if self.quick else 512
+        self.width = training_step.input_width(self.quick)
         self.model = training_step.make_model(self.device, self.width, self.quick)
         self.makers = training_step.trainees(self.model, "eager" if self.quick else None)
         self.last: dict[str, tuple[float, int]] = {}
@@ -149,9 +149,8 @@ def time_step(task: Task, emit: Emit) -> None:
         return
     steps, clock, sizes = _Steps(task, emit), Clock(task.seconds), training_step.SIZES[task.profile]
     for place, n in enumerate(sizes):
-        names, missing = [OURS, training_step.EXACT, training_step.COMPOSED], {}
-        if n > training_step.EXACT_LIMIT:
-            names.remove(training_step.EXACT)
+        names, missing = training_step.contenders_at(n), {}
+        if training_step.EXACT not in names:
             missing[training_step.EXACT] = f"timed at up to {training_step.EXACT_LIMIT:,} instances"
         steps.measure(n, names, clock.share(0.4 if place < len(sizes) - 1 else 0.6), missing)
     steps.largest(2 * sizes[-1] if steps.quick else training_step.LARGEST, clock)
@@ -190,6 +189,19 @@ def compiled(function: Callable[..., Any], profile: str) -> Callable[..., Any]:
     return run
 
 
+def compiling_contenders(problem: Problem, profile: str) -> dict[str, Callable[..., Any]]:
+    """Those that compile when they are first called; to be timed at one size."""
+    found = dict(problem.late)
+    if problem.compiled is not None:
+        found[COMPILED] = compiled(problem.contenders[problem.compiled], profile)
+    return found
+
+
+def place_on(device: torch.device) -> Place:
+    """With the dtype of features that is timed on ``device``."""
+    return Place(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
 def time_operation(op: str, task: Task, timer: Timer, clock: Clock, emit: Emit, *, compiling: bool = False) -> None:
     """All sizes of one operation, each pass with its part of ``clock``; ``compiling``: ours and the contenders that are
     compiled, at one size."""
@@ -197,7 +209,7 @@ def time_operation(op: str, task: Task, timer: Timer, clock: Clock, emit: Emit, 
     sizes = getattr(workload, task.profile)
     if compiling:
         sizes = (sizes[workload.compiled_size],)
-    place = Place(timer.device, torch.bfloat16 if timer.device.type == "cuda" else torch.float32)
+    place = place_on(timer.device)
     last: dict[tuple[str, str], tuple[float, float]] = {}
     for index, size in enumerate(sizes):
         try:
@@ -215,9 +227,7 @@ def time_operation(op: str, task: Task, timer: Timer, clock: Clock, emit: Emit, 
         functions = dict(problem.contenders)
         absent = dict(problem.absent)
         if compiling:
-            own, absent, functions = functions, {}, {OURS: functions[OURS], **problem.late}
-            if problem.compiled is not None:
-                functions[COMPILED] = compiled(own[problem.compiled], task.profile)
+            absent, functions = {}, {OURS: functions[OURS], **compiling_contenders(problem, task.profile)}
             if len(functions) == 1:
                 return
         passes = list(directions(problem, functions))

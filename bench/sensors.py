@@ -1,4 +1,5 @@
-"""Clocks, power and temperature of a GPU while it works, read from the driver's own library (NVML) by ctypes.
+"""Clocks, power and temperature of a GPU while it works, read from the driver's own library (NVML) by ctypes; the clock
+of a processor.
 
 A figure without its clock cannot be compared with another: a GPU that is warm or shares its power budget runs slower.
 """
@@ -6,6 +7,7 @@ A figure without its clock cannot be compared with another: a GPU that is warm o
 import ctypes
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +53,16 @@ class Sensors:
             if ask(self._handle, *arguments, ctypes.byref(value)) == 0:
                 found[name] = value.value * unit
         return found
+
+
+def processor_clock(file: Path = Path("/proc/cpuinfo")) -> Reading:
+    """``cpu_mhz`` of the fastest core now, as Linux tells it; empty where it does not."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return {"cpu_mhz": max(clocks)} if clocks else {}
 
 
 def typical(readings: Sequence[Reading]) -> dict[str, Any] | None:

@@ -68,6 +68,16 @@ class Trainee:
             self.optimizer.step()
 
 
+def input_width(quick: bool) -> int:
+    """Columns of each view."""
+    return 8 if quick else 512
+
+
+def contenders_at(n: int) -> list[str]:
+    """Who steps on a bag of ``n`` without being compiled, ours first."""
+    return [OURS, EXACT, COMPOSED] if n <= EXACT_LIMIT else [OURS, COMPOSED]
+
+
 def make_batch(n: int, device: torch.device, width: int) -> dict[str, Any]:
     """One bag of n instances in three views, and a label for every task."""
     generator = torch.Generator(device).manual_seed(0)

@@ -16,7 +16,7 @@ from torch.nn.attention import flex_attention
 from umda_fast.bench import capture, sections, workloads
 from umda_fast.bench.measure import HOLD, Clock, Contender, CudaTimer, Timer, compare
 from umda_fast.bench.sections import Task
-from umda_fast.bench.sensors import Sensors, typical
+from umda_fast.bench.sensors import Sensors, processor_clock, typical
 from umda_fast.bench.training_step import chunked_graph
 from umda_fast.bench.workloads import FLASH, OURS, WORKLOADS, Floor, Place, Workload
 from umda_fast.ops import knn_graph
@@ -156,6 +156,14 @@ def test_sensors(tmp_path: Path) -> None:
         assert Sensors(CPU, library).read() == {}
         assert Sensors(CPU, "libnone.so").read() == {}
     assert typical([{}]) is None
+
+
+def test_the_clock_of_a_processor(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\ncpu MHz\t\t: 2400.5\n\nprocessor\t: 1\ncpu MHz\t\t: 3100.25\n")
+    assert processor_clock(tmp_path / "cpuinfo") == {"cpu_mhz": 3100.25}
+    (tmp_path / "other").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert processor_clock(tmp_path / "other") == {}
+    assert processor_clock(tmp_path / "none") == {}
 
 
 def test_what_compiles_at_its_first_call_is_timed_with_the_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
