@@ -130,9 +130,9 @@ class Session:
         if op not in self._verdicts:
             kind = self.device.type
             cases = [case for case in self.cases if case.op == op]
-            found = run_parity(str(self.device), backends=BACKENDS[kind], cases=cases, dtypes=CHECKED[kind])
+            judged = run_parity(str(self.device), backends=BACKENDS[kind], cases=cases, dtypes=CHECKED[kind])
             unchecked = f"{op}: no case of parity checks it; it is not timed"
-            self._verdicts[op] = _failure(self.device, found["rows"]) if cases else unchecked
+            self._verdicts[op] = _failure(self.device, judged["rows"]) if cases else unchecked
         return self._verdicts[op]
 
     def group(self, case: Case) -> Group:
