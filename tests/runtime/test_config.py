@@ -38,6 +38,7 @@ def test_yaml_then_values_then_overrides(tmp_path: Path) -> None:
 
 
 def test_every_value_is_written_and_read_back(tmp_path: Path) -> None:
+    assert load_config(overrides=["train.linear=off"]).train.linear == "off"  # which YAML reads as false
     config = load_config(overrides=["model.layers=3", "penalties.entropy=0.5"])
     dump_config(config, tmp_path / "config.yaml")
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())

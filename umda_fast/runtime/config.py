@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from umda_fast.errors import DataError
 from umda_fast.files import write_text
@@ -48,6 +48,11 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _off(value: object) -> object:
+    """YAML reads the bare word `off` as false."""
+    return "off" if value is False else value
 
 
 class ConfigError(DataError):
@@ -163,7 +168,7 @@ class TrainConfig(_Section):
     """Steps between two checkpoints inside an epoch; one is written at the end of every epoch in any case."""
     log_steps: Positive = 20
     """Steps between two lines of kind `step` in metrics.jsonl."""
-    linear: Literal["off", "beside", "mix"] = "mix"
+    linear: Annotated[Literal["off", "beside", "mix"], BeforeValidator(_off)] = "mix"
     """A linear model of bag means at the end of the training (docs/training.md): compared on the validation split;
     `mix` weighs the two there task by task, and what is measured and kept is the mixture."""
     thresholds: Literal["auto", "share", "f1", "half"] = "auto"
