@@ -76,6 +76,14 @@ def test_a_training_that_is_too_short_is_refused_before_it_begins(tmp_path: Path
         train(more, tmp_path / "run", datasets=DATA, progress=False, resume=True, profile=1)
 
 
+def test_a_training_that_stops_early_keeps_its_weights(tmp_path: Path) -> None:
+    settings = config(train={"epochs": 200, "patience": 1, "lr": 1e-12})
+    with pytest.warns(UserWarning, match="profile: none, for the training ended [0-9]+ steps too early"):
+        result = train(settings, tmp_path / "run", datasets=DATA, progress=False, plots=False, profile=50)
+    assert result.profile is None
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
 def test_a_model_without_steps(tmp_path: Path) -> None:
     settings = small_config(model={"architecture": "linear"})
     with pytest.raises(DataError, match="got 0"):

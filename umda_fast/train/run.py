@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,11 @@ def train(
                 trainer.log.events = stack.enter_context(tensorboard_events(run, trainer.state.step))
             with looked_at.whole():
                 trainer.fit()
-        table = looked_at.save() if profile and zero else None
+        table = None
+        if profile and zero and looked_at.missing:
+            warnings.warn(f"profile: none, for the training ended {looked_at.missing} steps too early", stacklevel=2)
+        elif profile and zero:
+            table = looked_at.save()
         best = trainer.best_model()
         beside = None
         mix, rule = config.train.linear == "mix", config.train.thresholds
