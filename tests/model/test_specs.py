@@ -29,7 +29,7 @@ def test_outputs(kind, classes, outputs):
         ({"name": ""}, ValueError, "TaskSpec.name"),
         ({"name": 3}, TypeError, "TaskSpec.name"),
         ({"name": " t"}, ValueError, "surrounding blanks"),
-        ({"kind": "ordinal"}, ValueError, "kind: expected one of binary, multiclass"),
+        ({"kind": "ranking"}, ValueError, "kind: expected one of binary, multiclass"),
         ({"kind": "multiclass"}, ValueError, "classes: expected at least 2"),
         ({"kind": "multilabel", "classes": 0}, ValueError, "classes: expected at least 1"),
         ({"classes": 2}, ValueError, "classes: expected 1 for a binary task"),
