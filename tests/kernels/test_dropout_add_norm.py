@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from tests.kernels._parity import assert_close, normal
+from tests.ops.checks import keeps_rule
 from umda_fast import ops
 from umda_fast.errors import BackendUnavailableError
 from umda_fast.kernels import _rows
 from umda_fast.kernels import dropout_add_norm as kernels
 from umda_fast.model import HCVABlock
-from umda_fast.parity import judge
 from umda_fast.parity.layer_cases import dropout_add_norm_case
 from umda_fast.reference.philox import random_numbers
 
@@ -37,17 +37,13 @@ def test_masks_are_those_of_the_reference(width: int, seed: int) -> None:
 def test_rule(dtype: torch.dtype, rows: tuple[int, ...], width: int, gain: bool, norm: bool, wide: bool) -> None:
     for p in (0.0, 0.3):
         case = dropout_add_norm_case("here", rows, width, p=p, gain=gain, norm=norm, wide=wide)
-        found = judge(case, "triton", dtype)
-        assert found
-        for row in found:
-            assert row["verdict"] == "pass", row
+        keeps_rule(case, dtype, "triton")
 
 
 def test_many_runs_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums that are kept apart, in more parts than one pass of the last kernel adds."""
     monkeypatch.setattr(_rows, "MIN_RUN", 1)
-    for row in judge(dropout_add_norm_case("here", (9000,), 8, p=0.3), "triton", torch.float32):
-        assert row["verdict"] == "pass", row
+    keeps_rule(dropout_add_norm_case("here", (9000,), 8, p=0.3), backend="triton")
 
 
 def test_no_rows_and_what_does_not_fit() -> None:

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.checks import keeps_rule
 from umda_fast import ops
 from umda_fast.errors import BackendUnavailableError
 from umda_fast.kernels import _rows
 from umda_fast.kernels import gelu_dropout as kernels
-from umda_fast.parity import judge
 from umda_fast.parity.layer_cases import gelu_dropout_case
 from umda_fast.reference.philox import random_numbers
 
@@ -30,17 +30,13 @@ def test_masks_are_those_of_the_reference(width: int, seed: int) -> None:
 @pytest.mark.parametrize("wide_bias", [False, True])
 def test_rule(dtype: torch.dtype, rows: tuple[int, ...], width: int, wide_bias: bool) -> None:
     for p in (0.0, 0.3):
-        found = judge(gelu_dropout_case("here", rows, width, p=p, wide_bias=wide_bias), "triton", dtype)
-        assert found
-        for row in found:
-            assert row["verdict"] == "pass", row
+        keeps_rule(gelu_dropout_case("here", rows, width, p=p, wide_bias=wide_bias), dtype, "triton")
 
 
 def test_many_runs_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums that are kept apart, in more parts than one pass of the last kernel adds."""
     monkeypatch.setattr(_rows, "MIN_RUN", 1)
-    for row in judge(gelu_dropout_case("here", (9000,), 8, p=0.3), "triton", torch.float32):
-        assert row["verdict"] == "pass", row
+    keeps_rule(gelu_dropout_case("here", (9000,), 8, p=0.3), backend="triton")
 
 
 def test_no_rows_and_what_does_not_fit() -> None:
