@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,22 @@ def test_the_adapted_run_is_a_run(run: Run, tmp_path: Path) -> None:
     assert {"light", "bright_probability_1", "size_confidence", "light_low", "refer"} <= set(header)
     fitted = Calibration.load(tmp_path / "adapted" / "calibration.json")
     assert set(fitted.temperatures.values()) == {1.0}  # multiplied into the heads
+
+
+def test_new_labels_have_thresholds_of_their_own(run: Run, tmp_path: Path) -> None:
+    parts = new_labels(run)
+    task = TaskSpec("tags", "multilabel", 2)
+    for split, dataset in parts.items():
+        bags = [dataset[i] for i in range(len(dataset))]
+        for i, bag in enumerate(bags):
+            bag.labels = {"tags": torch.tensor([float(i % 7 == 0), float(len(bag) % 2)])}
+        parts[split] = BagDataset(bags, dataset.views, (task,), "tags")
+    asked = dataclasses.replace(run, config=small_config(train={"ema": 0.0, "thresholds": "share"}))
+    result = readapt(asked, tmp_path / "adapted", datasets=parts)
+    again = load_run(tmp_path / "adapted")
+    assert again.model.config.tasks[0].thresholds is not None
+    assert result is not None
+    assert evaluate(again, datasets=parts, progress=False).tasks == result.tasks
 
 
 def test_what_cannot_be_adapted_is_said(run: Run, tmp_path: Path) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from lightning_fabric import Fabric
 from torch import Tensor
 
+from umda_fast.data import BagDataset
 from umda_fast.data.draws import Stream, generator, integers
 from umda_fast.model import TaskSpec, decode
-from umda_fast.score.collect import Predictions
+from umda_fast.runtime.config import DataConfig
+from umda_fast.score.collect import Predictions, collect
 from umda_fast.tasks import kind_of
 from umda_fast.tasks.kind import FloatArray
 
-__all__ = ["Rule", "best_f1_thresholds", "share_thresholds", "tune_thresholds", "with_thresholds"]
+__all__ = ["Rule", "best_f1_thresholds", "choose_thresholds", "share_thresholds", "tune_thresholds", "with_thresholds"]
 
 FEWEST = 10
 """Bags on which the thresholds of `share` are chosen, at least."""
@@ -59,6 +62,18 @@ def share_thresholds(probability: _Matrix, share: _Matrix) -> _Matrix:
     chosen = np.clip(np.rint(share * bags).astype(np.int64), 1, bags)[None]
     cut = (np.take_along_axis(falling, chosen - 1, axis=0) + np.take_along_axis(falling, chosen, axis=0))[0] / 2.0
     return np.where(share > 0.0, cut, 0.5)
+
+
+def choose_thresholds(
+    model: Any, datasets: Mapping[str, BagDataset], rule: Rule, fabric: Fabric, data: DataConfig
+) -> None:
+    """Choose them on the split `val` for a model trained on `train`, and put them into its `config`; without `val` or a
+    task that has some nothing changes."""
+    tasks = model.config.tasks
+    if rule == "half" or not len(datasets.get("val", ())) or not any(kind_of(task).thresholded for task in tasks):
+        return
+    found = collect(model, datasets["val"], fabric, data)
+    model.config = replace(model.config, tasks=tune_thresholds(tasks, found, rule, datasets["train"].labels))
 
 
 def tune_thresholds(

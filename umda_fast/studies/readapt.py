@@ -32,6 +32,7 @@ from umda_fast.runtime.rundir import RunDirectory, save_model
 from umda_fast.score.calibration import Calibration
 from umda_fast.score.collect import calibrate, collect
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset
+from umda_fast.score.thresholds import choose_thresholds
 from umda_fast.tasks import kind_of
 from umda_fast.train.chosen import data_seed, tell, tell_excluded
 from umda_fast.train.data import is_own, tell_missing_inputs
@@ -135,7 +136,8 @@ def readapt(
     `evaluate`, `predict`, `explain` and `report` take like any other.
 
     The trunk is that of UMDA alone, without a linear model that was mixed in. Heads are fitted on the split `train`;
-    their temperatures, which are multiplied into them, on `val` if there is one. The run's own data is divided as the
+    their temperatures, which are multiplied into them, and thresholds, as the run's configuration says, on `val` if
+    there is one. The run's own data is divided as the
     run recorded it; in other data bags that the trunk was trained or validated on are in neither `val` nor `test`.
 
     Args:
@@ -202,8 +204,12 @@ def readapt(
                 temperature = calibration.temperatures.get(task.name, 1.0)
                 head.load_state_dict({name: value / temperature for name, value in head.state_dict().items()})
             calibration = replace(calibration, temperatures=dict.fromkeys(calibration.temperatures, 1.0))
+        choose_thresholds(model, parts, settings.train.thresholds, fabric, settings.data)
         split = next((name for name in ("test", "val") if len(parts.get(name, ()))), None)
-        result = None if split is None else evaluate_dataset(model, parts[split], fabric, settings.data)
+        result = None
+        if split is not None:
+            measured = parts[split].with_tasks(model.config.tasks)
+            result = evaluate_dataset(model, measured, fabric, settings.data)
     dump_config(settings, directory.config)
     save_model(model, directory.path)
     if calibration is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,9 +25,8 @@ from umda_fast.runtime.progress import peak_memory_mb
 from umda_fast.runtime.random_state import rank_seed
 from umda_fast.runtime.rundir import RunDirectory, save_model
 from umda_fast.runtime.together import one_decides
-from umda_fast.score.collect import calibrate, collect
-from umda_fast.score.thresholds import tune_thresholds
-from umda_fast.tasks import kind_of
+from umda_fast.score.collect import calibrate
+from umda_fast.score.thresholds import choose_thresholds
 from umda_fast.train.build import build_model
 from umda_fast.train.data import training_data
 from umda_fast.train.linear import beside_linear
@@ -134,11 +132,7 @@ def train(
         if asked and not trainer.fitted and len(datasets.get("val", ())):
             parts = datasets["train"], datasets["val"]
             best, beside = beside_linear(best, *parts, fabric, config.data, config.seed, mix=mix, thresholds=rule)
-        thresholded = any(kind_of(task).thresholded for task in best.config.tasks)
-        if thresholded and rule != "half" and len(datasets.get("val", ())):
-            found = collect(best, datasets["val"], fabric, config.data)
-            tuned = tune_thresholds(best.config.tasks, found, rule, datasets["train"].labels)
-            best.config = dataclasses.replace(best.config, tasks=tuned)
+        choose_thresholds(best, datasets, rule, fabric, config.data)
         split = next((name for name in ("test", "val") if name in datasets and len(datasets[name])), "train")
         result = trainer.evaluate(datasets[split].with_tasks(best.config.tasks), best)
         if keep_all and zero and len(datasets.get("val", ())):
