@@ -1,9 +1,12 @@
 """What `train.select` makes of an evaluation, and which weights a run therefore keeps."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torchmetrics import MeanSquaredError
 
 from tests.small import small_config
 from umda_fast.model import TaskSpec
@@ -11,6 +14,7 @@ from umda_fast.runtime.config import ConfigError
 from umda_fast.runtime.rundir import read_metrics
 from umda_fast.score.evaluation import SplitResult
 from umda_fast.score.skill import Skill
+from umda_fast.tasks import Regression, kind
 from umda_fast.train import train
 from umda_fast.train.selection import Selection
 
@@ -54,6 +58,50 @@ def test_the_epoch_that_is_kept(select: str, tmp_path: Path) -> None:
         "last": [0.0, 0.0, 0.0, 1.0],
     }[select]
     assert epochs[-1]["best_epoch"] == values.index(max(values))
+    kept = json.loads((tmp_path / "run" / "metrics.json").read_text())["kept"]
+    assert (kept["select"], kept["epoch"]) == (select, epochs[-1]["best_epoch"])
+    if select == "last":
+        assert kept["split"] is kept["score"] is None
+    else:
+        assert kept["split"] == "val"
+        assert kept["score"] == pytest.approx(max(values) * (-1 if select in ("loss", "mean/mae") else 1))
     for record in epochs:
         assert set(record["val"]["skill"]["tasks"]) == set(record["val"]["tasks"])
         assert 0.0 <= record["val"]["skill"]["mean"] <= 1.0
+
+
+def test_a_wrong_name_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"train.select: expected one of skill, .* got 'mean/auroc'"):
+        train(small_config(train={"select": "mean/auroc"}), out, progress=False, plots=False)
+    assert not list(out.iterdir())
+    train(small_config(train={"select": "mean/r2", "epochs": 1}), out, progress=False, plots=False)
+
+
+def test_patience_goes_by_what_selects(tmp_path: Path) -> None:
+    config = small_config(train={"select": "mean/mae", "epochs": 9, "patience": 1, "lr": 0.3})
+    train(config, tmp_path, progress=False, plots=False)
+    epochs = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "epoch"]
+    found = [record["val"]["tasks"]["mean"]["mae"] for record in epochs]
+    assert len(epochs) < 9
+    assert found[-1] >= min(found[:-1])
+    assert epochs[-1]["best_epoch"] == len(epochs) - 2
+
+
+class _Unsaid(MeanSquaredError):
+    higher_is_better = None  # type: ignore[assignment]
+
+
+class _Errors(Regression):
+    name = "errors"
+
+    def metrics(self, task: TaskSpec) -> dict[str, Any]:
+        return {**super().metrics(task), "mse": MeanSquaredError(), "unsaid": _Unsaid()}
+
+
+def test_a_metric_from_outside_says_whether_less_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kind._KINDS, "errors", _Errors())
+    task = TaskSpec("e", "errors")
+    assert Selection("e/mse", [task]).show(-2.5) == "e/mse 2.5000"
+    with pytest.raises(ConfigError, match="e/unsaid: whether more of it is better is not known"):
+        Selection("e/unsaid", [task])

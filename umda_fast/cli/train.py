@@ -59,6 +59,10 @@ def train(
     skill, score, seconds = (result.metrics[name] for name in ("skill", "mean_score", "seconds"))
     tasks = ", ".join(f"{task} {number(value)}" for task, value in skill["tasks"].items())
     console.print(f"skill {number(skill['mean'])} ({tasks}; 0: no better than a constant, 1: perfect)", soft_wrap=True)
+    kept = result.metrics["kept"]
+    if kept["split"] is not None:
+        best = f"the best on {kept['split']} by train.select: {kept['select']} {number(kept['score'])}"
+        console.print(f"weights of epoch {kept['epoch']}, {best}", soft_wrap=True)
     if result.metrics["linear"] is not None:
         console.print("On validation bags, beside a linear model of bag means:")
         for line in comparison_lines(result.metrics["linear"]):

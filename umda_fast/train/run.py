@@ -32,6 +32,7 @@ from umda_fast.train.data import training_data
 from umda_fast.train.linear import beside_linear
 from umda_fast.train.log import tensorboard_events
 from umda_fast.train.plots import plot_run
+from umda_fast.train.selection import Selection
 from umda_fast.train.split_record import SplitRecord
 from umda_fast.train.summary import summary
 from umda_fast.train.trainer import Trainer
@@ -96,6 +97,7 @@ def train(
     run = RunDirectory(out if processes is None else processes.object_from_first(os.fspath(out)))
     one_decides(processes, lambda: run.begin(resume=resume))
     config, datasets = training_data(config, datasets, run, resume=resume)
+    Selection(config.train.select, datasets["train"].tasks)  # a wrong name is said before anything is written
     if not resume:
         record = SplitRecord.of(datasets, config.data, processes, progress=progress and zero)
         if zero:
@@ -141,6 +143,7 @@ def train(
         "scaling": trainer.scaling,
         "guided": trainer.train_step.gradients.guided,
         "linear": beside,
+        "kept": trainer.selection.kept(trainer.state),
         "processes": fabric.world_size,
         "peak_memory": max(trainer.train_step.processes.gather(peak_memory_mb(fabric.device))),
     }

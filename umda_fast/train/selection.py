@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from umda_fast.model import TaskSpec
 from umda_fast.runtime.config import ConfigError
 from umda_fast.score.evaluation import SplitResult
 from umda_fast.score.skill import Skill
 from umda_fast.tasks import kind_of
-from umda_fast.tasks.metric_names import metric_name
+from umda_fast.tasks.metric_names import METRIC_NAMES
+from umda_fast.train.checkpoint import TrainingState
 
 __all__ = ["Selection"]
 
@@ -29,18 +31,32 @@ class Selection:
         tasks: of the model.
 
     Raises:
-        ConfigError: `select` names no task or metric of these.
+        ConfigError: `select` names no task or metric of these, or a metric of which it is not known whether more is
+            better.
     """
 
     def __init__(self, select: str, tasks: Sequence[TaskSpec]) -> None:
         self.select = select
         self.task, _, self.metric = select.rpartition("/")
+        self.lower = select == "loss"
         if select in _WHOLE:
             return
-        known = {task.name: list(kind_of(task).metrics(task)) for task in tasks}
+        known = {task.name: kind_of(task).metrics(task) for task in tasks}
         if self.metric not in known.get(self.task, ()):
             metrics = [f"{task}/{metric}" for task, metrics in known.items() for metric in metrics]
             raise ConfigError(f"train.select: expected one of {', '.join([*_WHOLE, *metrics])}, got {select!r}")
+        self.lower = self._lower_is_better(known[self.task][self.metric])
+
+    def _lower_is_better(self, metric: Any) -> bool:
+        """By the name, or, of a metric that a kind from outside brings along, by what the metric says of itself."""
+        if self.metric in METRIC_NAMES:
+            return METRIC_NAMES[self.metric].lower_is_better
+        if metric.higher_is_better is None:
+            raise ConfigError(
+                f"train.select: {self.select}: whether more of it is better is not known: expected `higher_is_better` "
+                f"of {type(metric).__name__} to be True or False, got None"
+            )
+        return not metric.higher_is_better
 
     def score(self, result: SplitResult, skill: Skill) -> float:
         """NaN where there is nothing to go by: the last weights are then the best known."""
@@ -54,9 +70,19 @@ class Selection:
         if self.select == "last":
             return math.nan
         value = result.tasks[self.task][self.metric]
-        return -value if metric_name(self.metric).lower_is_better else value
+        return -value if self.lower else value
+
+    def value(self, score: float) -> float:
+        """What a score is of, as it is known: a loss is positive."""
+        return -score if self.lower else score
 
     def show(self, score: float) -> str:
         """A score, in words."""
-        lower = self.select == "loss" or (self.select not in _WHOLE and metric_name(self.metric).lower_is_better)
-        return f"{self.select} {-score if lower else score:.4f}"
+        return f"{self.select} {self.value(score):.4f}"
+
+    def kept(self, state: TrainingState) -> dict[str, Any]:
+        """Which weights a training kept, for metrics.json: `select`, the `epoch`, counted from 0, the `split` that
+        decided, and the `score` there; both None where nothing did, and the last weights are kept."""
+        decided = math.isfinite(state.best_score)
+        score = self.value(state.best_score) if decided else None
+        return {"select": self.select, "epoch": state.best_epoch, "split": "val" if decided else None, "score": score}

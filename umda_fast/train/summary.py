@@ -30,6 +30,7 @@ def summary(
     scaling: Sequence[str],
     guided: SelfGuided | None,
     linear: Mapping[str, Any] | None,
+    kept: Mapping[str, Any],
     processes: int,
     peak_memory: float,
 ) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def summary(
         state: where the training ended.
         scaling: how the features of every view were scaled, a line each.
         guided: its self-guided learning, if there was any.
+        kept: which weights were, see `Selection.kept`.
         linear: what a linear model does beside it, see `beside_linear`.
         processes: that trained together. peak_memory: the highest of them, in MiB.
     """
@@ -71,6 +73,7 @@ def summary(
         "conflict_share": mean("conflict_share"),
         "outlier_tasks": outliers(guided),
         "linear": linear,
+        "kept": dict(kept),
         "seconds": state.total_seconds,
         "instances_per_second": state.instances_per_second,
         "peak_memory_mb": peak_memory,
