@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .sections import STEP
+from .step_ledger import lines as ledger_lines
 
 Record = Mapping[str, Any]
 
@@ -26,6 +27,7 @@ def brief(result: Record) -> str:
     for step in result["steps"]:
         lines.append(f"{STEP:<25} {step['instances']:,} instances")
         lines += _contenders(step["contenders"])
+    lines += ledger_lines(result.get("ledger", ()))
     lines += [OVER] if beyond(result) else []
     judged = [x for x in result["aims"] if x["verdict"] != "not measured"]
     lines += [f"aim: {x['aim']}: {x['verdict']} ({x['detail']})" for x in judged]

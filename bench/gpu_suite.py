@@ -22,6 +22,8 @@ the records of every process as they come, should the suite itself be killed. Th
                   floor: {bytes, flops, seconds, unit}, contenders: [CONTENDER]}]
     steps       [{instances, resident_bytes, contenders: [CONTENDER]}] of a whole training step; the last one again
                 at one size, beside compiled contenders
+    ledger      [{contender, precision, instances, device, total, blocks, operations, predicted, hardware}]: what a step
+                calls and moves, counted, with predicted seconds (`bench/step_ledger.py`); empty where it was left out
     largest     {instances, status, detail, seconds, peak_bytes, finite}: one bag that has to fit
     capture     rows {op, backend, shape, verdict}: CUDA graph capture and replay, side stream, no waiting
     aims        [{aim, target, value, verdict: met | not met | not measured, detail}]
@@ -92,7 +94,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
         1.6,
     ),
 }
-STEP_SHARE, COMPILED_SHARE, CAPTURE_SHARE = 2.0, 2.5, 0.5
+STEP_SHARE, COMPILED_SHARE, CAPTURE_SHARE, LEDGER_SHARE = 2.0, 2.5, 0.5, 0.5
 #: Seconds of a process that checks one operation; one that hangs is ended at this and the grace, 90 s.
 PARITY_SECONDS = 30.0
 #: Operations whose kernels are compiled when they are called: a process per dtype, so that none comes near the limit.
@@ -166,6 +168,7 @@ def run(
         "parity_rows": [],
         "timings": [],
         "steps": [],
+        "ledger": [],
         "largest": None,
         "capture": [],
         "aims": [],
@@ -219,6 +222,7 @@ def run(
             if chosen:
                 parts.append((name, Task("timing", device, profile, 0.0, chosen, rates, refused), share))
         if STEP in wanted:
+            parts.append((f"{STEP}, counted", Task("ledger", device, profile, 0.0, [], rates, refused), LEDGER_SHARE))
             parts.append((STEP, Task("step", device, profile, 0.0, [], rates, refused), STEP_SHARE))
         parts.append(("capture", Task("capture", device, profile, 0.0, checked, rates, refused), CAPTURE_SHARE))
         if STEP in wanted:

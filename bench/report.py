@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .brief import OVER, beyond
+from .roofline import roofline
 from .workloads import OURS
 
 _STYLE = """
@@ -56,6 +57,7 @@ def render(result: Mapping[str, Any]) -> str:
         _section("CUDA graphs, streams, waiting", _capture(result)),
         _section("Operations", (f"<p>{escape(OVER)}.</p>" if beyond(result) else "") + _timings(result["timings"])),
         _section("A whole training step", _steps(result)),
+        _section("What a step calls and moves", _ledger(result["ledger"])) if result.get("ledger") else "",
         _section("Notes", _notes(result)),
     ]
     return (
@@ -203,6 +205,36 @@ def _steps(result: Mapping[str, Any]) -> str:
             figure += "" if largest["peak_bytes"] is None else f", {largest['peak_bytes'] / 2**30:.1f} GiB allocated"
             figure += ", all parameters finite" if largest["finite"] else ", <span class='bad'>not finite</span>"
         page += f"<p>One bag of {largest['instances']:,} instances: {escape(largest['status'])}, {figure}</p>"
+    return page
+
+
+def _ledger(ledgers: Sequence[Mapping[str, Any]]) -> str:
+    """Calls and bytes, which were counted, predicted seconds, and a picture for each precision and hardware."""
+    rows = []
+    for one in ledgers:
+        n, sums = one["instances"], one["total"]
+        counted = [f"{sums['calls']:,}", f"{sums['bytes'] / n / 1e3:,.1f}", f"{sums['flops'] / n / 1e6:,.2f}"]
+        for row in one["predicted"]:
+            seconds = [f"predicted {_time(row[key])}" for key in ("step", "bytes", "products", "launches")]
+            rows.append([f"{n:,}", escape(one["precision"]), escape(one["contender"]), *counted])
+            rows[-1] += [escape(row["hardware"]), *seconds]
+            counted = [""] * 3
+    head = (
+        *("instances", "precision", "contender", "calls", "KB an instance", "MFLOP an instance"),
+        *("on", "a step", "bytes alone", "products alone", "launches alone"),
+    )
+    page = (
+        "<p class='soft'>Calls, bytes and floating-point operations were counted. Seconds are predicted from them and "
+        "from the rates of the data sheet, or those that this run measured: no step was timed for them. A dot is an "
+        "operation, its area its part of the predicted time; above the dashed line products are waited for, below it "
+        "bytes.</p>"
+    )
+    page += _table(head, rows, (0, 3, 4, 5, 7, 8, 9, 10))
+    for precision in dict.fromkeys(one["precision"] for one in ledgers):
+        same = [one for one in ledgers if one["precision"] == precision]
+        for hardware in same[0]["hardware"]:
+            page += f"<h3>{escape(precision)}, predicted for {escape(hardware['name'])}</h3>"
+            page += f"<div class='scroll'>{roofline(same, hardware)}</div>"
     return page
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from umda_fast import ops
+from umda_fast.extras import MissingExtraError
 from umda_fast.parity import DTYPES, run_parity
 from umda_fast.parity.case import dtype_name
 from umda_fast.parity.cases import all_cases
 
-from . import capture, training_step
+from . import capture, step_ledger, training_step
 from .machine import machine, measure_rates
 from .measure import QUICK_ROUNDS, ROUNDS, Clock, Contender, Timer, compare, explain, line, make_timer
 from .workloads import COMPILED, OURS, WORKLOADS, Floor, Place, Problem, untiled
@@ -165,6 +166,24 @@ def time_compiled_step(task: Task, emit: Emit) -> None:
     _Steps(task, emit).measure(training_step.COMPILED_SIZES[task.profile], names, Clock(task.seconds), {})
 
 
+def count_calls(task: Task, emit: Emit) -> None:
+    """What a step calls and moves, in every precision, ours beside eager; nothing is timed."""
+    if task.refused:
+        return
+    n, precisions = step_ledger.SIZES[task.profile], step_ledger.PRECISIONS
+    hardware = (step_ledger.this_machine(f"this {task.device}", task.rates), *step_ledger.GPUS)
+    try:
+        ledgers = [
+            step_ledger.ledger(n, precision, contender, task.device, hardware)
+            for precision in (precisions[:1] if task.profile == "quick" else precisions)
+            for contender in (OURS, step_ledger.EAGER)
+        ]
+    except MissingExtraError as error:
+        emit({"kind": "note", "value": f"{STEP}: not counted: {error}"})
+        return
+    emit({"kind": "ledger", "value": ledgers})
+
+
 def growth(n: int, before: int) -> float:
     """How many times as long a step may take: the graph compares all pairs of a bag."""
     return (n / before) ** 2
@@ -314,5 +333,6 @@ SECTIONS: dict[str, Callable[[Task, Emit], None]] = {
     "timing": time_operations,
     "step": time_step,
     "compiled step": time_compiled_step,
+    "ledger": count_calls,
     "capture": check_capture,
 }

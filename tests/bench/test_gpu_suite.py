@@ -19,6 +19,7 @@ from umda_fast.bench.aims import AIMS, judge
 from umda_fast.bench.measure import Clock, Contender, Timer, compare
 from umda_fast.bench.processes import Here, Processes
 from umda_fast.bench.sections import STEP, Task
+from umda_fast.bench.step_ledger import EAGER
 from umda_fast.bench.training_step import COMPOSED, COMPOSED_COMPILED, EXACT, OURS_COMPILED
 from umda_fast.bench.workloads import COMPILED, FLASH, FLEX, OURS, SDPA, WORKLOADS, Place
 from umda_fast.ops._dispatch import reasons_against
@@ -126,6 +127,18 @@ def test_rivals(result: Result) -> None:
     assert {"stack + matmul", "torchjd IMTLG, combination included"} <= names["task_gradient_statistics"]
     last = [x for x in result["timings"] if x["op"] == "cross_view"][-1]
     assert next(x for x in last["contenders"] if x["name"] == COMPILED)["status"] == "timed"
+
+
+def test_the_training_step_is_counted(written: Path, result: Result) -> None:
+    ours, eager = result["ledger"]
+    assert (ours["contender"], eager["contender"]) == (OURS, EAGER)
+    assert ours["total"]["calls"] < eager["total"]["calls"]
+    assert [row["hardware"] for row in ours["predicted"]] == ["this cpu", "H200", "A100 80 GB"]
+    here = ours["hardware"][0]
+    assert (here["copy"], here["products"]["32-true"]) == (result["rates"]["copy"], result["rates"]["float32"])
+    page = (written / "gpu_suite.html").read_text()
+    assert page.count("<circle") > 6 * 20
+    assert "predicted for H200" in page
 
 
 def test_the_training_step(result: Result) -> None:
