@@ -213,7 +213,7 @@ def _gram(given: Mapping[str, Any]) -> int:
     losses, tasks = len(given["d_pooled"]), given["attention"].shape[1]
     n, width = given["z"].shape
     products = losses * 2 * given["value"].shape[1] * width + 2 * losses * tasks * width + losses**2 * width // 2
-    return 2 * n * int(products)
+    return int(2 * n * products)
 
 
 #: FLOP of our operations that multiply more than they move, by their arguments: two for a multiply-add.

@@ -590,8 +590,7 @@ def neighbor_attention(n: int, place: Place) -> Problem:
         (q, k, v, log_weight),
         contenders,
         Floor((2 * count + 4 * n) * row + 8.0 * count),
-        # Keys and values of the neighbours, then queries and gradients of those whose neighbour one is.
-        Floor((4 * count + 8 * n) * row + 8.0 * count),
+        Floor((3 * count + 8 * n) * row + 8.0 * count),
         EAGER,
         absent,
     )
