@@ -262,6 +262,8 @@ def run_with_ninja(ninja: str, plan: Plan, directory: Path) -> None:
 
 
 def run(plan: Plan, directory: Path) -> None:
+    # The longest first, so that no processor waits for the last one; the link keeps its own order.
+    plan.compile.sort(key=lambda step: -step.inputs[0].stat().st_size)
     for step in plan.compile:
         step.output.parent.mkdir(parents=True, exist_ok=True)
     assert plan.link is not None

@@ -1,7 +1,7 @@
 """What leaves the repository: the source distribution, and a wheel whose library could not be built.
 
-The wheel with its library is built from the source distribution by `make package`, which `make test` begins with: the
-library that all tests run is the one of that wheel.
+The wheel with its library is built from the source distribution as `make package` does it, before `make test` runs any
+test: the library that all tests run is the one of that wheel.
 """
 
 import importlib.util
