@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from umda_fast.cli.common import check_outputs, load_runs, number, save_json
-from umda_fast.cli.options import Bags, JsonFile, RunDirs, TrainedOn, split_option
+from umda_fast.cli.options import Bags, By, JsonFile, RunDirs, TrainedOn, split_option
 
 SAMPLES = 1000
 """Draws of bags, or of patients, for the intervals."""
@@ -19,6 +19,7 @@ def evaluate(
     split: Annotated[
         str | None, split_option("test, val, train, new or all.  [default: test; of other data than the run's own all]")
     ] = None,
+    by: By = "bag",
     json: JsonFile = None,
     use: TrainedOn,
 ) -> None:
@@ -35,13 +36,17 @@ def evaluate(
     name = ", ".join(str(run) for run in runs)
     split = measured_split(loaded, bags.data, split)
     samples = 0 if json is None else SAMPLES
-    result = evaluate_run(loaded, source=bags.data, format=bags.format, split=split, samples=samples, **use.arguments())
+    result = evaluate_run(
+        loaded, source=bags.data, format=bags.format, split=split, samples=samples, by=by, **use.arguments()
+    )
     console = make_console()
-    console.print(metrics_table({"": result.tasks}, title=f"{name}, split {split}, {result.bags} bags"))
+    counts = {"bags": result.bags} if result.patients is None else {"bags": result.bags, "patients": result.patients}
+    counted = ", ".join(f"{count} {what}" for what, count in counts.items())
+    console.print(metrics_table({"": result.tasks}, title=f"{name}, split {split}, {counted}"))
     console.print(f"mean_score {number(result.mean_score)}")
     report = {
         "run": name,
-        "data": {"source": bags.data or loaded.config.data.source, "split": split, "bags": result.bags},
+        "data": {"source": bags.data or loaded.config.data.source, "split": split, **counts},
         "tasks": result.tasks,
         "mean_score": result.mean_score,
         "intervals": result.intervals,

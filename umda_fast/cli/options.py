@@ -18,6 +18,7 @@ import typer
 __all__ = [
     "Backend",
     "Bags",
+    "By",
     "Computing",
     "Configuration",
     "Device",
@@ -75,6 +76,12 @@ RunDirs = Annotated[
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out what is bad in a directory of bags, and list it.")
+]
+By = Annotated[
+    str,
+    typer.Option(
+        "--by", metavar="bag|patient", help="What a prediction is of: of a patient the mean over the bags."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 

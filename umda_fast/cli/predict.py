@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from umda_fast.cli.common import check_outputs, load_runs, numbers
-from umda_fast.cli.options import Format, OwnData, RunDirs, TrainedOn, out_option, split_option
+from umda_fast.cli.options import By, Format, OwnData, RunDirs, TrainedOn, out_option, split_option
 
 EXAMPLE = "umda-fast predict runs/first --data new.npz --out predicted.csv --attention attention.h5"
 
@@ -16,7 +16,7 @@ EXAMPLE = "umda-fast predict runs/first --data new.npz --out predicted.csv --att
 def predict(
     *,
     runs: RunDirs,
-    out: Annotated[Path, out_option("One line a bag.", metavar="FILE.csv")],
+    out: Annotated[Path, out_option("One line a bag, or a patient.", metavar="FILE.csv")],
     data: OwnData = None,
     attention: Annotated[
         Path | None, typer.Option("--attention", metavar="FILE.h5", help="Also write each instance's attention.")
@@ -32,6 +32,7 @@ def predict(
         str | None,
         typer.Option("--times", metavar="T,T,...", help="Write survival at these, in the unit of the task."),
     ] = None,
+    by: By = "bag",
     format: Format = None,
     use: TrainedOn,
 ) -> None:
@@ -40,7 +41,7 @@ def predict(
     from umda_fast.studies import predict as predict_run
 
     check_outputs(out, attention)
-    bags = predict_run(
+    count = predict_run(
         load_runs(runs, use),
         source=data,
         out=out,
@@ -48,8 +49,9 @@ def predict(
         split=split,
         refer_below=refer_below,
         times=numbers("times", times),
+        by=by,
         format=format,
         **use.arguments(),
     )
     also = f" and {attention}" if attention is not None else ""
-    make_console().print(f"predictions for {bags} bags in {out}{also}", soft_wrap=True)
+    make_console().print(f"predictions for {count} {by}s in {out}{also}", soft_wrap=True)

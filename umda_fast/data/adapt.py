@@ -54,6 +54,7 @@ def adapt_dataset(
             except DataError as error:
                 ignore_label(tasks, error)
     adapted = BagDataset(_AdaptedStore(dataset, views, tasks, classes), views, tasks, dataset.name)
+    adapted = adapted.with_groups(dataset.groups)
     return _with_metadata(adapted, dataset.metadata, metadata)
 
 
@@ -109,6 +110,7 @@ class _AdaptedStore:
         self.names: Sequence[str] = dataset.names
         self.sizes = dataset.sizes
         self.positions = dataset.positions
+        self.slides = dataset.slides
         self.skipped = dataset.skipped
         columns = dataset.labels
         self.labels = {task.name: self._column(task, columns.get(task.name)) for task in self._tasks}
@@ -133,4 +135,4 @@ class _AdaptedStore:
                 f"bag {bag.name!r}: instance {int(bare[0])} has none of the views the model knows"
             )
         views = {name: features for name, features in bag.views.items() if name in self._views}
-        return Bag(bag.name, views, mask, bag_labels(self._tasks, self.labels, index), bag.coords)
+        return Bag(bag.name, views, mask, bag_labels(self._tasks, self.labels, index), bag.coords, slides=bag.slides)

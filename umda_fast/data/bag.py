@@ -30,6 +30,8 @@ class Bag:
             multiclass and ordinal: int64 []; multilabel: 0 or 1, float32 [C]; regression: float32 [] in original units;
             survival: time and event, float32 [2].
         coords: [n, 2], or None.
+        slides: int64 [n], ascending: which of its slides each instance is of, in a bag of several, each with
+            coordinates of its own; None: the bag is one.
         metadata: float32 [M], the dataset's metadata of this bag, NaN where missing; a dataset fills it in.
 
     Raises:
@@ -42,6 +44,7 @@ class Bag:
     labels: dict[str, Tensor] = field(default_factory=dict)
     coords: Tensor | None = None
     metadata: Tensor | None = None
+    slides: Tensor | None = None
 
     def __post_init__(self) -> None:
         where = f"bag {self.name!r}"
@@ -70,6 +73,11 @@ class Bag:
                 )
         if self.coords is not None and self.coords.shape != (n, 2):
             raise DataError(f"{where}: coords: expected [{n}, 2], got {dtype_and_shape(self.coords)}")
+
+        if self.slides is not None and (
+            self.slides.dtype != torch.int64 or self.slides.shape != (n,) or bool((self.slides.diff() < 0).any())
+        ):
+            raise DataError(f"{where}: slides: expected int64 [{n}], ascending, got {dtype_and_shape(self.slides)}")
 
     def __len__(self) -> int:
         return next(iter(self.views.values())).shape[0]

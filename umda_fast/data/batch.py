@@ -30,6 +30,8 @@ class BagBatch:
         names: the bags' names.
         coords: [N, 2], or None.
         metadata: float32 [B, M], NaN where missing, or None.
+        frames: int64 [S+1], offsets of the slides of which bags are made, S at least the number of bags that have
+            instances; None where every bag is one slide.
     """
 
     views: dict[str, Tensor]
@@ -40,6 +42,7 @@ class BagBatch:
     names: list[str]
     coords: Tensor | None = None
     metadata: Tensor | None = None
+    frames: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of bags."""
@@ -52,7 +55,8 @@ class BagBatch:
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments for the model's forward."""
         inputs = {"views": self.views, "ptr": self.ptr, "mask": self.mask, "coords": self.coords}
-        return inputs if self.metadata is None else {**inputs, "metadata": self.metadata}
+        more = {"metadata": self.metadata, "frames": self.frames}
+        return {**inputs, **{name: value for name, value in more.items() if value is not None}}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> BagBatch:
         """The batch on another device; tensors already there are shared."""
@@ -78,6 +82,7 @@ class BagBatch:
             names=self.names,
             coords=None if self.coords is None else move(self.coords),
             metadata=None if self.metadata is None else move(self.metadata),
+            frames=None if self.frames is None else share_checks(self.frames, move(self.frames)),
         )
 
 
@@ -99,6 +104,7 @@ def pack(bags: Sequence[Bag], views: Sequence[ViewSpec], tasks: Sequence[TaskSpe
     mask = torch.cat([torch.zeros(0, len(views), dtype=torch.bool), *(_mask(bag, views) for bag in bags)])
     ptr = sizes.cumsum(0)
     check_batch(ptr, mask)
+    slides = [bag.slides for bag in bags]
     labels, label_mask = _collate_labels(bags, tasks)
     return BagBatch(
         views={view.name: _collate_view(bags, view, mask[:, column]) for column, view in enumerate(views)},
@@ -109,7 +115,20 @@ def pack(bags: Sequence[Bag], views: Sequence[ViewSpec], tasks: Sequence[TaskSpe
         names=[bag.name for bag in bags],
         coords=_collate_coords(bags),
         metadata=_collate_metadata(bags),
+        frames=frames_of(slides, ptr, mask) if any(slide is not None for slide in slides) else None,
     )
+
+
+def frames_of(slides: Sequence[Tensor | None], ptr: Tensor, mask: Tensor) -> Tensor:
+    """`BagBatch.frames` of bags whose `Bag.slides` are given, at `ptr`."""
+    starts = [torch.zeros(1, dtype=torch.int64)]
+    for first, last, slide in zip(ptr[:-1].tolist(), ptr[1:].tolist(), slides, strict=True):
+        if slide is not None:
+            starts.append(first + 1 + slide.diff().nonzero()[:, 0])
+        starts.append(torch.tensor([last]))
+    frames = torch.cat(starts)
+    check_batch(frames, mask)
+    return frames
 
 
 def _mask(bag: Bag, views: Sequence[ViewSpec]) -> Tensor:

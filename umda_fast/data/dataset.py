@@ -21,6 +21,7 @@ from umda_fast.data.arrays import (
 )
 from umda_fast.data.bag import Bag
 from umda_fast.data.batch import BagBatch, pack
+from umda_fast.data.joined import JoinedSlides
 from umda_fast.data.labels import KindOverrides, label_columns
 from umda_fast.data.metadata import Metadata, Positions, concat_positions, metadata_columns
 from umda_fast.data.positive import Positive, choose_positive
@@ -66,6 +67,7 @@ class BagDataset(Dataset[Bag]):
             self._store = bags
         self._rows: IntArray = np.arange(len(self._store.names), dtype=np.int64)
         self._metadata: Metadata | None = None
+        self._groups: Sequence[str] | None = None  # by row of the store
         self._contents: dict[int, str] = {}  # by row of the store, shared by all parts of it
         _check_distinct_names(name, self._store.names)
 
@@ -167,6 +169,12 @@ class BagDataset(Dataset[Bag]):
         return None if positions is None else positions.take(self._rows)
 
     @property
+    def slides(self) -> JoinedSlides | None:
+        """The slides of which the bags are made, where bags are of several, without loading one; else None."""
+        slides: JoinedSlides | None = getattr(self._store, "slides", None)
+        return None if slides is None else slides.take(self._rows)
+
+    @property
     def skipped(self) -> tuple[str, ...]:
         """What of the source could not be used and was left out, one line each with its file in it."""
         return tuple(getattr(self._store, "skipped", ()))
@@ -181,6 +189,29 @@ class BagDataset(Dataset[Bag]):
         for row, name in zip(self._rows.tolist(), self.names, strict=True):
             if name in contents:
                 self._contents[row] = contents[name]
+
+    @property
+    def groups(self) -> list[str] | None:
+        """Whose the bags are, as `Splits.groups` has it, without loading one; None where nothing says so."""
+        groups = self._groups
+        return None if groups is None else [groups[row] for row in self._rows.tolist()]
+
+    def with_groups(self, groups: Sequence[str] | None) -> BagDataset:
+        """The same bags of these groups, [B]; None: nothing says whose they are.
+
+        Raises:
+            ValueError: for another number of bags.
+        """
+        other = self._copy()
+        other._groups = None
+        if groups is not None:
+            if len(groups) != len(self):
+                raise ValueError(f"groups: expected {len(self)}, one per bag, got {len(groups)}")
+            all_rows = [""] * len(self._store.names)
+            for row, group in zip(self._rows.tolist(), groups, strict=True):
+                all_rows[row] = str(group)
+            other._groups = all_rows
+        return other
 
     @property
     def metadata(self) -> Metadata | None:
@@ -268,6 +299,9 @@ def concat(parts: Sequence[BagDataset], name: str) -> BagDataset:
                 f"parts: expected the views and tasks of {parts[0].name!r}, {part.name!r} differs"
             )
     whole = BagDataset(_ConcatStore(parts), parts[0].views, parts[0].tasks, name)
+    groups = [part.groups for part in parts]
+    if all(own is not None for own in groups):
+        whole = whole.with_groups([group for own in groups if own is not None for group in own])
     known = [part.metadata for part in parts if part.metadata is not None]
     if len(known) < len(parts) or len({metadata.names for metadata in known}) > 1:
         return whole

@@ -21,7 +21,7 @@ from umda_fast.model.specs import TaskSpec
 class BagStore(Protocol):
     """Where bags come from. Sizes, names and labels are known up front; features are read by `load` only.
 
-    A store may have attributes `positions` and `skipped`, see those of `BagDataset`.
+    A store may have attributes `positions`, `slides` and `skipped`, see those of `BagDataset`.
     """
 
     @property

@@ -47,4 +47,5 @@ def drop_instances(batch: BagBatch, share: float, seed: int = 0, epoch: int = 0)
         mask=batch.mask[rows],
         ptr=sizes.cumsum(0),
         coords=None if batch.coords is None else batch.coords[rows],
+        frames=None if batch.frames is None else torch.searchsorted(rows, batch.frames),
     )

@@ -182,9 +182,10 @@ def forward_chunked(
     coords: Tensor | None = None,
     *,
     metadata: Tensor | None = None,
+    frames: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> UMDAOutput:
-    """`model(views, ptr, mask, coords, metadata=metadata)` for bags of any size, without gradients.
+    """`model(views, ptr, mask, coords, metadata=metadata, frames=frames)` for bags of any size, without gradients.
 
     Encoders, cross-view attention and fusion see `chunk` instances at a time; of what is [N, V, D] nothing is kept.
     The graph is exact and over whole bags. Beyond the features, memory is a few arrays [N, D]. Equal to the model's
@@ -206,7 +207,7 @@ def forward_chunked(
     count = len(next(iter(views.values()), ()))
     if count <= chunk:
         whole = {name: wide(features) for name, features in views.items()}
-        out: UMDAOutput = model(whole, ptr, mask, coords, metadata=metadata)
+        out: UMDAOutput = model(whole, ptr, mask, coords, metadata=metadata, frames=frames)
         return out
     fused, masses, betas, linear = [], [], [], []
     pools: list[ViewPool] = []
@@ -235,7 +236,7 @@ def forward_chunked(
         "consistency": consistency.value().to(view_mass),
         "dispersion": moments.dispersion(model.config.delta).to(view_mass),
     }
-    result = model.pool(torch.cat(fused), ptr, coords, view_mass, torch.cat(betas), penalties, metadata)
+    result = model.pool(torch.cat(fused), ptr, coords, view_mass, torch.cat(betas), penalties, metadata, frames=frames)
     if linear:
         result = model.with_linear(result, torch.cat(linear), ptr)
     return model.with_view_heads(result, join_pools(pools, bags, ptr)) if pools else result

@@ -163,8 +163,11 @@ class GMIP(nn.Module):
             MessagePassing(width, heads, message, dropout, pre_norm, ffn, layer_scale) for _ in range(rounds)
         )
 
-    def forward(self, z: Tensor, ptr: Tensor, coords: Tensor | None = None) -> GMIPOutput:
-        """z [N, D]; ptr int64 [B+1]; coords [N, 2], needed when `coords_k` > 0.
+    def forward(
+        self, z: Tensor, ptr: Tensor, coords: Tensor | None = None, frames: Tensor | None = None
+    ) -> GMIPOutput:
+        """z [N, D]; ptr int64 [B+1]; coords [N, 2], needed when `coords_k` > 0; frames int64 [S+1], offsets of the runs
+        of instances whose coordinates are of one frame (of one slide), None where that is the bag.
 
         Raises:
             ValueError: coordinates are needed and there are none. TypeError, ValueError: a wrong ptr.
@@ -176,7 +179,7 @@ class GMIP(nn.Module):
                 raise ValueError(f"coords: expected [N, 2] for coords_k = {self.coords_k}, got None")
             if coords.shape != (z.shape[0], 2):
                 raise ValueError(f"coords must have shape [{z.shape[0]}, 2], got {list(coords.shape)}")
-            graph = graph.union(knn_graph(coords, ptr, self.coords_k, metric="euclidean"))
+            graph = graph.union(knn_graph(coords, ptr if frames is None else frames, self.coords_k, metric="euclidean"))
         if self.symmetrize:
             graph = graph.symmetrize()
         log_weight = (edge_cosine(r, graph) - 1.0) / self.tau

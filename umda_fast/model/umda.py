@@ -115,6 +115,7 @@ class UMDA(nn.Module):
         *,
         metadata: Tensor | None = None,
         task_cosines: Tensor | None = None,
+        frames: Tensor | None = None,
     ) -> UMDAOutput:
         """Predict for B bags of N instances.
 
@@ -127,6 +128,8 @@ class UMDA(nn.Module):
             coords: [N, 2], needed with `coords_k` > 0, else not read.
             metadata: floating [B, M], NaN where missing; needed with `config.metadata`, else not read.
             task_cosines: [T, T], cosines of the tasks' gradients for the influence matrix (see `ATSB`).
+            frames: int64 [S+1], offsets of S runs of instances, each inside one bag, whose coordinates are of one
+                slide: neighbours by coordinates are looked for inside them. None: each bag is one.
 
         Raises:
             TypeError, ValueError: naming the argument or view, what was expected and what came.
@@ -145,7 +148,7 @@ class UMDA(nn.Module):
             "dispersion": fused.dispersion,
         }
         z, view_weights = fused.z, fused.beta
-        out = self.pool(z, ptr, coords, view_mass, view_weights, penalties, metadata, task_cosines)
+        out = self.pool(z, ptr, coords, view_mass, view_weights, penalties, metadata, task_cosines, frames)
         if self.linear is not None:
             out = self.with_linear(out, self.linear.scores(self.encoders, views, mask), ptr)
         return out if alone is None else self.with_view_heads(out, alone)
@@ -178,6 +181,7 @@ class UMDA(nn.Module):
         penalties: dict[str, Tensor],
         metadata: Tensor | None = None,
         task_cosines: Tensor | None = None,
+        frames: Tensor | None = None,
     ) -> UMDAOutput:
         """All that follows the fusion of views, for z [N, D]; what came before is handed through."""
         zero = z.new_zeros((), dtype=torch.promote_types(z.dtype, torch.float32))
@@ -185,7 +189,7 @@ class UMDA(nn.Module):
         penalties["smoothness"] = zero
         if self.gmip is not None:
             with block("GMIP"):
-                z, graph, weight = self.gmip(z, ptr, coords)
+                z, graph, weight = self.gmip(z, ptr, coords, frames)
             with block("penalties"):
                 penalties["smoothness"] = smoothness_energy(z, graph, weight)
         with block("penalties"):

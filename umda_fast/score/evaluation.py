@@ -37,7 +37,8 @@ class SplitResult:
     logits are divided by the temperature that is best on these very bags, and the same for a kind that has none.
     `view_consistency`, `view_mass` [V, V] (row: the view that listens) and `influence` [T, T] are None for a model
     that has no such thing. `predictions`, of all bags in their order, are there if they were asked for, and
-    `intervals` of scores if somebody made them of those (`umda_fast.train.measure`).
+    `intervals` of scores if somebody made them of those (`umda_fast.train.measure`). `patients`: how many, where
+    `tasks`, `mean_score` and `predictions` are of patients.
     """
 
     tasks: dict[str, dict[str, float]]
@@ -51,6 +52,7 @@ class SplitResult:
     influence: Tensor | None
     predictions: Predictions | None = None
     intervals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    patients: int | None = None
 
 
 class _Mean:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ class BagMap:
         unit: of the coordinates: "px" (level 0), "um", or "" where not known.
         patch: edge of a patch in that unit, NaN where not known. guessed: from the distances between patches.
         pixel_size: micrometres per level-0 pixel, NaN where not known.
+        slide: of a bag of several slides the one that this is of, with its n instances alone.
+        total: instances of the whole bag; None: n.
     """
 
     name: str
@@ -57,6 +60,18 @@ class BagMap:
     patch: float = float("nan")
     pixel_size: float = float("nan")
     guessed: bool = False
+    slide: str = ""
+    total: int | None = None
+
+    @property
+    def relative(self) -> FloatArray:
+        """Attention times the number of the bag's instances: 1 is what each would have if all were alike."""
+        return self.attention * (len(self.attention) if self.total is None else self.total)
+
+    @property
+    def title(self) -> str:
+        """The bag, and the slide of it."""
+        return f"{self.name}, slide {self.slide}" if self.slide else self.name
 
     @property
     def edge(self) -> float:
@@ -140,11 +155,6 @@ def plot_maps(
     return figure
 
 
-def relative(attention: FloatArray) -> FloatArray:
-    """Attention times the number of instances: 1 is what every instance would have if all were alike."""
-    return attention * len(attention)
-
-
 def _to_pixels(bag: BagMap) -> tuple[FloatArray, float]:
     assert bag.coords is not None
     edge = bag.edge
@@ -183,7 +193,7 @@ def write_geojson(path: str | os.PathLike[str], bag: BagMap, tasks: Sequence[str
 def _features(
     bag: BagMap, corners: FloatArray, edge: float, tasks: Sequence[str], views: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    columns = {f"attention: {task}": relative(bag.attention)[:, t] for t, task in enumerate(tasks)}
+    columns = {f"attention: {task}": bag.relative[:, t] for t, task in enumerate(tasks)}
     n = len(corners)
     for t, task in enumerate(tasks):
         percentile = np.empty(n)
@@ -216,7 +226,8 @@ def attention_maps(
     patch_size: float | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[BagMap, dict[str, Any]]]:
-    """A `BagMap` and the logits {task: [outputs]} for every bag of `dataset`, which has the model's views and tasks.
+    """A `BagMap` and the logits {task: [outputs]} for every bag of `dataset`, which has the model's views and tasks; of
+    a bag of several slides one for each, whose attention sums to 1 over all of them.
 
     Args:
         wanted: names of the bags; None for all.
@@ -234,10 +245,18 @@ def attention_maps(
             if name not in rows:
                 raise DataError(f"{dataset.name}: expected the name of a bag, got {name!r}")
         chosen = np.array([rows[name] for name in names], dtype=np.int64)
-    patches = patch_sizes(dataset, chosen, patch_size)
+    joined = dataset.slides
+    if joined is None:
+        patches, positions = patch_sizes(dataset, chosen, patch_size), dataset.positions
+        positions = None if positions is None else positions.take(chosen)
+    else:
+        joined = joined.take(chosen)
+        single = BagDataset(joined.store, joined.views, (), dataset.name)
+        rows_of = np.concatenate([*joined.members, np.empty(0, np.int64)])
+        patches, positions = patch_sizes(single, rows_of, patch_size), single.positions
+        positions = None if positions is None else positions.take(rows_of)
     dataset = dataset.subset(chosen)
-    positions = dataset.positions
-    row = 0
+    row = done = 0
     for batch, out in predict_batches(run, dataset, fabric, progress=progress, title="explain"):
         offsets = batch.ptr.tolist()
         attention = out.attention.float().cpu().numpy()
@@ -245,21 +264,31 @@ def attention_maps(
         weights = None if weights is None or weights.shape[1] < 2 else weights.float().cpu().numpy()
         coords = None if batch.coords is None else batch.coords.double().cpu().numpy()
         for index, name in enumerate(batch.names):
-            part = slice(offsets[index], offsets[index + 1])
-            known: dict[str, Any] = {"patch": float(patches.edge[row]), "guessed": bool(patches.guessed[row])}
-            if positions is not None:
-                known |= {"unit": positions.unit, "pixel_size": float(positions.pixel_size[row])}
-            yield (
-                BagMap(
-                    name,
-                    attention[part],
-                    None if weights is None else weights[part],
-                    None if coords is None else coords[part],
-                    **known,
-                ),
-                {task: logits[index].float().cpu() for task, logits in out.logits.items()},
-            )
-            row += 1
+            total = offsets[index + 1] - offsets[index]
+            slides = [("", total)]
+            if joined is not None:
+                slides = list(zip(joined.names(done), joined.sizes(done).tolist(), strict=True))
+            done += 1
+            start = offsets[index]
+            for slide, size in slides:
+                part = slice(start, start + size)
+                start += size
+                known: dict[str, Any] = {"patch": float(patches.edge[row]), "guessed": bool(patches.guessed[row])}
+                if positions is not None:
+                    known |= {"unit": positions.unit, "pixel_size": float(positions.pixel_size[row])}
+                yield (
+                    BagMap(
+                        name,
+                        attention[part],
+                        None if weights is None else weights[part],
+                        None if coords is None else coords[part],
+                        slide=slide,
+                        total=total,
+                        **known,
+                    ),
+                    {task: logits[index].float().cpu() for task, logits in out.logits.items()},
+                )
+                row += 1
 
 
 @dataclass(frozen=True)
@@ -305,7 +334,8 @@ def explain(
     """Write what the model looked at in every bag of `source` (or `datasets`; the run's own data without either).
 
     Into `out`: `top_instances.csv` with the `top` instances of every bag and task by attention; and for each bag with
-    coordinates `<bag>/attention-<task>.png`, with several views `<bag>/views.png`, and `<bag>/<bag>.geojson`.
+    coordinates `<bag>/attention-<task>.png`, with several views `<bag>/views.png`, and `<bag>/<bag>.geojson`; of a bag
+    of several slides these for each slide, in `<bag>/<slide>`.
 
     Args:
         split: only this part of the data. bags: only these bags.
@@ -346,25 +376,26 @@ def explain(
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="", write_through=True)
         stack.callback(text.detach)
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["bag", "task", "rank", "instance", "x", "y", "attention", "relative_attention"])
-        for bag, _ in attention_maps(run, dataset, fabric, wanted=bags, patch_size=patch_size, progress=progress):
-            counts["bags"] += 1
-            writer.writerows(_top(bag, tasks, top))
+        slides = ["slide"] if dataset.slides is not None else []
+        columns = ["bag", *slides, "task", "rank", "instance", "x", "y", "attention", "relative_attention"]
+        writer.writerow(columns)
+        found = attention_maps(run, dataset, fabric, wanted=bags, patch_size=patch_size, progress=progress)
+        for bag in _counted(found, lambda maps: writer.writerows(_top(maps, tasks, top)), counts):
             if bag.coords is None or not len(bag.coords):
-                without += [bag.name] if len(bag.attention) else []
+                without += [bag.title] if len(bag.attention) else []
                 continue
             if np.isnan(bag.patch):
-                unsized.append(bag.name)
+                unsized.append(bag.title)
                 continue
             unit = bag.unit
             guessed |= {bag.patch} if bag.guessed else set()
-            folder = place / _safe(bag.name)
+            folder = place / _safe(bag.name) / _safe(bag.slide) if bag.slide else place / _safe(bag.name)
             if heatmaps:
                 counts["heatmaps"] += _write_pictures(folder, bag, tasks, views)
             if geojson:
                 if pixel_size is not None and not np.isfinite(bag.pixel_size):
                     bag = BagMap(**{**vars(bag), "pixel_size": pixel_size})
-                write_geojson(folder / f"{_safe(bag.name)}.geojson", bag, tasks, views)
+                write_geojson(folder / f"{folder.name}.geojson", bag, tasks, views)
                 counts["geojson"] += 1
     return Explanation(
         **counts, without=tuple(without), unsized=tuple(unsized), guessed=tuple(sorted(guessed)), unit=unit
@@ -377,24 +408,41 @@ def _safe(name: str) -> str:
     return safe if safe.strip(".") else safe.replace(".", "%2E")
 
 
-def _top(bag: BagMap, tasks: Sequence[str], top: int) -> Iterator[list[Any]]:
-    share = relative(bag.attention)
+def _counted(
+    found: Iterable[tuple[BagMap, Any]], whole: Callable[[Sequence[BagMap]], None], counts: dict[str, int]
+) -> Iterator[BagMap]:
+    """All maps; before those of a bag, it is counted and `whole` is told all of it."""
+    for _, pairs in itertools.groupby(found, key=lambda pair: pair[0].name):
+        maps = [bag for bag, _ in pairs]
+        counts["bags"] += 1
+        whole(maps)
+        yield from maps
+
+
+def _top(maps: Sequence[BagMap], tasks: Sequence[str], top: int) -> Iterator[list[Any]]:
+    """Lines of one bag, all of whose slides `maps` are."""
+    attention, share = (
+        np.concatenate([getattr(bag, name) for bag in maps]) for name in ("attention", "relative")
+    )
+    at = [(bag, i) for bag in maps for i in range(len(bag.attention))]
     for t, task in enumerate(tasks):
-        for rank, i in enumerate((-bag.attention[:, t]).argsort(kind="stable")[:top]):
+        for rank, row in enumerate((-attention[:, t]).argsort(kind="stable")[:top]):
+            bag, i = at[row]
             x, y = ("", "") if bag.coords is None else (f"{value:.10g}" for value in bag.coords[i])
-            yield [bag.name, task, rank + 1, int(i), x, y, f"{bag.attention[i, t]:.6g}", f"{share[i, t]:.6g}"]
+            which = [bag.name, bag.slide] if bag.slide else [bag.name]
+            yield [*which, task, rank + 1, i, x, y, f"{attention[row, t]:.6g}", f"{share[row, t]:.6g}"]
 
 
 def _write_pictures(folder: Path, bag: BagMap, tasks: Sequence[str], views: Sequence[str]) -> int:
     figures = {
         f"attention-{task}": plot_maps(
-            bag, {task: relative(bag.attention)[:, t]}, bag.name, "attention (1: all instances alike)", 0.0
+            bag, {task: bag.relative[:, t]}, bag.title, "attention (1: all instances alike)", 0.0
         )
         for t, task in enumerate(tasks)
     }
     if bag.views is not None:
         panels = {view: bag.views[:, v] for v, view in enumerate(views)}
-        figures["views"] = plot_maps(bag, panels, f"{bag.name}: weight of each view", "weight (sums to 1)", 0.0)
+        figures["views"] = plot_maps(bag, panels, f"{bag.title}: weight of each view", "weight (sums to 1)", 0.0)
     for name, figure in figures.items():
         with atomic_file(folder / f"{_safe(name)}.png") as stream:
             figure.savefig(stream, format="png", dpi=110)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,10 +28,12 @@ from umda_fast.model import Mixture, TaskSpec, decode
 from umda_fast.runtime.rundir import RunDirectory
 from umda_fast.score.calibration import Calibration, confidence
 from umda_fast.score.inference import outputs_in_order
+from umda_fast.score.patients import Patients, mean_of_bags
 from umda_fast.tasks import kind_of
 from umda_fast.train.chosen import tell
-from umda_fast.train.data import model_data
+from umda_fast.train.data import is_own, model_data
 from umda_fast.train.loading import Run
+from umda_fast.train.measure import patients_of_bags
 
 __all__ = ["PredictionTable", "predict", "predict_batches"]
 
@@ -134,6 +137,7 @@ def predict(
     times: Sequence[float] | None = None,
     skip_bad: bool = False,
     progress: bool = True,
+    by: str = "bag",
 ) -> int:
     """Predict for every bag of `source` (or of `datasets`, or of the run's own data), all splits unless `split` names
     one: as the run recorded it, see docs/data.md. Labels are not needed; which of them do not fit the model is said.
@@ -149,23 +153,32 @@ def predict(
 
     The HDF5 holds a group for each bag, named as the bag with `/` written as `%2F` and its plain name in the attribute
     `name`: `attention` [n, T], `view_weights` [n, V] (models with several views) and `coords` [n, 2] if the data has
-    them; the file's attributes `tasks` and `views` name the columns. Where the data knows, the attributes of `coords`
+    them; of a bag of several slides also `slide` [n], which of its attribute `names` each instance is of; the file's
+    attributes `tasks` and `views` name the columns. Where the data knows, the attributes of `coords`
     say what it means: `unit` (um or px), `patch_size` in that unit, `pixel_size` in micrometres per level-0 pixel.
 
     With `refer_below`, a number between 0 and 1, the CSV further holds each task's calibrated confidence (see
     `calibration.confidence`) and the ends of a regression's interval, and `refer` names the tasks whose confidence is
     below that number. This needs the calibration.json that training writes when it has a validation split.
 
+    By patient a line is the mean prediction of a patient's bags (`umda_fast.score.patients`), the first columns are
+    `patient` and `bags`, whose names are joined by `;`, and a bag of which nobody knows whose it is stands alone. The
+    HDF5 stays by bag.
+
     Returns:
-        The number of bags.
+        The number of lines, bags or patients.
 
     Raises:
         DataError: the data cannot be read or does not fit the model; `refer_below` or `times` out of range, or no
-        calibration.
+        calibration; by patient, nothing says whose the bags are, or `refer_below`, whose calibration is of bags.
     """
     tasks: Sequence[TaskSpec] = run.model.config.tasks
     if times is not None:
         tasks = _at_times(tasks, times)
+    if by not in ("bag", "patient"):
+        raise DataError(f"by: expected bag or patient, got {by!r}")
+    if by == "patient" and refer_below is not None:
+        raise DataError("refer_below: expected predictions by bag, which the run's calibration is of, got by patient")
     calibration = None
     if refer_below is not None:
         if not 0.0 <= refer_below <= 1.0:
@@ -185,6 +198,10 @@ def predict(
         skip_bad=skip_bad,
         labels=False,
     )
+    patients = None
+    if by == "patient":
+        groups = patients_of_bags(run, dataset, own=datasets is not None or is_own(run, source))
+        patients = Patients.of(dataset.name, dataset.names, groups)
     with ExitStack() as stack:
         stack.enter_context(ops.prefer_backend(backend))
         table = stack.enter_context(atomic_file(out))
@@ -192,7 +209,8 @@ def predict(
         stack.callback(text.detach)
         writer = csv.writer(text, lineterminator="\n")
         predictions = PredictionTable(tasks, calibration, 0.0 if refer_below is None else refer_below)
-        writer.writerow(predictions.header())
+        writer.writerow([*(["bag"] if patients is None else ["patient", "bags"]), *predictions.header()[1:]])
+        logits: list[dict[str, Tensor]] = []
         store = None
         if attention is not None:
             store = stack.enter_context(_attention_file(attention, run))
@@ -201,15 +219,33 @@ def predict(
         empty = 0
         for batch, result in predict_batches(run, dataset, fabric, progress=progress):
             sizes = batch.ptr.diff().tolist()
-            writer.writerows(predictions.lines(batch.names, sizes, result.logits))
+            if patients is None:
+                writer.writerows(predictions.lines(batch.names, sizes, result.logits))
+            else:
+                logits.append({name: value.float().cpu() for name, value in result.logits.items()})
             empty += sizes.count(0)
             if store is not None:
                 _write_attention(store, batch, result)
         if store is not None:
             _write_positions(store, dataset)
+        if patients is not None:
+            writer.writerows(_lines_of_patients(predictions, patients, dataset, logits))
     if empty:
         print(f"{empty} of {len(dataset)} bags have no instances: not predicted, but referred", file=sys.stderr)
-    return len(dataset)
+    return len(dataset) if patients is None else len(patients.names)
+
+
+def _lines_of_patients(
+    table: PredictionTable, patients: Patients, dataset: BagDataset, logits: Sequence[Mapping[str, Tensor]]
+) -> Iterator[list[str]]:
+    sizes, names = dataset.sizes, dataset.names
+    joined = {
+        task.name: mean_of_bags(task, torch.cat([part[task.name] for part in logits]), patients, sizes.tolist())
+        for task in (table.tasks if logits else ())
+    }
+    totals = [int(sizes[members].sum()) for members in patients.members]
+    for line, members in zip(table.lines(patients.names, totals, joined), patients.members, strict=True):
+        yield [line[0], ";".join(names[row] for row in members.tolist()), *line[1:]]
 
 
 def _at_times(tasks: Sequence[TaskSpec], times: Sequence[float]) -> tuple[TaskSpec, ...]:
@@ -253,10 +289,15 @@ def _group_name(bag: str) -> str:
 
 def _write_positions(store: Any, dataset: BagDataset) -> None:
     positions = dataset.positions
-    if positions is None:
-        return
     for row, name in enumerate(dataset.names):
-        attributes = store[_group_name(name)]["coords"].attrs
+        group = store[_group_name(name)]
+        if dataset.slides is not None:
+            sizes = dataset.slides.sizes(row)
+            slide = group.create_dataset("slide", data=np.repeat(np.arange(len(sizes)), sizes))
+            slide.attrs["names"] = dataset.slides.names(row)
+        if positions is None:
+            continue
+        attributes = group["coords"].attrs
         attributes["unit"] = positions.unit
         for key, value in (("patch_size", positions.patch_size[row]), ("pixel_size", positions.pixel_size[row])):
             if not math.isnan(value):

@@ -28,7 +28,7 @@ from umda_fast.score.collect import Predictions, collect
 from umda_fast.score.intervals import primary_score
 from umda_fast.score.metrics import TaskMetrics
 from umda_fast.studies.followed import logrank_p, plot_followed
-from umda_fast.studies.maps import BagMap, attention_maps, plot_maps, relative
+from umda_fast.studies.maps import BagMap, attention_maps, plot_maps
 from umda_fast.studies.predict import mixed_note
 from umda_fast.tasks import kind_of
 from umda_fast.tasks.metric_names import metric_name
@@ -36,7 +36,7 @@ from umda_fast.tasks.shown import Followed, Rows, Scatter, Shown
 from umda_fast.train.chosen import ALL
 from umda_fast.train.data import is_own, measured_split, model_data
 from umda_fast.train.loading import Run
-from umda_fast.train.measure import LEVEL, intervals, patients_by_record
+from umda_fast.train.measure import LEVEL, intervals, patients_of_bags
 
 __all__ = ["write_report"]
 
@@ -128,7 +128,7 @@ def write_report(
     tasks, mixed = dataset.tasks, mixed_note(run)
     sections = [
         _header(run, dataset, split, files, mixed),
-        _scores(tasks, found, samples, patients_by_record(run, dataset.names)),
+        _scores(tasks, found, samples, patients_of_bags(run, dataset, own=datasets is not None or is_own(run, source))),
         _errors(tasks, found),
         _calibration(tasks, found, held_out),
         _plots(files),
@@ -374,15 +374,15 @@ def _maps(tasks: Sequence[TaskSpec], views: Sequence[str], bags: Sequence[BagMap
     if any(bag.guessed for bag in bags):
         parts.append(_note("The size of the patches is guessed from the distances between them: --patch-size says it."))
     for bag in bags:
-        share = relative(bag.attention)
+        share = bag.relative
         panels = {task.name: share[:, t] for t, task in enumerate(tasks)}
         names = list(panels)
         for first in range(0, len(names), 4):
             chosen = {name: panels[name] for name in names[first : first + 4]}
-            parts.append(_picture(plot_maps(bag, chosen, bag.name, "attention (1: all alike)", 0.0), bag.name))
+            parts.append(_picture(plot_maps(bag, chosen, bag.title, "attention (1: all alike)", 0.0), bag.title))
         if bag.views is not None:
             weights = {view: bag.views[:, v] for v, view in enumerate(views[:4])}
-            parts.append(_picture(plot_maps(bag, weights, f"{bag.name}: views", "weight", 0.0), f"{bag.name}, views"))
+            parts.append(_picture(plot_maps(bag, weights, f"{bag.title}: views", "weight", 0.0), f"{bag.title}, views"))
     return "\n".join(parts)
 
 

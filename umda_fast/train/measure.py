@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from umda_fast import ops
@@ -12,11 +13,13 @@ from umda_fast.model import TaskSpec
 from umda_fast.score.collect import Predictions
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset
 from umda_fast.score.intervals import bootstrap_interval
+from umda_fast.score.metrics import TaskMetrics, mean_score
+from umda_fast.score.patients import Patients, join_predictions
 from umda_fast.tasks import kind_of
-from umda_fast.train.data import measured_split, model_data
+from umda_fast.train.data import is_own, measured_split, model_data
 from umda_fast.train.loading import Run
 
-__all__ = ["LEVEL", "evaluate", "intervals", "patients_by_record"]
+__all__ = ["LEVEL", "evaluate", "intervals", "patients_of_bags"]
 
 LEVEL = 0.95
 """Of all intervals of scores."""
@@ -34,6 +37,7 @@ def evaluate(
     skip_bad: bool = False,
     progress: bool = True,
     samples: int = 0,
+    by: str = "bag",
 ) -> SplitResult:
     """The model of a run on a split of its own data, of `source`, or of `datasets`.
 
@@ -42,11 +46,16 @@ def evaluate(
             that came since; `all`, every bag but those that the run was trained or validated on. None: the test split
             of the run's own data and of `datasets`, `all` of other data.
         samples: draws for the `intervals` of the result; 0: it has none.
+        by: `bag` or `patient`, what the metrics and predictions are of: by patient they are of the mean prediction of
+            his bags (`umda_fast.score.patients`). Losses stay those of bags.
 
     Raises:
-        DataError: there is no such split, or the data does not fit the model; members of an ensemble were trained on
+        DataError: there is no such split, or the data does not fit the model; by patient, nothing says whose the bags
+        are, or bags of one have different labels; members of an ensemble were trained on
             different data or splits.
     """
+    if by not in ("bag", "patient"):
+        raise DataError(f"by: expected bag or patient, got {by!r}")
     if datasets is None:
         split = measured_split(run, source, split)
     dataset, fabric = model_data(
@@ -63,19 +72,42 @@ def evaluate(
         raise DataError(f"{source or run.config.data.source}: split {split!r} holds no bags to evaluate on")
     model = fabric.to_device(run.model)
     with ops.prefer_backend(backend):
-        result = evaluate_dataset(model, dataset, fabric, run.config.data, progress=progress, keep=samples > 0)
+        keep = samples > 0 or by == "patient"
+        result = evaluate_dataset(model, dataset, fabric, run.config.data, progress=progress, keep=keep)
     if result.predictions is not None:
-        patients = patients_by_record(run, dataset.names)
-        result.intervals = intervals(dataset.tasks, result.predictions, patients, samples)
+        own = datasets is not None or is_own(run, source)
+        groups = patients_of_bags(run, dataset, own=own)
+        if by == "patient":
+            patients = Patients.of(dataset.name, dataset.names, groups)
+            result = _by_patient(result, dataset, patients)
+            groups = [str(number) for number in range(len(patients.names))]
+        assert result.predictions is not None
+        if samples:
+            result.intervals = intervals(dataset.tasks, result.predictions, groups, samples)
     return result
 
 
-def patients_by_record(run: Run, names: Sequence[str]) -> list[str] | None:
-    """Whose bags these are, by the run's splits.csv; None where it does not know of patients."""
+def _by_patient(result: SplitResult, dataset: BagDataset, patients: Patients) -> SplitResult:
+    """`result`, which has predictions, with those of patients and their metrics."""
+    assert result.predictions is not None
+    tasks = dataset.tasks
+    found = join_predictions(dataset.name, tasks, result.predictions, patients, dataset.sizes.tolist())
+    metrics = TaskMetrics(tasks)
+    metrics.update(found.logits, found.labels, found.masks)
+    values = metrics.compute()
+    score = mean_score(tasks, values)
+    return replace(result, tasks=values, mean_score=score, predictions=found, patients=len(patients.names))
+
+
+def patients_of_bags(run: Run, dataset: BagDataset, *, own: bool) -> list[str] | None:
+    """Whose bags these are, as the data says or else, of the run's `own`, its splits.csv; None where neither knows."""
+    if dataset.groups is not None or not own:
+        return dataset.groups
+    names = dataset.names
     known = {} if run.record is None else {bag.name: bag.patient for bag in run.record.bags}
     if not any(known.get(name) for name in names):
         return None
-    return [f"patient {known[name]}" if known.get(name) else f"bag {name}" for name in names]
+    return [f"patient {known[name]}" if known.get(name) else f"slide {name}" for name in names]
 
 
 def intervals(
@@ -85,7 +117,7 @@ def intervals(
     and of what, `unit`: bags, or the patients whose bags they are.
 
     Args:
-        patients: of every bag, as of `patients_by_record`.
+        patients: of every bag, as of `patients_of_bags`.
         samples: draws of the bootstrap.
     """
     result = {}

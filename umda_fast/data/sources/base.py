@@ -124,7 +124,7 @@ class BagSource(Source):
     def _splits(
         self, opened: OpenedSource, parts: Mapping[str, IntArray], how: str, faults: Sequence[str] = ()
     ) -> Splits:
-        whole = opened.dataset
+        whole = opened.dataset.with_groups(opened.groups)
         return Splits(
             opened.name,
             self.describe(opened, how),
