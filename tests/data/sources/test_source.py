@@ -70,7 +70,7 @@ class TestRecognition:
 SLIDES = (
     *("kinds", "positive", "labels", "tasks", "ignore", "metadata", "patient", "missing", "partial"),
     *("splits", "fold", "val_share", "test_share", "class_weights"),
-    *("views", "mpp", "match", "tolerance", "skip_bad", "read_timeout"),
+    *("views", "mpp", "match", "tolerance", "skip_bad", "read_timeout", "bag"),
 )
 FILMS = (
     *("views", "tasks", "fields", "sentences", "text_width", "text", "encoder", "encoder_id", "kinds"),
