@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from ._launch import Launch
 
-__all__ = ["Resources", "compile_launch"]
+__all__ = ["Resources", "compile_kernel", "compile_launch"]
 
 _POINTER = {
     torch.float64: "*fp64",
@@ -51,14 +51,12 @@ class Resources:
         return asdict(self)
 
 
-def compile_launch(launch: Launch, arch: int) -> Resources:
-    """Compiles ``launch`` for compute capability ``arch`` (80, 90, 100) and reads its resources.
+def compile_kernel(launch: Launch, arch: int) -> Any:
+    """Triton's compiled kernel of ``launch`` for compute capability ``arch`` (80, 90, 100); ``asm["cubin"]`` is its
+    machine code. Triton's own cache (``TRITON_CACHE_DIR``) serves what it holds.
 
     Arguments are specialised as Triton's launcher does: pointers are taken as 16-byte aligned, integers
     that 16 divides are marked so, integers equal to 1 are constants, ``None`` is a constant.
-
-    Raises:
-        RuntimeError: the compiled kernel names no resources.
     """
     kernel = launch.kernel
     signature: dict[str, str] = {}
@@ -94,8 +92,17 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         "maxnreg": launch.max_registers,
         "enable_fp_fusion": True,
     }
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """Compiles ``launch`` as `compile_kernel` does and reads its resources.
+
+    Raises:
+        RuntimeError: the compiled kernel names no resources.
+    """
     start = sum(os.times()[:4])  # processor time, ptxas included: a busy machine does not change it
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = compile_kernel(launch, arch)
     seconds = sum(os.times()[:4]) - start
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
@@ -106,6 +113,6 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         ).stdout
     found = re.search(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)\s+LOCAL:(\d+)", report)
     if found is None:
-        raise RuntimeError(f"cuobjdump names no resources for {kernel.__name__}: {report}")
+        raise RuntimeError(f"cuobjdump names no resources for {launch.kernel.__name__}: {report}")
     registers, stack, _, local = (int(number) for number in found.groups())
     return Resources(registers, stack, local, int(compiled.metadata.shared), round(seconds, 2))

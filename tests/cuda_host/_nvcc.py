@@ -3,6 +3,7 @@
 ``python -m tests.cuda_host._nvcc`` writes the budget file anew.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -64,7 +65,7 @@ class Build:
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
                 for cubin, functions in zip(cubins, pool.map(disassemble, cubins), strict=True):
                     target = cubin.name.split(".")[-2]
-                    names = _short_names([name for name in functions if not name.startswith("$")])
+                    names = short_names([name for name in functions if not name.startswith("$")])
                     found.update({(short, target): functions[name] for name, short in names.items()})
         return found
 
@@ -107,29 +108,41 @@ def find_nvcc(setup: Any) -> Path:
     return next(iter(directory.glob("nvidia/*/bin/nvcc")))
 
 
-@cache
-def build() -> Build:
-    """Build the library in ``build/``, once for every state of its sources."""
-    setup = _setup()
-    nvcc = find_nvcc(setup)
-    version = _version(nvcc)
-    digest = hashlib.sha256((version + torch.__version__).encode())
+def version() -> str:
+    """Of the compiler that builds."""
+    return _version(find_nvcc(_setup()))
+
+
+def digest() -> str:
+    """Of what the library is made from, the compiler's version included."""
+    found = hashlib.sha256((version() + torch.__version__).encode())
     csrc = ROOT / "csrc"
     for path in sorted([*csrc.glob("*.h"), *csrc.glob("cpu/binding.h"), *csrc.glob("cuda/*"), ROOT / "setup.py"]):
-        digest.update(path.name.encode() + path.read_bytes())
-    directory = ROOT / "build" / "nvcc_gate" / digest.hexdigest()[:16]
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+@cache
+def build() -> Build:
+    """Build the library in ``build/``, once for every state of its sources, by one process at a time."""
+    setup = _setup()
+    nvcc = find_nvcc(setup)
+    directory = ROOT / "build" / "nvcc_gate" / digest()[:16]
     library, log = directory / "_C_cuda.so", directory / "ptxas.txt"
-    if not log.is_file():
-        before = Path.cwd()
-        os.chdir(ROOT)  # the plan's paths are relative
-        try:
-            with mock.patch.dict(os.environ, NVCC=str(nvcc)):
-                plan = setup.cuda_plan(library, directory, Path(torch.__file__).parent)
-            log_text = _run(plan)
-        finally:
-            os.chdir(before)
-        log.write_text(log_text)
-    return Build(library, tuple(_parse(log.read_text())), version)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.is_file():
+            before = Path.cwd()
+            os.chdir(ROOT)  # the plan's paths are relative
+            try:
+                with mock.patch.dict(os.environ, NVCC=str(nvcc)):
+                    plan = setup.cuda_plan(library, directory, Path(torch.__file__).parent)
+                log_text = _run(plan)
+            finally:
+                os.chdir(before)
+            log.write_text(log_text)
+    return Build(library, tuple(_parse(log.read_text())), _version(nvcc))
 
 
 def _run(plan: Any) -> str:
@@ -160,14 +173,14 @@ def _parse(log: str) -> list[Kernel]:
         re.DOTALL,
     )
     found = list(entry.finditer(log))
-    names = _short_names([match["name"] for match in found])
+    names = short_names([match["name"] for match in found])
     for match in found:
         numbers = (int(match[key]) for key in ("registers", "stack", "stores", "loads"))
         kernels.append(Kernel(names[match["name"]], match["target"], *numbers))
     return kernels
 
 
-def _short_names(mangled: list[str]) -> dict[str, str]:
+def short_names(mangled: list[str]) -> dict[str, str]:
     """Mangled name of a kernel -> ``name<arguments of its template>``."""
     text = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
     short = {}
