@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +288,17 @@ def parts() -> dict[str, tuple[BagDataset, np.ndarray]]:
     train = bags.subset(rows["train"])
     tasks = fit_tasks(train.tasks, train.labels)
     return {name: (bags.subset(own).with_tasks(tasks), hazard[own]) for name, own in rows.items()}
+
+
+def test_a_training_split_may_have_fewer_intervals_than_all_bags() -> None:
+    views, ptr, _, label = _cohort(90)
+    bags = BagDataset.from_arrays({"both": views["both"]}, ptr, {"os": label}, kinds={"os": "survival"})
+    train = bags.subset(split_bags(bags, {"train": 0.7, "test": 0.3}, seed=0)["train"])
+    (task,) = fit_tasks(train.tasks, train.labels)
+    assert task.classes < bags.tasks[0].classes
+    assert bags.with_tasks([task]).tasks == (task,)
+    with pytest.raises(ValueError, match="expected the names, kinds and classes"):
+        bags.with_tasks([replace(task, name="pfs")])
 
 
 def _risk(task: TaskSpec, logits: Tensor) -> np.ndarray:

@@ -31,6 +31,7 @@ def checkpoint(config: RunConfig, **parts: Any) -> Checkpoint:
         "optimizer": optimizer.state_dict(),
         "sgl": None,
         "average": None,
+        "recent": {"os": [{"logits": torch.ones(2, 1)}]},
         "random": [random_state()],
         "sampler": {"seed": 0, "budget": 96},
         "state": state,
@@ -70,7 +71,7 @@ def test_the_file_has_the_keys_of_its_version(tmp_path: Path) -> None:
     found = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert found["version"] == CHECKPOINT_VERSION == 2
     assert set(found) == {
-        "version", "config", "model", "optimizer", "sgl", "average", "random", "sampler", "log_offset",
+        "version", "config", "model", "optimizer", "sgl", "average", "recent", "random", "sampler", "log_offset",
         "epoch", "step", "step_in_epoch", "instances", "train_seconds", "total_seconds", "sums",
         "best_score", "best_epoch", "best_weights", "finished",
     }  # fmt: skip

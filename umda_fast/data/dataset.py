@@ -248,9 +248,8 @@ class BagDataset(Dataset[Bag]):
         Raises:
             ValueError: names, kinds or classes differ.
         """
-        before = [(task.name, task.kind, task.classes) for task in self.tasks]
-        after = [(task.name, task.kind, task.classes) for task in tasks]
-        if before != after:
+        before, after = ([(task.name, task.kind, task.classes) for task in own] for own in (self.tasks, tasks))
+        if [task.identity for task in self.tasks] != [task.identity for task in tasks]:
             raise ValueError(f"tasks: expected the names, kinds and classes {before}, got {after}")
         other = self._copy()
         other.tasks = tuple(tasks)

@@ -94,7 +94,7 @@ def _mean_logits(specs: Sequence[TaskSpec], logits: Sequence[Tensor]) -> Tensor:
 
 def _kinds(tasks: Sequence[TaskSpec]) -> tuple[tuple[Any, ...], ...]:
     """What must agree: the scale of a regression and the weights of classes need not."""
-    return tuple((task.name, task.kind, task.classes, task.labels) for task in tasks)
+    return tuple((*task.identity, task.labels) for task in tasks)
 
 
 def _metadata(member: Any) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ def task_losses(
 
     Binary: cross entropy of the sigmoid; multiclass: of the softmax; multilabel: of the sigmoids, mean over
     labels; regression: squared error against `(label - mean) / std`; ordinal: `-log P(grade)` of cumulative logits;
-    survival: `-log P(interval of the event)` or of living as long as was seen, from hazards of intervals.
+    survival: `-log P(interval of the event)` or of living as long as was seen, from hazards of intervals, or Cox's
+    partial likelihood among these bags.
     With class weights, losses of tasks with one class for a bag are weighted means (weight of the label's class,
     divided by the sum of weights); for a multilabel task the weight multiplies the loss of a label's positives.
 
@@ -81,20 +82,31 @@ def view_losses(
     Raises:
         ValueError: labels, logits or a mask of another shape.
     """
-    bags, views = present.shape
+    views = present.shape[1]
     count = present.sum(1).clamp_min(1)
     losses = {}
     for task in tasks:
         target, keep = labels[task.name], (label_mask or {}).get(task.name)
         _check(task, view_logits, target, keep, views=views)
-        logits = wide(view_logits[task.name]).flatten(0, 1)
-        target = target.repeat_interleave(views, 0, output_size=bags * views)
-        keep = None if keep is None else keep.repeat_interleave(views, output_size=bags * views)
-        each, weight = kind_of(task).bag_losses(task, logits, target, keep)
-        loss = each.view(bags, views).masked_fill(~present, 0.0).sum(1) / count
-        weight = weight.view(bags, views)[:, 0]
+        each, weight = _of_views(task, wide(view_logits[task.name]), present, target, keep)
+        loss = each.masked_fill(~present, 0.0).sum(1) / count
         losses[task.name] = (loss * weight).sum() / weight.sum()
     return losses
+
+
+def _of_views(
+    task: TaskSpec, logits: Tensor, present: Tensor, target: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Loss of every view of every bag, [B, V], of logits [B, V, outputs], and weight of every bag, [B]."""
+    kind, (bags, views) = kind_of(task), present.shape
+    if kind.joint(task):  # views are not compared with each other, nor with one that is not there
+        of = [present[:, view] if keep is None else keep & present[:, view] for view in range(views)]
+        each = [kind.bag_losses(task, logits[:, view], target, of[view])[0] for view in range(views)]
+        return torch.stack(each, 1), kind.bag_losses(task, logits[:, 0], target, keep)[1]
+    target = target.repeat_interleave(views, 0, output_size=bags * views)
+    keep = None if keep is None else keep.repeat_interleave(views, output_size=bags * views)
+    losses, weight = kind.bag_losses(task, logits.flatten(0, 1), target, keep)
+    return losses.view(bags, views), weight.view(bags, views)[:, 0]
 
 
 def _check(

@@ -40,6 +40,8 @@ class Calibration:
 
     Attributes:
         temperatures: task -> T; logits are divided by it. Tasks with classes, and survival.
+        centres: task -> c, of a task whose loss does not depend on what is added to all logits: they become
+            `c + (logits - c) / T`, so that what is predicted on the whole stays. 0 for others.
         half_widths: regression task -> half the width of an interval, in original units, that holds the label of a
             new bag with probability `level`.
         level: of the intervals.
@@ -52,13 +54,18 @@ class Calibration:
     level: float = 0.9
     bags: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    centres: dict[str, float] = field(default_factory=dict)
 
     def apply(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Calibrated logits, task -> [B, outputs]. Which class is the likeliest does not change."""
         return {
-            name: value.float() / self.temperatures[name] if name in self.temperatures else value
+            name: self._divided(name, value.float()) if name in self.temperatures else value
             for name, value in logits.items()
         }
+
+    def _divided(self, name: str, logits: Tensor) -> Tensor:
+        centre = self.centres.get(name, 0.0)
+        return centre + (logits - centre) / self.temperatures[name]
 
     def explained(self) -> list[str]:
         """What was not fitted, a line for each task."""
@@ -138,6 +145,9 @@ def fit_calibration(
             if reason is None:
                 plain = replace(task, class_weights=None)
                 found.temperatures[task.name] = best_temperature(plain, raw, target, soften=True)
+                location = kind.location(task, raw)
+                if location is not None:
+                    found.centres[task.name] = float(location)
             else:
                 found.left[task.name] = reason
         if task.name in found.temperatures or task.name in found.half_widths:

@@ -130,6 +130,7 @@ class _Found:
         """`values` and `outputs`: metrics, and what they are of, which the result has with `keep`."""
         means = {name: mean.value() for name, mean in self.losses.items()}
         losses = {name: math.nan if value is None else float(value) for name, value in means.items()}
+        losses |= {task.name: _whole(task, outputs) for task in self.tasks if kind_of(task).joint(task)}
         consistency = self.consistency.value()
         view_mass = None
         if self.mass_sum.total is not None and self.mass_rows.total is not None:
@@ -148,13 +149,25 @@ class _Found:
         )
 
 
+def _labelled(task: TaskSpec, outputs: Sequence[_Outputs]) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the bags that carry the task's label; there are outputs."""
+    kept = [(out[task.name][mask[task.name]], labels[task.name][mask[task.name]]) for out, labels, mask in outputs]
+    logits, target = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return logits, target
+
+
+def _whole(task: TaskSpec, outputs: Sequence[_Outputs]) -> float:
+    """The loss over all bags at once; NaN without labels."""
+    logits, target = _labelled(task, outputs) if outputs else (torch.zeros(0), torch.zeros(0))
+    return float(kind_of(task).loss(task, logits.double(), target, None)) if len(target) else math.nan
+
+
 def _calibrated(task: TaskSpec, loss: float, outputs: Sequence[_Outputs]) -> float:
     """`loss`, which is of all `outputs` together, after the best temperature."""
     kind = kind_of(task)
     if kind.calibration != "temperature" or math.isnan(loss):
         return loss
-    kept = [(out[task.name][mask[task.name]], labels[task.name][mask[task.name]]) for out, labels, mask in outputs]
-    logits, target = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    logits, target = _labelled(task, outputs)
     return float(kind.loss(task, logits.double() / best_temperature(task, logits, target), target, None))
 
 

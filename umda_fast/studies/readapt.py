@@ -31,6 +31,7 @@ from umda_fast.runtime.provenance import stamped
 from umda_fast.runtime.rundir import RunDirectory, save_model
 from umda_fast.score.calibration import Calibration
 from umda_fast.score.collect import calibrate, collect
+from umda_fast.score.completion import complete_tasks
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset
 from umda_fast.score.thresholds import choose_thresholds
 from umda_fast.tasks import kind_of
@@ -204,6 +205,7 @@ def readapt(
                 temperature = calibration.temperatures.get(task.name, 1.0)
                 head.load_state_dict({name: value / temperature for name, value in head.state_dict().items()})
             calibration = replace(calibration, temperatures=dict.fromkeys(calibration.temperatures, 1.0))
+        complete_tasks(model, parts["train"], fabric, settings.data)
         choose_thresholds(model, parts, settings.train.thresholds, fabric, settings.data)
         split = next((name for name in ("test", "val") if len(parts.get(name, ()))), None)
         result = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from umda_fast.errors import DataError
 from umda_fast.tasks.checks import as_float, as_tuple, check_int, check_name
+from umda_fast.tasks.timed_fields import OF_TIME, checked_timed_fields
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -49,6 +49,8 @@ class TaskSpec:
         hazards: survival only, what share of all training bags that come to an interval has the event in it.
         intervals: survival only, how many are wanted; None: by the number of events.
         times: survival only, at which predictions are shown; None: quartiles of the cuts.
+        loss: survival only, `hazards` (also None) or `cox`.
+        baseline: of the loss `cox`, the cumulative baseline hazard at every cut; None: not trained yet.
         columns: survival only, the columns of a table with the times and the events; None: by the task's name.
 
     Sequences are stored as tuples, so `TaskSpec(**json.loads(json.dumps(dataclasses.asdict(spec)))) == spec`.
@@ -70,6 +72,8 @@ class TaskSpec:
     intervals: int | None = None
     times: tuple[float, ...] | None = None
     columns: tuple[str, ...] | None = None
+    loss: str | None = None
+    baseline: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_name("TaskSpec", self.name)
@@ -84,7 +88,7 @@ class TaskSpec:
             self._check_class_weights(where)
         if self.thresholds is not None:
             self._check_thresholds(where)
-        if any(getattr(self, field) is not None for field in _OF_TIME):
+        if any(getattr(self, field) is not None for field in OF_TIME):
             self._check_time(where)
 
     def _check_classes(self, where: str) -> None:
@@ -135,30 +139,12 @@ class TaskSpec:
         object.__setattr__(self, "thresholds", thresholds)
 
     def _check_time(self, where: str) -> None:
+        fields = {field: getattr(self, field) for field in OF_TIME}
         if not kind_of(self).timed:
-            said = next(field for field in _OF_TIME if getattr(self, field) is not None)
+            said = next(field for field, value in fields.items() if value is not None)
             raise ValueError(f"{where}.{said}: belongs to {_with('timed')} tasks, got it for a {self.kind} task")
-        for field in ("cuts", "hazards", "times"):
-            values = getattr(self, field)
-            if values is None:
-                continue
-            numbers = tuple(as_float(f"{where}.{field}", value) for value in as_tuple(f"{where}.{field}", values))
-            object.__setattr__(self, field, numbers)
-            if field == "hazards":
-                if len(numbers) != self.classes or not all(0.0 < value < 1.0 for value in numbers):
-                    expected = f"{self.classes} numbers between 0 and 1"
-                    raise ValueError(f"{where}.hazards: expected {expected}, got {numbers!r}")
-            elif not numbers or any(before >= value for before, value in pairwise((0.0, *numbers))):
-                raise ValueError(f"{where}.{field}: expected rising numbers above 0, got {numbers!r}")
-        if self.cuts is not None and len(self.cuts) != self.classes:
-            raise ValueError(f"{where}.cuts: expected {self.classes}, one for each interval, got {len(self.cuts)}")
-        if self.intervals is not None and check_int(f"{where}.intervals", self.intervals) < 1:
-            raise ValueError(f"{where}.intervals: expected at least 1, got {self.intervals}")
-        if self.columns is not None:
-            columns = as_tuple(f"{where}.columns", self.columns)
-            if len(set(columns)) != 2 or len(columns) != 2 or not all(isinstance(name, str) for name in columns):
-                raise ValueError(f"{where}.columns: expected the column of times and that of events, got {columns!r}")
-            object.__setattr__(self, "columns", columns)
+        for field, value in checked_timed_fields(where, self.classes, kind_of(self).named_losses, fields).items():
+            object.__setattr__(self, field, value)
 
     def _check_per_class(self, argument: str, values: tuple[object, ...]) -> None:
         expected = kind_of(self).class_count(self)
@@ -176,6 +162,12 @@ class TaskSpec:
     def label_shape(self) -> tuple[int, ...]:
         """Shape of one label: () but for a kind with several numbers for a bag, as multilabel: (classes,)."""
         return kind_of(self).label_shape(self)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What agrees between specs of one task: name, kind, loss and classes. The intervals of a timed one are, as the
+        scale of a regression is, those of each training."""
+        return self.name, self.kind, self.loss, None if kind_of(self).timed else self.classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -217,6 +209,10 @@ class TaskKind(ABC):
     """Whether logits of independent views add up, as log-odds do; values are averaged."""
     several: ClassVar[bool] = False
     """Whether a label is several numbers; `label_shape` says how many."""
+    no_label: ClassVar[float] = 0.0
+    """What `losses` are given for a label that is missing."""
+    named_losses: ClassVar[tuple[str, ...]] = ()
+    """What `TaskSpec.loss` may say, of a kind with a choice."""
     label_dtype: ClassVar[torch.dtype] = torch.float32
     """Of labels in a batch."""
 
@@ -234,12 +230,20 @@ class TaskKind(ABC):
         """Shape of one label, () or (n,)."""
         return ()
 
+    def joint(self, task: TaskSpec) -> bool:
+        """Whether the loss of a bag depends on the bags beside it, so that it has to be found over all of them."""
+        return False
+
+    def location(self, task: TaskSpec, logits: Tensor) -> Tensor | None:
+        """A scalar of logits [B, outputs] on which a `joint` loss does not depend, and which training keeps near 0."""
+        return None
+
     @abstractmethod
     def losses(self, task: TaskSpec, logits: Tensor, target: Tensor) -> Tensor:
         """Loss of every bag, [B].
 
         Args:
-            logits: float32 or float64 [B, outputs]. target: [B, *label_shape], zero where the label is missing.
+            logits: float32 or float64 [B, outputs]. target: [B, *label_shape], `no_label` where it is missing.
         """
 
     def weights(self, task: TaskSpec, target: Tensor, like: Tensor) -> Tensor | None:
@@ -253,7 +257,7 @@ class TaskKind(ABC):
             keep: bool [B], which bags carry the label; None: all. Labels elsewhere may be NaN.
         """
         if keep is not None:
-            target = target.masked_fill(~keep if target.dim() == 1 else ~keep[:, None], 0)
+            target = target.masked_fill(~keep if target.dim() == 1 else ~keep[:, None], self.no_label)
         losses = self.losses(task, logits, target)
         weight = self.weights(task, target, logits)
         weight = logits.new_ones(len(target)) if weight is None else weight
@@ -325,6 +329,11 @@ class TaskKind(ABC):
 
     def complete(self, task: TaskSpec, column: FloatArray) -> TaskSpec:
         """A spec that someone gave, with what a model cannot do without from all labels there are."""
+        return task
+
+    def complete_trained(self, task: TaskSpec, logits: Tensor, target: Tensor) -> TaskSpec:
+        """The spec with what predictions need besides the weights, from what a model that is trained makes of its
+        training bags, [B, outputs]; B may be 0."""
         return task
 
     def outcomes(self, task: TaskSpec, column: FloatArray) -> list[int]:
@@ -429,8 +438,6 @@ class TaskKind(ABC):
     def shown_errors(self, task: TaskSpec, prediction: Tensor, target: Tensor) -> Shown:
         """What the report shows of prediction and label."""
 
-
-_OF_TIME = ("cuts", "hazards", "intervals", "times", "columns")
 
 _KINDS: dict[str, TaskKind] = {}
 

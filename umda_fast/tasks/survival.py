@@ -1,17 +1,8 @@
-"""The time to an event that not all bags have had when they were last seen: hazards of intervals of time.
+"""The time to an event that not all bags have had when they were last seen.
 
-Time is cut at quantiles of the training bags' event times, c_1 < ... < c_K, c_0 = 0. Of those that come to interval j a
-share h_j has its event in it:
-
-    logit h_j = b_j + s + l_j,   S(c_j) = prod_{i <= j} (1 - h_i),
-
-with s and l_1..l_K from the head and b_j that of all training bags together, so that a head of zeros predicts what all
-of them had. s alone is a proportional model; what l_j says of one interval costs a head more than what s says of all.
-The loss is the negative log likelihood of a bag's interval, or, where it was censored, of having lived so long: of the
-interval in which it was censored, the part that it lived through counts, as under a constant hazard.
-
-Method: Brown, "On the use of indicator variables for studying the time-dependence of parameters in a response-time
-model", 1975; Gensheimer and Narasimhan, "A scalable discrete-time survival model for neural networks", 2019.
+What the head's numbers mean is one of two likelihoods: hazards of intervals of time (`umda_fast.tasks.hazards`) or, on
+request, the partial likelihood of Cox (`umda_fast.tasks.cox`). Predicted is in both the probability to live longer than
+some times, the cuts of the task, at quantiles of the training bags' event times.
 """
 
 from __future__ import annotations
@@ -24,14 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from umda_fast.errors import DataError
 from umda_fast.tasks.columns import as_texts, expect_numbers, parse_number
+from umda_fast.tasks.cox import Cox, breslow
 from umda_fast.tasks.few_units import auroc_interval
-from umda_fast.tasks.intervals import choose_cuts, happened, lived, marginal_hazards, survival_at
+from umda_fast.tasks.hazards import Hazards
+from umda_fast.tasks.intervals import choose_cuts, marginal_hazards, survival_at
 from umda_fast.tasks.kind import Array, ClassWeights, FloatArray, TaskKind, TaskSpec
+from umda_fast.tasks.likelihood import Likelihood, cuts_of
 from umda_fast.tasks.shown import Followed, Rows, Shown
 from umda_fast.tasks.survival_scores import harrell, kaplan_meier, uno
 
@@ -40,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Survival"]
 
+_USUAL = "hazards"
+_LIKELIHOODS: dict[str, Likelihood] = {_USUAL: Hazards(), "cox": Cox()}
 _EVENT = frozenset({"1", "true", "yes", "dead", "deceased", "died", "death", "event"})
 _CENSORED = frozenset({"0", "false", "no", "alive", "living", "censored"})
 
@@ -57,70 +52,52 @@ class Survival(TaskKind):
     decides = False
     calibration = "temperature"
     scarce = "events"
+    no_label = -1.0
+    named_losses = tuple(_LIKELIHOODS)
+
+    def likelihood(self, task: TaskSpec) -> Likelihood:
+        """What the head's numbers mean."""
+        return _LIKELIHOODS[task.loss or _USUAL]
 
     def outputs(self, task: TaskSpec) -> int:
-        return 1 if task.classes == 1 else 1 + task.classes
+        return self.likelihood(task).outputs(task)
 
     def label_shape(self, task: TaskSpec) -> tuple[int, ...]:
         return (2,)
 
-    # ---- the likelihood
+    def joint(self, task: TaskSpec) -> bool:
+        return self.likelihood(task).joint
+
+    def location(self, task: TaskSpec, logits: Tensor) -> Tensor | None:
+        return logits.mean() if self.joint(task) else None
 
     def losses(self, task: TaskSpec, logits: Tensor, target: Tensor) -> Tensor:
-        cuts, hazard = self._cuts(task, logits), self._hazard_logits(task, logits)
-        time, event = target.to(logits.dtype).unbind(1)
-        events = happened(cuts, time, event)
-        # Of an interval with an event it is not known when in it: it tells of the event alone.
-        passed = lived(cuts, time) * (1.0 - events)
-        return (passed * F.softplus(hazard) + events * F.softplus(-hazard)).sum(1)
+        return self.likelihood(task).losses(task, logits, target)
 
     def undecided_loss(self, task: TaskSpec, logits: Tensor) -> Tensor:
-        """Against the event times of all training bags together."""
-        base = logits.new_tensor(self._baseline(task))
-        hazard, usual = self._hazard_logits(task, logits), base.sigmoid()
-        coming = torch.cat([usual.new_ones(1), (1.0 - usual).cumprod(0)[:-1]])
-        return (coming * (usual * F.softplus(-hazard) + (1.0 - usual) * F.softplus(hazard))).sum(1).mean()
+        return self.likelihood(task).undecided_loss(task, logits)
 
     def decode(self, task: TaskSpec, logits: Tensor) -> Tensor:
-        return self._log_survival(task, logits).exp()
+        return self.likelihood(task).log_survival(task, logits).exp()
 
     def mean_logits(self, tasks: Sequence[TaskSpec], logits: Sequence[Tensor]) -> Tensor:
-        """At the cuts of the first, those of the others under constant hazards between theirs."""
-        first, parts = tasks[0], []
-        for task, own in zip(tasks, logits, strict=True):
-            shares = lived(self._cuts(task, own), self._cuts(first, own), beyond=True)
-            parts.append(-F.softplus(self._hazard_logits(task, own)) @ shares.T)
-        log_survival = torch.stack(parts).logsumexp(0) - math.log(len(parts))
-        fall = -log_survival.diff(dim=1, prepend=log_survival.new_zeros(len(log_survival), 1))
-        fall = fall.clamp_min(torch.finfo(fall.dtype).tiny)
-        hazard = torch.expm1(fall).log() - fall.new_tensor(self._baseline(first))
-        common = hazard.mean(1, keepdim=True)
-        return common if first.classes == 1 else torch.cat([common, hazard - common], 1)
+        return self.likelihood(tasks[0]).mean_logits(tasks, logits)
 
     def linear_targets(self, task: TaskSpec, target: Array) -> FloatArray:
-        """Events less those that all training bags together would have had by then, for s (the martingale residuals of
-        Therneau, Grambsch and Fleming, 1990); nothing for the others."""
-        cuts, found = torch.tensor(task.cuts, dtype=torch.float64), torch.from_numpy(target)
-        expected = lived(cuts, found[:, 0]) @ F.softplus(found.new_tensor(self._baseline(task)))
-        targets = np.zeros((len(target), self.outputs(task)))
-        targets[:, 0] = target[:, 1] - expected.numpy()
-        return targets
+        return self.likelihood(task).linear_targets(task, target)
 
-    def _cuts(self, task: TaskSpec, like: Tensor) -> Tensor:
-        if task.cuts is None:
-            raise ValueError(f"task {task.name!r}: expected cuts, which `fit` chooses from labels, got none")
-        return like.new_tensor(task.cuts)
+    def constant(self, task: TaskSpec, column: FloatArray) -> FloatArray:
+        return self.likelihood(task).constant(task, column)
 
-    def _baseline(self, task: TaskSpec) -> list[float]:
-        """b_1..b_K."""
-        return [math.log(hazard / (1.0 - hazard)) for hazard in task.hazards or [0.5] * task.classes]
-
-    def _hazard_logits(self, task: TaskSpec, logits: Tensor) -> Tensor:
-        base = logits.new_tensor(self._baseline(task))
-        return logits + base if task.classes == 1 else logits[:, :1] + logits[:, 1:] + base
-
-    def _log_survival(self, task: TaskSpec, logits: Tensor) -> Tensor:
-        return -F.softplus(self._hazard_logits(task, logits)).cumsum(1)
+    def complete_trained(self, task: TaskSpec, logits: Tensor, target: Tensor) -> TaskSpec:
+        """With the baseline hazard of a loss that leaves it open."""
+        if not self.joint(task) or not len(target):
+            return task
+        ends = cuts_of(task, target)  # in the precision of the times, some of which they are
+        log_risk, time, event, at = (
+            part.double().cpu().numpy() for part in (logits[:, 0], target[:, 0], target[:, 1], ends)
+        )
+        return replace(task, baseline=tuple(breslow(log_risk, time, event, at).tolist()))
 
     # ---- labels
 
@@ -154,14 +131,7 @@ class Survival(TaskKind):
     def fit(self, task: TaskSpec, column: FloatArray, class_weights: ClassWeights = None) -> TaskSpec:
         """Cuts, unless someone said them (there are no hazards yet), and the hazards of all together."""
         cuts = task.cuts if task.cuts is not None and task.hazards is None else choose_cuts(column, task.intervals)
-        return replace(task, classes=len(cuts), cuts=cuts, hazards=marginal_hazards(cuts, column))
-
-    def constant(self, task: TaskSpec, column: FloatArray) -> FloatArray:
-        """Those of the hazards of all together."""
-        assert task.cuts is not None
-        hazards = np.array(marginal_hazards(task.cuts, column))
-        found = np.log(hazards / (1.0 - hazards)) - self._baseline(task)
-        return found if task.classes == 1 else np.concatenate([[0.0], found])
+        return replace(task, classes=len(cuts), cuts=cuts, hazards=marginal_hazards(cuts, column), baseline=None)
 
     def chance(self, task: TaskSpec, column: FloatArray) -> float:
         """That of any constant."""
@@ -209,7 +179,7 @@ class Survival(TaskKind):
     def for_metric(self, task: TaskSpec, metric: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if metric != "ibs":
             return self.risk(prediction.double())[:, None], target
-        return torch.stack([prediction, self._cuts(task, prediction).expand_as(prediction)], 1), target
+        return torch.stack([prediction, cuts_of(task, prediction).expand_as(prediction)], 1), target
 
     def defined(self, task: TaskSpec, metric: str, target: Tensor) -> Tensor | None:
         """Not without an event before the last time."""
@@ -239,14 +209,14 @@ class Survival(TaskKind):
     def cells(self, task: TaskSpec, prediction: Tensor) -> list[list[str]]:
         times, risk = prediction.new_tensor(self.shown_times(task)), self.risk(prediction)
         known = (times <= max(task.cuts or (0.0,))).tolist()
-        values = torch.cat([risk[:, None], survival_at(self._cuts(task, prediction), prediction, times)], 1).tolist()
+        values = torch.cat([risk[:, None], survival_at(cuts_of(task, prediction), prediction, times)], 1).tolist()
         there = [True, *known]
         return [[f"{value:.6g}" if own else "" for value, own in zip(row, there, strict=True)] for row in values]
 
     def shown_errors(self, task: TaskSpec, prediction: Tensor, target: Tensor) -> Shown:
         """Thirds by risk: survival as it was and as it was predicted."""
         times = self.shown_times(task)
-        expected = survival_at(self._cuts(task, prediction), prediction, prediction.new_tensor(times))
+        expected = survival_at(cuts_of(task, prediction), prediction, prediction.new_tensor(times))
         names, group = ("low", "middle", "high"), torch.zeros(len(target), dtype=torch.int64)
         rows = []
         for number, part in enumerate(self.risk(prediction).argsort().tensor_split(3)):

@@ -88,6 +88,7 @@ class Checkpoint:
     Attributes:
         config: of the run, as plain values.
         model, optimizer, sgl, average: `state_dict` of each; None for what the run does without.
+        recent: the bags that `RiskSets` remembers, of tasks that it has.
         random: for each process the states of its random generators.
         sampler: the settings that the order of the bags follows from.
         state: where the training stands.
@@ -99,6 +100,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     sgl: dict[str, Any] | None
     average: dict[str, Any] | None
+    recent: dict[str, Any]
     random: list[dict[str, Any]]
     sampler: dict[str, Any]
     state: TrainingState
@@ -126,6 +128,7 @@ class Checkpoint:
             raise DataError(f"{path}: version {version}, expected {CHECKPOINT_VERSION}")
         own = [item.name for item in fields(cls) if item.name != "state"]
         of_state = [item.name for item in fields(TrainingState)]
+        found.setdefault("recent", {})  # a file from before there were such tasks
         missing = [name for name in (*own, *of_state) if name not in found]
         if missing:
             raise DataError(f"{path}: not a checkpoint: {', '.join(missing)} missing")

@@ -26,6 +26,7 @@ from umda_fast.runtime.random_state import rank_seed
 from umda_fast.runtime.rundir import RunDirectory, save_model
 from umda_fast.runtime.together import one_decides
 from umda_fast.score.collect import calibrate
+from umda_fast.score.completion import complete_tasks
 from umda_fast.score.thresholds import choose_thresholds
 from umda_fast.train.build import build_model
 from umda_fast.train.data import training_data
@@ -134,6 +135,7 @@ def train(
         if asked and not trainer.fitted and len(datasets.get("val", ())):
             parts = datasets["train"], datasets["val"]
             best, beside = beside_linear(best, *parts, fabric, config.data, config.seed, mix=mix, thresholds=rule)
+        complete_tasks(best, datasets["train"], fabric, config.data)
         choose_thresholds(best, datasets, rule, fabric, config.data)
         split = next((name for name in ("test", "val") if name in datasets and len(datasets[name])), "train")
         result = trainer.evaluate(datasets[split].with_tasks(best.config.tasks), best)

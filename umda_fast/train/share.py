@@ -150,6 +150,7 @@ class OneProcess:
     """The only process of a run."""
 
     group = None
+    rank = 0
 
     def share(self, batch: BagBatch) -> WholeBatch:
         """What this process has of the whole batch, `batch` being that; on the host."""
@@ -177,7 +178,7 @@ class SeveralProcesses:
     """One of several processes that train together; methods are those of `OneProcess`."""
 
     def __init__(self, processes: Processes, tasks: Sequence[TaskSpec], penalties: Iterable[str]) -> None:
-        self.group = processes.group
+        self.group, self.rank = processes.group, processes.rank
         self._processes = processes
         self._tasks = tuple(tasks)
         self._penalties = tuple(penalties)

@@ -24,6 +24,7 @@ from umda_fast.runtime.guard import NonFiniteError, explain_non_finite
 from umda_fast.score.inference import to_device
 from umda_fast.train.gradients import make_gradients
 from umda_fast.train.optim import WeightAverage, make_optimizer, set_learning_rate
+from umda_fast.train.risk_sets import RiskSets
 from umda_fast.train.share import Share, processes_for
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class TrainStep:
     Attributes:
         model: on the device.
         processes: that take the step together.
+        risk_sets: the losses of tasks whose bags are compared with each other.
         gradients: of the losses.
         optimizer: AdamW.
         average: a running mean of the weights, or None.
@@ -125,6 +127,8 @@ class TrainStep:
         self.processes = processes_for(fabric, self.tasks, self.penalty_weights)
         # The seed made the weights equal already, unless an encoder of the user's was made otherwise.
         self.processes.align(self.model)
+        self.risk_sets = RiskSets(self.tasks, self.processes)
+        self._apart = [task for task in self.tasks if task not in self.risk_sets.tasks]
         self.gradients = make_gradients(config, self.model, self.tasks, self.processes)
         self.optimizer = make_optimizer(self.model, config.train, self.gradients.averaged, config.sgl.beta)
         self.average = None if config.train.ema == 0 else WeightAverage(self.model, config.train.ema)
@@ -151,7 +155,7 @@ class TrainStep:
         share = self.processes.share(host)
         with block("data"):
             batch = to_device(host, self.fabric)
-        forward = self._forward(batch, share, progress)
+        forward = self._forward(host, batch, share, progress)
         if not share.teaches(forward.losses):
             return StepResult(lr, share)
         self.optimizer.zero_grad(set_to_none=True)
@@ -174,19 +178,22 @@ class TrainStep:
         )
         return StepResult(lr, share, values, penalties, alone)
 
-    def _forward(self, batch: BagBatch, share: Share, progress: float) -> _Forward:
+    def _forward(self, host: BagBatch, batch: BagBatch, share: Share, progress: float) -> _Forward:
         if len(batch) == 0:
             self.gradients.skip_forward()
+            self.risk_sets.losses(batch, batch, None)
             return _Forward()
         with self.fabric.autocast():
             with block("model"):
                 out = self.model(**batch.inputs(), **self.gradients.model_inputs())
             with block("losses"):
-                losses = task_losses(self.tasks, out.logits, batch.labels, batch.label_mask)
+                compared, compared_alone = self.risk_sets.losses(host, batch, out)
+                losses = task_losses(self._apart, out.logits, batch.labels, batch.label_mask) | compared
                 view_weight, alone = self.options.view_loss * (1.0 - progress), {}
                 if view_weight > 0.0 and getattr(out, "view_logits", None) is not None:
-                    labelled = [task for task in self.tasks if task.name in losses]
+                    labelled = [task for task in self._apart if task.name in losses]
                     alone = view_losses(labelled, out.view_logits, out.view_present, batch.labels, batch.label_mask)
+                    alone |= compared_alone
                 weights = share.penalty_weights(self.penalty_weights)
                 penalty = penalty_loss(out.penalties, weights) if out.penalties else None
         return _Forward(out, losses, alone, view_weight, penalty)
@@ -213,13 +220,14 @@ class TrainStep:
         return explain_non_finite(batch, forward.logits, blamed, self.model.named_parameters(), step=number)
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
-        """`model`, `optimizer`, `sgl` and `average`, each as a checkpoint holds it. Every process calls it; those
-        without `keep` need no whole answer."""
+        """`model`, `optimizer`, `sgl`, `average` and `recent`, each as a checkpoint holds it. Every process calls it;
+        those without `keep` need no whole answer."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sgl": self.gradients.state_dict(keep=keep),
             "average": None if self.average is None else self.average.state_dict(),
+            "recent": self.risk_sets.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -233,3 +241,4 @@ class TrainStep:
         self.gradients.load_state_dict(state["sgl"])
         if self.average is not None:
             self.average.load_state_dict(state["average"] or {})
+        self.risk_sets.load_state_dict(state["recent"])
