@@ -1,6 +1,5 @@
 """The build: what instruction sets share (nothing), the SIMD layer of each, and machines that cannot build."""
 
-import ctypes
 import os
 import platform
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.csrc.cpu_checks import ROOT, run_on
+from tests.csrc.cpu_checks import ROOT, loaded_set, run_on
 
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -24,12 +23,6 @@ def compile_for(instruction_set: str, source: Path, *options: str) -> None:
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     command = [CXX, "-std=c++20", "-ffp-contract=off", *march, *names, *quiet, *options, str(source)]
     subprocess.run(command, check=True)
-
-
-def loaded_set() -> str:
-    library = ctypes.CDLL(str(ROOT / "umda_fast/_C.abi3.so"))
-    library.umda_fast_cpu_isa.restype = ctypes.c_char_p
-    return str(library.umda_fast_cpu_isa().decode())
 
 
 def check_baseline() -> None:
