@@ -5,6 +5,7 @@
 """
 
 import ctypes
+import fcntl
 import hashlib
 import math
 import os
@@ -47,9 +48,17 @@ def _compile(name: str, sources: list[Path], flags: list[str], link: list[str]) 
         digest.update(path.name.encode() + path.read_bytes())
     directory = ROOT / "build" / "cuda_host" / digest.hexdigest()[:16]
     library = directory / f"{name}.so"
-    if library.is_file():
-        return library
     directory.mkdir(parents=True, exist_ok=True)
+    # Files of tests that begin at the same time in several processes: the others wait for the first one's library.
+    with (directory / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.is_file():
+            _build(library, compiler, sources, flags, link)
+    return library
+
+
+def _build(library: Path, compiler: str, sources: list[Path], flags: list[str], link: list[str]) -> None:
+    directory = library.parent
 
     def compile_one(source: Path) -> Path:
         target = directory / f"{source.name}.{os.getpid()}.o"
@@ -61,12 +70,11 @@ def _compile(name: str, sources: list[Path], flags: list[str], link: list[str]) 
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         objects = list(pool.map(compile_one, sources))
-    partial = directory / f"{name}.{os.getpid()}.so"
+    partial = directory / f"{library.stem}.{os.getpid()}.so"
     subprocess.run([compiler, "-shared", "-o", str(partial), *map(str, objects), *link], check=True)
     partial.rename(library)
     for path in objects:
         path.unlink()
-    return library
 
 
 def _kernels() -> Path:
