@@ -1,5 +1,6 @@
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ LONGEST = (
     "test_docs.py",
     "train/test_distributed.py",
     "sgl/test_distributed.py",
-    "cli/test_commands.py",
     "cli/test_slides.py",
+    "cli/test_commands.py",
     "bench/test_speed.py",
     "cuda_host/test_bindings.py",
     "csrc/test_build.py",
@@ -38,3 +39,20 @@ def _seed() -> None:
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:  # what an earlier test compiled, or gave up on, is not this one's
         torch.compiler.reset()
+
+
+def _save_plainly(figure: Any, path: Path) -> None:
+    figure.set_layout_engine("none")
+    figure.savefig(path, format="png", dpi=20)
+
+
+@pytest.fixture(autouse=True)
+def _plain_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of a training are drawn, but small and not laid out, which took longer than a test's training.
+
+    What a module's fixture trains is drawn as users get it, for those come before this one: the run of
+    `tests/cli/test_commands.py`, which has every picture, and that of `tests/studies/test_report.py`.
+    """
+    plots = sys.modules.get("umda_fast.train.plots")  # nothing is imported for it
+    if plots is not None:
+        monkeypatch.setattr(plots, "_save", _save_plainly)
