@@ -29,9 +29,10 @@ class Bag:
         labels: task name -> label; a missing label is absent. Binary: 0 or 1, float32 [];
             multiclass and ordinal: int64 []; multilabel: 0 or 1, float32 [C]; regression: float32 [] in original units;
             survival: time and event, float32 [2].
-        coords: [n, 2], or None.
+        coords: [n, 2], NaN for an instance without a place, or None.
         slides: int64 [n], ascending: which of its slides each instance is of, in a bag of several, each with
-            coordinates of its own; None: the bag is one.
+            coordinates of its own; the instance of a whole slide, whose coordinates are NaN, has a number of its own.
+            None: the bag is one.
         metadata: float32 [M], the dataset's metadata of this bag, NaN where missing; a dataset fills it in.
 
     Raises:

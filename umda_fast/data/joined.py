@@ -115,12 +115,17 @@ def join_slides(name: str, slides: Sequence[Bag], views: Sequence[ViewSpec], lab
                 ]
             )
     coords = [slide.coords for slide in slides if slide.coords is not None]
-    number = torch.repeat_interleave(torch.arange(len(slides)), torch.tensor([len(slide) for slide in slides]))
+    # What of a slide has a frame of its own keeps it.
+    numbers, start = [], 0
+    for slide in slides:
+        own = torch.zeros(len(slide), dtype=torch.int64) if slide.slides is None else slide.slides
+        numbers.append(start + own)
+        start += 1 + (int(own.max()) if len(own) else 0)
     return Bag(
         name,
         joined,
         None if bool(mask.all()) else mask,
         labels,
         torch.cat(coords) if len(coords) == len(slides) else None,
-        slides=number,
+        slides=torch.cat(numbers),
     )

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -44,7 +44,7 @@ class BagMap:
         name: of the bag.
         attention: float32 [n, T]; sums to 1 over the instances.
         views: float32 [n, V], the weight of every view in the fusion, or None for a model of one view.
-        coords: [n, 2], corner of each patch with the smallest x and y, or None.
+        coords: [n, 2], corner of each patch with the smallest x and y, NaN for an instance of the whole slide, or None.
         unit: of the coordinates: "px" (level 0), "um", or "" where not known.
         patch: edge of a patch in that unit, NaN where not known. guessed: from the distances between patches.
         pixel_size: micrometres per level-0 pixel, NaN where not known.
@@ -67,6 +67,16 @@ class BagMap:
     def relative(self) -> FloatArray:
         """Attention times the number of the bag's instances: 1 is what each would have if all were alike."""
         return self.attention * (len(self.attention) if self.total is None else self.total)
+
+    @property
+    def placed(self) -> BagMap:
+        """The instances that have a place; one of the whole slide has none."""
+        if self.coords is None or np.isfinite(self.coords).all():
+            return self
+        keep = np.isfinite(self.coords).all(axis=1)
+        total = len(self.attention) if self.total is None else self.total
+        views = None if self.views is None else self.views[keep]
+        return replace(self, attention=self.attention[keep], views=views, coords=self.coords[keep], total=total)
 
     @property
     def title(self) -> str:
@@ -381,8 +391,9 @@ def explain(
         writer.writerow(columns)
         found = attention_maps(run, dataset, fabric, wanted=bags, patch_size=patch_size, progress=progress)
         for bag in _counted(found, lambda maps: writer.writerows(_top(maps, tasks, top)), counts):
+            bag = bag.placed
             if bag.coords is None or not len(bag.coords):
-                without += [bag.title] if len(bag.attention) else []
+                without += [bag.title] if bag.total else []
                 continue
             if np.isnan(bag.patch):
                 unsized.append(bag.title)
@@ -394,7 +405,7 @@ def explain(
                 counts["heatmaps"] += _write_pictures(folder, bag, tasks, views)
             if geojson:
                 if pixel_size is not None and not np.isfinite(bag.pixel_size):
-                    bag = BagMap(**{**vars(bag), "pixel_size": pixel_size})
+                    bag = replace(bag, pixel_size=pixel_size)
                 write_geojson(folder / f"{folder.name}.geojson", bag, tasks, views)
                 counts["geojson"] += 1
     return Explanation(
@@ -428,7 +439,8 @@ def _top(maps: Sequence[BagMap], tasks: Sequence[str], top: int) -> Iterator[lis
     for t, task in enumerate(tasks):
         for rank, row in enumerate((-attention[:, t]).argsort(kind="stable")[:top]):
             bag, i = at[row]
-            x, y = ("", "") if bag.coords is None else (f"{value:.10g}" for value in bag.coords[i])
+            nowhere = bag.coords is None or not np.isfinite(bag.coords[i]).all()
+            x, y = ("", "") if nowhere else (f"{value:.10g}" for value in bag.coords[i])
             which = [bag.name, bag.slide] if bag.slide else [bag.name]
             yield [*which, task, rank + 1, i, x, y, f"{attention[row, t]:.6g}", f"{share[row, t]:.6g}"]
 

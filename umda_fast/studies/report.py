@@ -153,7 +153,8 @@ def _largest_with_coords(
     if not names:
         return []
     found = attention_maps(run, dataset, fabric, wanted=names, patch_size=patch_size)
-    return [bag for bag, _ in found if bag.coords is not None and bag.patch == bag.patch]
+    placed = (bag.placed for bag, _ in found)
+    return [bag for bag in placed if bag.coords is not None and len(bag.coords) and bag.patch == bag.patch]
 
 
 # ---- pieces of HTML ----

@@ -132,7 +132,7 @@ class TestHDF5:
         ("content", "message"),
         [
             ({"coords": np.zeros((3, 2))}, "expected features"),
-            ({"features": np.zeros(6, np.float32)}, r"features: expected \[N, D\], got \[6\]"),
+            ({"features": np.zeros((2, 3, 4), np.float32)}, r"features: expected \[N, D\], got \[2, 3, 4\]"),
             ({"features": np.zeros((3, 0), np.float32)}, r"features: expected \[N, D\]"),
             ({"features": np.zeros((3, 4), np.int64)}, "features: expected float16, float32 or float64"),
             (
@@ -151,8 +151,11 @@ class TestHDF5:
 
     def test_a_vector_for_a_whole_slide(self, tmp_path, features, coords):
         path = write_stamp(tmp_path, "a", features[:1], coords[:1], feat_type="slide")
-        with pytest.raises(DataError, match=r"a\.h5: expected features of tiles, got features of a whole slide"):
-            read_header(path)
+        header = read_header(path)
+        assert (header.whole, header.rows, header.unit, header.tiling) == ("slide", 1, None, "slide")
+        read, where = read_bag(header)
+        assert where is None
+        assert torch.equal(read, torch.from_numpy(features[:1].astype(np.float16)))
 
     def test_not_finite(self, tmp_path, features, coords):
         features[41, 3] = np.nan

@@ -47,6 +47,11 @@ class Slide:
     finest: list[str] = field(default_factory=list)
     nested: str = ""
 
+    @property
+    def patches(self) -> dict[str, BagFile]:
+        """Those of `files` whose rows are patches; the others have one, which is of the whole slide."""
+        return {view: file for view, file in self.files.items() if not file.whole}
+
     def drop(self, file: BagFile) -> None:
         """Leave out a file that cannot be used."""
         self.files = {view: other for view, other in self.files.items() if other is not file}
@@ -80,13 +85,14 @@ def common_unit(slides: Sequence[Slide], match: Matching, skipped: Skipped) -> U
     Files without coordinates where others have them, and pixels where others have micrometres, are dropped.
     """
     located = [(slide, file) for slide in slides for file in slide.files.values() if file.unit is not None]
-    bare = [(slide, file) for slide in slides for file in slide.files.values() if file.unit is None and file.rows]
+    bare = [(slide, file) for slide in slides for file in slide.patches.values() if file.unit is None and file.rows]
     if not located or (bare and match == "position"):
         return None
     for slide, file in bare:
         skipped(
             f"{file.path}: expected coordinates as {located[0][1].path} has them, got none; to go without "
-            "coordinates, rows of all views in one order: --set data.options.match=position"
+            "coordinates, rows of all views in one order: --set data.options.match=position; features of a whole slide "
+            "are one vector, [D]"
         )
         slide.drop(file)
     micrometres = [file for _, file in located if file.unit == "um"]
@@ -114,10 +120,40 @@ def align(
         DataError: naming the file: no coordinates to match by, other rows, patches of a size that fits no other or
             elsewhere.
     """
-    files = list(slide.files.values())
-    if not files:
+    if not slide.files:
         raise DataError(f"slide {slide.name!r}: no file of it can be used")
-    slide.size, slide.finest = files[0].rows, list(slide.files)
+    patches = slide.patches
+    slide.size, slide.finest = 0, list(patches)
+    if patches:
+        _align_patches(slide, patches, unit, options, ratios, isolated)
+    if len(patches) < len(slide.files):
+        _append_whole(slide, patches)
+
+
+def _append_whole(slide: Slide, patches: Mapping[str, BagFile]) -> None:
+    """One more instance, of the whole slide: it has the views that are of it, and they are of nothing else."""
+    size, columns = slide.size, []
+    for view, file in slide.files.items():
+        if file.whole:
+            columns.append(np.r_[np.full(size, -1, np.int32), np.int32(0)])
+            continue
+        rows = slide.rows
+        own = np.arange(size, dtype=np.int32) if rows is None else rows[:, list(patches).index(view)]
+        columns.append(np.r_[own, np.int32(-1)])
+    slide.rows = np.column_stack(columns) if patches else None
+    slide.size = size + 1
+
+
+def _align_patches(
+    slide: Slide,
+    patches: Mapping[str, BagFile],
+    unit: Unit | None,
+    options: FileOptions,
+    ratios: Mapping[str, float],
+    isolated: IsolatedCalls,
+) -> None:
+    files = list(patches.values())
+    slide.size = files[0].rows
     if len(files) == 1:
         return
     full = [file for file in files if file.rows]
@@ -129,12 +165,12 @@ def align(
     sizes = _sizes(slide, common, coords, ratios)
     _check_sizes(files, sizes, common)
     rows, order = match_views(coords, sizes, 0.0 if common == "px" else options.tolerance)
-    slide.finest = [list(slide.files)[view] for view in order]
+    slide.finest = [list(patches)[view] for view in order]
     if rows is None:
         return
     _check_shares(files, coords, rows, sizes)
     if order != list(range(len(order))) or max(sizes) > min(sizes) * (1.0 + SAME_SIZE):
-        about = ", ".join(f"{list(slide.files)[view]} {sizes[view]:g} {common}" for view in order)
+        about = ", ".join(f"{list(patches)[view]} {sizes[view]:g} {common}" for view in order)
         guessed = any(math.isnan(file.patch_size) for file in files)
         slide.nested = f"large patches stand beside each small one in them ({about}{', by their steps' * guessed})"
     slide.rows = rows.astype(np.int32)
@@ -146,10 +182,10 @@ def _sizes(slide: Slide, unit: Unit, coords: Sequence[FloatArray], ratios: Mappi
 
     What a file does not say follows from the steps of the grids.
     """
-    said = [slide.patch_size_in(file, unit) for file in slide.files.values()]
+    said = [slide.patch_size_in(file, unit) for file in slide.patches.values()]
     if not any(map(math.isnan, said)) or (not ratios and len({size for size in said if not math.isnan(size)}) < 2):
         return [math.nan] * len(said) if any(map(math.isnan, said)) else said
-    steps = [ratios.get(view, 1.0) for view in slide.files]
+    steps = [ratios.get(view, 1.0) for view in slide.patches]
     units = [size / step for size, step in zip(said, steps, strict=True) if not math.isnan(size)]
     if not units:
         units = [
@@ -169,8 +205,8 @@ def step_ratios(slides: Sequence[Slide], views: Sequence[str], isolated: Isolate
         if views[0] in slide.files and any(math.isnan(file.patch_size) and file.unit for file in slide.files.values())
     ]
     for slide in tried[:: max(1, len(tried) // _TRIED)]:
-        common = _matching_unit(list(slide.files.values()))
-        steps = {view: grid_step(_coords(slide, file, common, isolated)) for view, file in slide.files.items()}
+        common = _matching_unit(list(slide.patches.values()))
+        steps = {view: grid_step(_coords(slide, file, common, isolated)) for view, file in slide.patches.items()}
         for view in ratios.keys() & steps.keys():
             ratios[view].append(steps[view] / steps[views[0]])
     found = {view: ratio for view, values in ratios.items() if not math.isnan(ratio := _agreed(values))}

@@ -43,6 +43,8 @@ class BagFile:
         encoder: what made the features, if the file says.
         tiling: of which patches, the same for slides of any resolution, if the file says: "20x_256px", "256um".
         probe: of the content; equal for equal features, seldom equal for others.
+        whole: "slide" or "patient" where its only row is of all of that, and has no coordinates; blank where rows are
+            patches.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class BagFile:
     encoder: str | None
     tiling: str | None
     probe: tuple[object, ...]
+    whole: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,21 @@ class Reader:
     content: Callable[[BagFile, bool], tuple[Tensor | None, Array | None]]
 
 
+def is_vector(shape: tuple[int, ...]) -> bool:
+    """Whether features of this shape are one vector [D], which only a whole slide has; an empty one is no instance."""
+    return len(shape) == 1 and shape[0] > 0
+
+
 def check_shapes(path: Path, features: tuple[int, ...], coords: tuple[int, ...] | None) -> tuple[int, int | None]:
-    """Rows and width; a first axis of length 1, that of one slide, may stand before them.
+    """Rows and width; a first axis of length 1, that of one slide, may stand before them. A vector is one row, whatever
+    coordinates stand beside it (TRIDENT keeps those of the patches that it was made of).
 
     Raises:
         DataError: features or coordinates of another shape.
     """
     given = features
+    if is_vector(features):
+        return 1, features[0]
     features = features[1:] if len(features) == 3 and features[0] == 1 else features
     coords = coords[1:] if coords is not None and len(coords) == 3 and coords[0] == 1 else coords
     if features == (0,):

@@ -121,8 +121,11 @@ def plain_header(
     first: bytes,
     coords: Array | None,
     named: Mapping[str, Any],
+    whole: str = "",
 ) -> BagFile:
-    """The header of a file of named arrays without attributes: `.pt`, `.npz`."""
+    """The header of a file of named arrays without attributes: `.pt`, `.npz`; without coordinates if it is of a `whole`
+    slide (as of `BagFile`)."""
+    coords = None if whole else coords
     if coords is not None and coords.dtype.kind not in "fiu":
         raise DataError(f"{path}: coords: expected numbers, got {coords.dtype}")
 
@@ -147,6 +150,7 @@ def plain_header(
         step=math.nan,
         pixel_size=pixel_size_of(path, {"mpp": scalar("mpp")}),
         encoder=text_of(scalar("encoder")),
-        tiling=tiling_in_um(size) if unit == "um" else None,
+        tiling=whole or (tiling_in_um(size) if unit == "um" else None),
         probe=probe_of(rows, width, dtype, first),
+        whole=whole,
     )

@@ -19,7 +19,7 @@ from umda_fast.data.files.bag_file import BagFile, check_step
 from umda_fast.data.files.column_meanings import part_named
 from umda_fast.data.files.file_options import FileOptions
 from umda_fast.data.files.isolated import IsolatedCalls
-from umda_fast.data.files.layouts import unread_folders
+from umda_fast.data.files.layouts import unread_folders, whole_folders
 from umda_fast.data.files.names import some_names
 from umda_fast.data.files.readers import read_bag
 from umda_fast.data.files.skipped import Skipped
@@ -60,7 +60,8 @@ class SlideIndex(Protocol):
 class FileIndex:
     """Bags in files of their own. Keeps headers only; every read opens its files and closes them.
 
-    Beside what `SlideIndex` has, `finest` is the view of the smallest patches, where others hold several of them.
+    Beside what `SlideIndex` has, `whole` are the views of whole slides, and `finest` is the view of the smallest
+    patches, where others hold several of them.
 
     What is read here, when the index is made, is read in another process (`umda_fast.data.files.isolated`).
 
@@ -97,7 +98,8 @@ class FileIndex:
             for slide, size in zip(slides, pixel_sizes(folders), strict=True):
                 slide.set_pixel_size(size)
             self._unit = common_unit(slides, options.match, skipped)
-            views = [view.name for view in self.views]
+            views = [view.spec.name for view in found if not view.whole]
+            self.whole = {view.spec.name for view in found if view.whole}
             ratios = step_ratios(slides, views, isolated) if len(views) > 1 and options.match == "coords" else {}
             self._slides = [slide for slide in slides if self._aligned(slide, options, ratios, skipped, isolated)]
         if not self._slides:
@@ -140,6 +142,11 @@ class FileIndex:
         unread = unread_folders(path)
         if unread:
             notes.append(f"not read, as there are files beside: {', '.join(unread)}")
+        names = [spec.name for spec in self.views]
+        whole = [name for name in whole_folders(path) if name not in names] if not self.whole else []
+        if whole:
+            asked = ", ".join([*names, *whole])
+            notes.append(f"features of whole slides, not read: {', '.join(whole)}; data.options.views=[{asked}]")
         for spec in self.views:
             lacking = sum(spec.name not in slide.files for slide in self._slides)
             if lacking:

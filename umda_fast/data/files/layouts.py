@@ -5,6 +5,7 @@ Understood, for one encoder or several, of one kind of patches or several:
     DIR/*.h5 (.hdf5, .pt, .pth, .npz)                         files
     DIR/h5_files/*.h5, DIR/pt_files/*.pt                      CLAM; .pt only of slides without .h5
     DIR/20x_256px_0px_overlap/features_<encoder>/*.h5         TRIDENT, DIR being its job directory or the one below
+    DIR/20x_256px_0px_overlap/slide_features_<encoder>/*.h5   TRIDENT, of whole slides: where asked for, or else alone
     DIR/<extractor>-<hash>/**/*.h5                            STAMP, which keeps the folders of the slides
     DIR/<folder>/...                                          any of these below, a folder for each view or site
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,18 +26,20 @@ from umda_fast.data.files.readers import SUFFIXES
 from umda_fast.errors import DataError
 
 _TRIDENT = re.compile(r"(\d+(?:\.\d+)?)x_(\d+)px_(\d+)px_overlap")
-_NOT_FEATURES = re.compile(r"patches|slide_features_.*")  # coordinates alone; one vector for a slide
+_NOT_FEATURES = "patches"  # coordinates alone
+_WHOLE = re.compile(r"slide_features_(.+)")  # one vector for a slide
 _DEPTH = 4  # levels of directories below a view that are looked at
 
 
 def is_slides(source: str) -> bool:
     """Whether `source` is a directory with files of bags somewhere below."""
     path = Path(source)
-    return path.is_dir() and not is_pack(source) and next(files_below(path), None) is not None
+    return path.is_dir() and not is_pack(source) and next(files_below(path, whole=True), None) is not None
 
 
-def _entries(directory: Path) -> tuple[list[Path], list[Path]]:
-    """Files of bags and directories, by name, without what is hidden or holds no patch features."""
+def _entries(directory: Path, whole: Collection[str] | bool = False) -> tuple[list[Path], list[Path]]:
+    """Files of bags and directories, by name, without what is hidden or holds no features; of TRIDENT's folders of
+    whole slides those of the encoders in `whole`, all or none."""
     try:
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except OSError as error:
@@ -47,17 +50,24 @@ def _entries(directory: Path) -> tuple[list[Path], list[Path]]:
     # A link to what is gone is a file too, which cannot be read.
     bags = [entry for entry in shown if Path(entry.name).suffix.lower() in SUFFIXES]
     files = [Path(entry.path) for entry in bags if entry.is_file() or not os.path.exists(entry.path)]
-    folders = [Path(entry.path) for entry in shown if entry.is_dir() and not _NOT_FEATURES.fullmatch(entry.name)]
+    folders = [Path(entry.path) for entry in shown if entry.is_dir() and _is_wanted(entry.name, whole)]
     return files, folders
 
 
-def files_below(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """Files that may be bags, in a directory and those below it."""
-    files, folders = _entries(directory)
+def _is_wanted(folder: str, whole: Collection[str] | bool) -> bool:
+    found = _WHOLE.fullmatch(folder)
+    if found is not None:
+        return whole if isinstance(whole, bool) else found[1] in whole
+    return folder != _NOT_FEATURES
+
+
+def files_below(directory: Path, depth: int = _DEPTH, whole: bool = False) -> Iterator[Path]:
+    """Files that may be bags, in a directory and those below it; `whole`: in folders of whole slides too."""
+    files, folders = _entries(directory, whole)
     yield from files
     if depth:
         for folder in folders:
-            yield from files_below(folder, depth - 1)
+            yield from files_below(folder, depth - 1, whole)
 
 
 def _clam_files(directory: Path) -> list[Path] | None:
@@ -85,8 +95,11 @@ class Folder:
     tiling: str | None = None
 
 
-def find_folders(path: Path) -> list[Folder]:
+def find_folders(path: Path, whole: Collection[str] = ()) -> list[Folder]:
     """The folders with files of bags in a directory, by path; only itself where it has some.
+
+    Args:
+        whole: encoders of whole slides of which TRIDENT's folders count too; all, where there is nothing else.
 
     Raises:
         DataError: no file.
@@ -94,25 +107,37 @@ def find_folders(path: Path) -> list[Folder]:
     files = _clam_files(path) or _entries(path)[0]
     if files:
         return [Folder((), files, _tiling(path.name))]
-    folders = _entries(path)[1]
-    sizes = [folder for folder in folders if _TRIDENT.fullmatch(folder.name)]
-    start = Folder((), [], _tiling(path.name))
-    found = [inner for folder in sizes or folders for inner in _folders_below(folder, start, _DEPTH)]
+    found = _found_below(path, whole) or _found_below(path, True)
     if not found:
         raise DataError(f"{path}: expected files of bags ({', '.join(SUFFIXES)}), got none")
     return found
 
 
-def _folders_below(directory: Path, above: Folder, depth: int) -> Iterator[Folder]:
+def whole_folders(path: Path) -> list[str]:
+    """Encoders of TRIDENT's folders of whole slides in a directory."""
+    found = (_WHOLE.fullmatch(folder.parts[-1]) for folder in _found_below(path, True) if folder.parts)
+    return [match[1] for match in found if match is not None]
+
+
+def _found_below(path: Path, whole: Collection[str] | bool) -> list[Folder]:
+    folders = _entries(path, whole)[1]
+    sizes = [folder for folder in folders if _TRIDENT.fullmatch(folder.name)]
+    start = Folder((), [], _tiling(path.name))
+    return [inner for folder in sizes or folders for inner in _folders_below(folder, start, _DEPTH, whole)]
+
+
+def _folders_below(
+    directory: Path, above: Folder, depth: int, whole: Collection[str] | bool
+) -> Iterator[Folder]:
     tiling = _tiling(directory.name)
     here = replace(above, tiling=tiling) if tiling else replace(above, parts=(*above.parts, directory.name))
     clam = _clam_files(directory)
-    files, folders = _entries(directory)
+    files, folders = _entries(directory, whole)
     if clam or files:
         yield replace(here, files=clam or files)
     if depth and not clam:
         for folder in folders:
-            yield from _folders_below(folder, here, depth - 1)
+            yield from _folders_below(folder, here, depth - 1, whole)
 
 
 def _tiling(name: str) -> str | None:

@@ -12,6 +12,13 @@ TRIDENT  `trident/IO.py`, `wsi_objects/WSI.py`: `features` (attributes `encoder`
 STAMP    `preprocessing/__init__.py`, `modeling/data.py`: `feats` float16 [N, D] and `coords` float32 [N, 2] in
          micrometres, contiguous; attributes of the file: `unit` "um", `tile_size_um` (2.0: `tile_size`),
          `tile_size_px`, `extractor`, `stamp_version`, ... Before 2.0 the unit was 224 pixels to 256 micrometres.
+
+Of whole slides (read as above):
+
+TRIDENT  `wsi_objects/WSI.py`: `slide_features_<encoder>/<slide>.h5` with `features` float32 [D], and `coords` of the
+         patches that it was made of.
+STAMP    `encoding/encoder/__init__.py`: `feats` [D] or [1, D] in a file for each slide or patient; attributes of the
+         file: `feat_type` "slide" or "patient", `encoder`. (Before, one file for all: not read.)
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umda_fast.data.files.bag_file import FEATURES, Array, BagFile, Reader, check_shapes, check_unchanged
+from umda_fast.data.files.bag_file import FEATURES, Array, BagFile, Reader, check_shapes, check_unchanged, is_vector
 from umda_fast.data.files.hdf5_rows import read_rows
 from umda_fast.data.files.header_fields import (
     one_line,
@@ -88,6 +95,7 @@ class _Datasets:
     rows: int
     width: int | None
     dtype: torch.dtype
+    whole: str
 
 
 @contextmanager
@@ -103,10 +111,16 @@ def _open(path: Path) -> Iterator[_Datasets]:
                 f"got {', '.join(map(str, file)) or 'nothing'}"
             )
         features, coords = file[name], file.get("coords")
+        kind = text_of(file.attrs.get("feat_type"))
+        whole = kind if kind in ("slide", "patient") else "slide" if is_vector(features.shape) else ""
+        if whole:
+            coords = None  # of the patches that it was made of
         if coords is not None and not isinstance(coords, h5py.Dataset):
             raise DataError(f"{path}: coords: expected numbers [N, 2], got a group")
         rows, width = check_shapes(path, features.shape, None if coords is None else coords.shape)
-        yield _Datasets(file, name, features, coords, rows, width, torch_dtype(path, features.dtype))
+        if whole and rows != 1:
+            raise DataError(f"{path}: expected one row of a whole {whole}, as feat_type says, got {rows}")
+        yield _Datasets(file, name, features, coords, rows, width, torch_dtype(path, features.dtype), whole)
 
 
 def _header(path: Path) -> BagFile:
@@ -126,7 +140,8 @@ def _content(file: BagFile, features: bool) -> tuple[Tensor | None, Array | None
     with _open(file.path) as opened:
         check_unchanged(file, opened.rows, opened.width, opened.dtype, opened.coords is not None)
         read = read_rows(file.path, opened.features) if features else None
-        content = None if read is None else torch.from_numpy(read.reshape(read.shape[-2:]))
+        shape = None if read is None else (1, -1) if opened.whole else read.shape[-2:]
+        content = None if read is None else torch.from_numpy(read.reshape(shape))
         stored = None if opened.coords is None else read_rows(file.path, opened.coords).reshape(file.rows, 2)
         return content, stored
 
@@ -137,12 +152,13 @@ def _place(path: Path, opened: _Datasets) -> dict[str, Any]:
     at: Mapping[str, Any] = {} if coords is None else coords.attrs
     named = (opened.features.attrs.get("encoder"), top.get("extractor"), top.get("encoder"))
     encoder = next((text for value in named if (text := text_of(value))), None)
-    kind = text_of(top.get("feat_type"))
-    if kind in ("slide", "patient"):
-        raise DataError(f"{path}: expected features of tiles, got features of a whole {kind}")
     pixel_size = pixel_size_of(path, at, top)
     plain: dict[str, Any] = {"encoder": encoder, "pixel_size": pixel_size, "scale": 1.0}
     nothing = {"patch_size": math.nan, "step": math.nan, "tiling": None}
+    if opened.whole:
+        trident = "TRIDENT" if "savetodir" in opened.features.attrs else "HDF5"
+        tool = "STAMP" if opened.name == "feats" else trident
+        return {**plain, **nothing, "tool": tool, "unit": None, "tiling": opened.whole, "whole": opened.whole}
     if opened.name == "feats":
         if coords is None:
             return {**plain, **nothing, "tool": "STAMP", "unit": None}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umda_fast.data.files.bag_file import FEATURES, Array, BagFile, Reader, check_shapes, check_unchanged
+from umda_fast.data.files.bag_file import FEATURES, Array, BagFile, Reader, check_shapes, check_unchanged, is_vector
 from umda_fast.data.files.header_fields import one_line, plain_header, torch_dtype
 from umda_fast.errors import DataError
 
@@ -38,12 +38,13 @@ def _header(path: Path) -> BagFile:
     with _open(path) as (archive, members):
         with archive.open(members[_features_member(path, archive, members)]) as member:
             shape, fortran, kind = _npy_header(member)
-            first = b"" if fortran or len(shape) < 2 else member.read(shape[-1] * kind.itemsize)
+            first = b"" if fortran or not shape else member.read(shape[-1] * kind.itemsize)
         small = [name for name in ("coords", "unit", "patch_size", "mpp", "encoder") if name in members]
         named: dict[str, Any] = {name: _member(archive, members[name]) for name in small}
     stored = named.get("coords")
     rows, width = check_shapes(path, shape, None if stored is None else stored.shape)
-    return plain_header(path, ".npz", rows, width, torch_dtype(path, kind), first, stored, named)
+    whole = "slide" if is_vector(shape) else ""
+    return plain_header(path, ".npz", rows, width, torch_dtype(path, kind), first, stored, named, whole)
 
 
 def _content(file: BagFile, features: bool) -> tuple[Tensor | None, Array | None]:
@@ -51,7 +52,8 @@ def _content(file: BagFile, features: bool) -> tuple[Tensor | None, Array | None
     with _open(file.path) as (archive, members):
         if features:
             content = _member(archive, members[_features_member(file.path, archive, members)])
-        if "coords" in members:
+            content = content[None] if is_vector(content.shape) else content
+        if "coords" in members and not file.whole:
             stored = _member(archive, members["coords"])
     if content is not None:
         rows, width = check_shapes(file.path, content.shape, None if stored is None else stored.shape)

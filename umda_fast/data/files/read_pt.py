@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umda_fast.data.files.bag_file import FEATURES, Array, BagFile, Reader, check_shapes, check_unchanged
+from umda_fast.data.files.bag_file import FEATURES, Array, BagFile, Reader, check_shapes, check_unchanged, is_vector
 from umda_fast.data.files.header_fields import one_line, plain_header
 from umda_fast.errors import DataError
 
@@ -32,8 +32,9 @@ _ARRAYS: list[Any] = [
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _open(path: Path, mapped: bool) -> tuple[Mapping[str, Any], Tensor, Array | None, int, int | None]:
-    """The mapping, its features and coordinates, rows and width. Mapped into memory, features are not read."""
+def _open(path: Path, mapped: bool) -> tuple[Mapping[str, Any], Tensor, Array | None, int, int | None, str]:
+    """The mapping, its features and coordinates, rows, width and `BagFile.whole`. Mapped into memory, features are not
+    read."""
     content = _load(path, mapped)
     named: Mapping[str, Any] = content if isinstance(content, Mapping) else {"features": content}
     named = {name: _as_tensor(path, str(name), value) for name, value in named.items()}
@@ -48,21 +49,23 @@ def _open(path: Path, mapped: bool) -> tuple[Mapping[str, Any], Tensor, Array | 
     coords = named.get("coords")
     if coords is not None and not isinstance(coords, Tensor):
         raise DataError(f"{path}: coords: expected a tensor [N, 2], got {type(coords).__name__}")
+    if is_vector(tuple(features.shape)):
+        return named, features[None], None, 1, len(features), "slide"
     stored = None if coords is None else coords.detach().numpy()
     rows, width = check_shapes(path, tuple(features.shape), None if stored is None else stored.shape)
     features = features.reshape(features.shape[-2:])
-    return named, features, None if stored is None else stored.reshape(rows, 2), rows, width
+    return named, features, None if stored is None else stored.reshape(rows, 2), rows, width, ""
 
 
 def _header(path: Path) -> BagFile:
-    named, features, stored, rows, width = _open(path, mapped=True)
+    named, features, stored, rows, width, whole = _open(path, mapped=True)
     first = features[0].contiguous().view(torch.uint8).numpy().tobytes() if rows else b""
-    return plain_header(path, ".pt", rows, width, features.dtype, first, stored, named)
+    return plain_header(path, ".pt", rows, width, features.dtype, first, stored, named, whole)
 
 
 def _content(file: BagFile, features: bool) -> tuple[Tensor | None, Array | None]:
     # Read, not mapped: a file that is cut short later must not end the process.
-    _, content, stored, rows, width = _open(file.path, mapped=not features)
+    _, content, stored, rows, width, _ = _open(file.path, mapped=not features)
     check_unchanged(file, rows, width, content.dtype, stored is not None)
     return content if features else None, stored
 

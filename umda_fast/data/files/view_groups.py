@@ -182,7 +182,7 @@ def view_names(views: Sequence[View]) -> list[str]:
             return names
     tops = Counter(top for view in views for top in {group.parts[:1] for group in view.groups})
     folders = [_folder_name(view, shared=max(tops.values()) > 1, alone=len(views) == 1) for view in views]
-    short = [re.sub(r"^(patch_)?features_(?=.)", "", name) for name in folders]
+    short = [re.sub(r"^(patch_|slide_)?features_(?=.)", "", name) for name in folders]
     tiled = [f"{name}_{view.groups[0].tiling}" for name, view in zip(short, views, strict=True)]
     for names in (short, folders, tiled):
         if len(set(names)) == len(names):

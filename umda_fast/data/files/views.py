@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from umda_fast.data.files.layouts import find_folders
 from umda_fast.data.files.nesting import grid_step, match_views, shared_share
 from umda_fast.data.files.readers import read_bag, read_coords, read_header
 from umda_fast.data.files.skipped import Skipped
-from umda_fast.data.files.view_groups import bag_names, groups_of, turned, view_names, views_of
+from umda_fast.data.files.view_groups import View, bag_names, groups_of, turned, view_names, views_of
 from umda_fast.errors import DataError
 from umda_fast.model.specs import ViewSpec
 
@@ -34,11 +34,13 @@ class ViewFiles:
         spec: name and width.
         dtype: of the features when they are read.
         files: slide -> its file in this view.
+        whole: as of `BagFile`, of all of them.
     """
 
     spec: ViewSpec
     dtype: torch.dtype
     files: dict[str, BagFile]
+    whole: str = ""
 
 
 def read_views(
@@ -58,7 +60,7 @@ def read_views(
     Raises:
         DataError: no such view, no features; unless `skipped` skips it, a file that cannot be used.
     """
-    folders = find_folders(path)
+    folders = find_folders(path, chosen or ())
     together = partial(_together, isolated)
     headers, by_folder = turned(
         [(folder, _headers(folder.files, skipped, isolated)) for folder in folders], together
@@ -69,7 +71,7 @@ def read_views(
         count = sum(len(folder.files) for folder in folders)
         raise DataError(f"{path}: expected features, got none that can be read in {count} files")
     found: dict[str, dict[str, BagFile]] = {}
-    for name, files in zip(view_names(views), bag_names(views), strict=True):
+    for name, files in zip(_names(views), bag_names(views), strict=True):
         found[name] = {}
         for bag, members in files.items():
             found[name][bag] = members[0]
@@ -84,7 +86,44 @@ def read_views(
         if unknown:
             raise DataError(f"{path}: views: expected names among {', '.join(found)}, got {unknown[0]!r}")
         found = {view: found[view] for view in chosen}
+    _check_whole(path, found, chosen is not None)
     return [_view(path, name, files, skipped, isolated) for name, files in found.items()], there
+
+
+def _whole(files: Mapping[str, BagFile]) -> str:
+    return next((file.whole for file in files.values()), "")
+
+
+def _names(views: Sequence[View]) -> list[str]:
+    """Views of patches are called as they are alone; one of whole slides that would be called alike has a word more."""
+    kinds = [next((file.whole for group in view.groups for file in group.files.values()), "") for view in views]
+    names: dict[int, str] = {}
+    for whole in sorted(set(kinds)):
+        own = [number for number, kind in enumerate(kinds) if kind == whole]
+        for number, name in zip(own, view_names([views[number] for number in own]), strict=True):
+            names[number] = f"{name}_{whole}" if name in names.values() else name
+    return [names[number] for number in range(len(views))]
+
+
+def _check_whole(path: Path, found: Mapping[str, Mapping[str, BagFile]], chosen: bool) -> None:
+    """Raise DataError for features of whole slides beside patches that nobody asked for, and for those of whole
+    patients beside any of slides."""
+    kinds = {name: _whole(files) for name, files in found.items()}
+    if len(set(kinds.values())) < 2:
+        return
+    for name, whole in kinds.items():
+        if whole == "patient":
+            raise DataError(
+                f"{next(iter(found[name].values())).path}: expected features of slides as the other views, got "
+                f"features of a whole patient; take one of them: --set data.options.views=[{name}]"
+            )
+    if chosen:
+        return
+    wholes = [name for name, whole in kinds.items() if whole]
+    raise DataError(
+        f"{next(iter(found[wholes[0]].values())).path}: features of a whole slide, beside patches: to take both, "
+        f"--set 'data.options.views=[{', '.join(found)}]', or name the views without {', '.join(wholes)}"
+    )
 
 
 def _view(path: Path, name: str, files: dict[str, BagFile], skipped: Skipped, isolated: IsolatedCalls) -> ViewFiles:
@@ -93,7 +132,7 @@ def _view(path: Path, name: str, files: dict[str, BagFile], skipped: Skipped, is
     dtypes = {file.dtype for file in files.values() if file.rows}
     # Half precision is kept where all files have it; anything else meets in float32.
     dtype = dtypes.pop() if len(dtypes) == 1 and torch.float64 not in dtypes else torch.float32
-    return ViewFiles(ViewSpec(name, width), dtype, files)
+    return ViewFiles(ViewSpec(name, width), dtype, files, _whole(files))
 
 
 def _headers(files: Sequence[Path], skipped: Skipped, isolated: IsolatedCalls) -> dict[str, BagFile]:

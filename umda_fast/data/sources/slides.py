@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from umda_fast.data.arrays import FloatArray, IntArray
 from umda_fast.data.bag import Bag, bag_labels
@@ -50,7 +51,16 @@ class SlideStore:
 
     def load(self, index: int) -> Bag:
         views, mask, coords = self._index.read(index)
-        return Bag(self.names[index], views, mask, bag_labels(self._tasks, self.labels, index), coords)
+        labels = bag_labels(self._tasks, self.labels, index)
+        return Bag(self.names[index], views, mask, labels, coords, slides=_frames(coords))
+
+
+def _frames(coords: Tensor | None) -> Tensor | None:
+    """`Bag.slides` of one slide: the instance that is of all of it, the last, has no place among the patches."""
+    if coords is None:
+        return None
+    nowhere = coords.isnan().any(dim=1)
+    return nowhere.long() if bool(nowhere.any()) else None
 
 
 @dataclass(frozen=True, kw_only=True)
