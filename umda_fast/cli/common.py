@@ -24,6 +24,7 @@ __all__ = [
     "save_json",
     "source_options",
     "values",
+    "whole_numbers",
 ]
 
 
@@ -114,6 +115,16 @@ def numbers(option: str, texts: str | None) -> list[float] | None:
         return None if texts is None else [float(text) for text in texts.split(",")]
     except ValueError:
         raise DataError(f"{option}: expected numbers with commas between them, got {texts!r}") from None
+
+
+def whole_numbers(option: str, given: Sequence[float]) -> list[int]:
+    """`given` as integers."""
+    from umda_fast.errors import DataError
+
+    for value in given:
+        if value != value or value != int(value):
+            raise DataError(f"{option}: expected whole numbers, got {value:g}")
+    return [int(value) for value in given]
 
 
 def number(value: float | None) -> str:

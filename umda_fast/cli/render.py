@@ -24,6 +24,7 @@ __all__ = [
     "print_info",
     "print_inspection",
     "print_profile",
+    "shots_table",
 ]
 
 
@@ -107,6 +108,31 @@ def crossval_table(result: Mapping[str, Any]) -> Table:
     figures = result["mean_score"]
     values = [_cell(figures[key]) for key in ("mean", "std", "min", "max")]
     table.add_row("mean_score", "", *values, *over_repeats([repeat["mean_score"] for repeat in pooled]))
+    return table
+
+
+def shots_table(result: Mapping[str, Any]) -> Table:
+    """Mean and standard deviation over the folds of every metric for each number of shots of `few_shot`'s result."""
+    title = f"{result['source']}: bags of each class, {result['folds']} folds x {result['repeats']} repeats"
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "metric"):
+        table.add_column(column)
+    results = result["results"]
+    for found in results:
+        table.add_column(str(found["shots"]), justify="right")
+
+    def spread(figures: Mapping[str, float | None]) -> str:
+        return _cell(figures["mean"]) if figures["std"] is None else f"{_cell(figures['mean'])} ± {figures['std']:.4f}"
+
+    for task, metrics in results[0]["tasks"].items():
+        for index, metric in enumerate(metrics):
+            cells = [spread(found["tasks"][task][metric]) for found in results]
+            table.add_row(
+                task if index == 0 else "", metric_name(metric).title, *cells, end_section=index == len(metrics) - 1
+            )
+    table.add_row("mean_score", "", *(spread(found["mean_score"]) for found in results))
+    bags = [(found["bags"]["min"], found["bags"]["max"]) for found in results]
+    table.add_row("training bags", "", *(f"{low}" if low == high else f"{low} to {high}" for low, high in bags))
     return table
 
 

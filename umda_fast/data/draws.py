@@ -27,6 +27,7 @@ class Stream(IntEnum):
     THRESHOLDS = 8
     LINEAR_FOLDS = 9
     CONTENT = 10
+    SHOTS = 11
 
 
 def generator(stream: Stream, *key: int) -> np.random.Generator:

@@ -37,6 +37,7 @@ SCHEMAS: Mapping[str, int] = {
     "metrics": 1,
     "parity": 1,
     "profile": 1,
+    "shots": 1,
 }
 """Schemas by name, with their versions; `umda_fast/schemas/<name>.json` each."""
 

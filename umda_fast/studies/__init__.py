@@ -15,12 +15,14 @@ from umda_fast.studies.maps import explain
 from umda_fast.studies.predict import predict
 from umda_fast.studies.readapt import readapt
 from umda_fast.studies.report import write_report
+from umda_fast.studies.shots import few_shot
 
 __all__ = [
     "compare_models",
     "comparison_markdown",
     "cross_validate",
     "explain",
+    "few_shot",
     "predict",
     "readapt",
     "write_report",
