@@ -62,7 +62,7 @@ def test_the_report_says_what_evaluate_says(digits_run: Run) -> None:
     path = write_report(digits_run, samples=50, progress=False)
     assert path == digits_run.directory / "report.html"
     found = parse(path)
-    assert found.text["h2"] == ["Scores", "Errors", "Calibration", "Training", "Configuration"]
+    assert found.text["h2"] == ["Scores", "Curves", "Errors", "Calibration", "Training", "Configuration"]
     assert found.text["h3"] == ["has_nine", "largest", "present", "mean"]
     result = evaluate(digits_run, progress=False)
     expected = {"has_nine": "auroc", "largest": "accuracy", "present": "f1_macro", "mean": "r2"}
@@ -77,6 +77,17 @@ def test_the_report_says_what_evaluate_says(digits_run: Run) -> None:
         found.images
     )
     assert "influence" in found.images
+    assert {f"{task}: ROC and precision-recall curves" for task in ("has_nine", "largest", "present")} <= set(
+        found.images
+    )
+    # Of the number the bags furthest off come first, with their names.
+    assert {"bag", "label", "predicted", "error"} <= set(found.text["th"])
+    cells = found.text["td"]
+    ends = [place for place, cell in enumerate(cells) if re.fullmatch(r"[+-][\d.]+(e-\d+)?", cell)][-16:]
+    assert digits_run.record is not None
+    assert {cells[end - 3] for end in ends} == set(digits_run.record.names("test"))
+    off = [abs(float(cells[end])) for end in ends]
+    assert off == sorted(off, reverse=True)
 
 
 def test_nothing_is_loaded_from_elsewhere(digits_run: Run) -> None:

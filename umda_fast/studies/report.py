@@ -27,6 +27,7 @@ from umda_fast.score.calibration import calibration_error, confidence, fit_calib
 from umda_fast.score.collect import Predictions, collect
 from umda_fast.score.intervals import primary_score
 from umda_fast.score.metrics import TaskMetrics
+from umda_fast.studies.curves import class_scores, plot_curves, worst_bags
 from umda_fast.studies.followed import logrank_p, plot_followed
 from umda_fast.studies.maps import BagMap, attention_maps, plot_maps
 from umda_fast.studies.predict import mixed_note
@@ -129,7 +130,8 @@ def write_report(
     sections = [
         _header(run, dataset, split, files, mixed),
         _scores(tasks, found, samples, patients_of_bags(run, dataset, own=datasets is not None or is_own(run, source))),
-        _errors(tasks, found),
+        _curves(tasks, found),
+        _errors(tasks, found, dataset.names),
         _calibration(tasks, found, held_out),
         _plots(files),
         _maps(tasks, [view.name for view in run.model.config.views], bags, mixed),
@@ -255,14 +257,37 @@ def _scores(
     )  # fmt: skip
 
 
-def _errors(tasks: Sequence[TaskSpec], found: Predictions) -> str:
+def _curves(tasks: Sequence[TaskSpec], found: Predictions) -> str:
+    parts = []
+    for task in tasks:
+        logits, target = found.of(task)
+        scores = class_scores(task, decode(task, logits), target) if len(target) else []
+        if scores:
+            parts.append(_picture(plot_curves(task.name, scores), f"{task.name}: ROC and precision-recall curves"))
+    if not parts:
+        return ""
+    note = _note(
+        "One class against all others, with the labelled bags that are of it; dotted: what guessing gives. Areas of "
+        "these very bags, without an interval."
+    )
+    return "\n".join(["<h2>Curves</h2>", note, *parts])
+
+
+def _errors(tasks: Sequence[TaskSpec], found: Predictions, names: Sequence[str]) -> str:
     parts = ["<h2>Errors</h2>"]
     for task in tasks:
         logits, target = found.of(task)
         if not len(target):
             continue
-        shown = kind_of(task).shown_errors(task, decode(task, logits), target)
+        prediction = decode(task, logits)
+        shown = kind_of(task).shown_errors(task, prediction, target)
         parts += [f"<h3>{escape(task.name)}</h3>", _shown(task.name, shown)]
+        labelled = [name for name, there in zip(names, found.masks[task.name].tolist(), strict=True) if there]
+        worst = worst_bags(task, prediction, target, labelled)
+        if worst is not None and not worst[1]:
+            parts.append(_note("No bag is predicted wrongly."))
+        elif worst is not None:
+            parts += [_note("Bags, the worst first:"), _table(*worst)]
     return "\n".join(parts)
 
 
