@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,14 +35,12 @@ if TYPE_CHECKING:
 __all__ = ["beside_linear", "comparison_lines", "fit_linear"]
 
 # Means that are fitted to at most, bags times features.
-NUMBERS = 10_000_000
+NUMBERS = 40_000_000
 # `1 / C` of a logistic regression whose features are standardised, strongest first: each fit begins at the last one's.
 _PENALTIES = (1e4, 1e3, 1e2, 1e1, 1.0)
 _FOLDS = 3
 # Bags that penalties are chosen on, at most.
 _CHOOSING = 1200
-# A view is sparse, counts of words for example, where most of its values are 0.
-_SPARSE = 0.5
 
 
 def fit_linear(
@@ -55,8 +54,10 @@ def fit_linear(
     `balance` labels of a multilabel task are balanced (the loss of positives times negatives / positives) unless the
     task has class weights of its own, so that rare ones come above the threshold of 1/2.
 
-    Means are standardised; those of a sparse view, most of whose values are 0, are divided by one number alone, by
-    which their mean square length is the number of features that are not 0.
+    Means are standardised, so that a rare feature (a word that few bags have) may say as much as a frequent one, and
+    multiplied by the square root of the share of a view's means that are not 0, by which their mean square length is
+    the number of features that are not 0 in a bag: thousands of counts of words, nearly all 0, are not louder than a
+    dense view because they are many.
 
     Args:
         data: how the bags are read.
@@ -76,13 +77,15 @@ def fit_linear(
     means, present = _read(model, dataset, data)
     _scale(model, means, present)
     x = model.scaled(means, present)
+    gram = x @ x.T if x.shape[1] > x.shape[0] else None  # the same for all tasks
     penalties = {}
     for task, head in zip(model.config.tasks, model.heads, strict=True):
         column = dataset.labels[task.name]
         if balance and kind_of(task).thresholded and task.class_weights is None:
             task = kind_of(task).fit(task, column, "balanced")
         keep = ~np.isnan(column if column.ndim == 1 else column[:, 0])
-        weight, bias, penalties[task.name] = _fit_task(task, x[torch.from_numpy(keep)], column[keep], seed)
+        rows = _Basis(x, gram).of(torch.from_numpy(np.flatnonzero(keep)))
+        weight, bias, penalties[task.name] = _fit_task(task, rows, column[keep], seed)
         head.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     return penalties
 
@@ -105,60 +108,67 @@ def _scale(model: Linear, means: Tensor, present: Tensor) -> None:
         if not len(rows):
             continue
         filled = float((rows != 0).double().mean())
-        if filled < 1.0 - _SPARSE:
-            length = float(rows.square().sum(1).mean())
-            model.scale[columns] = math.sqrt(length / (filled * view.width)) if length > 0.0 else 1.0
-            continue
         std = rows.std(0, correction=0)
+        std = std.where(std > 1e-6 * rows.abs().amax(0), 1.0)
         model.shift[columns] = rows.mean(0).float()
-        model.scale[columns] = std.where(std > 1e-6 * rows.abs().amax(0), 1.0).float()
+        model.scale[columns] = (std / math.sqrt(filled) if filled > 0.0 else std).float()
 
 
-def _fit_task(task: TaskSpec, x: Tensor, column: Any, seed: int) -> tuple[Tensor, Tensor, float]:
+def _fit_task(task: TaskSpec, bags: _Basis, column: Any, seed: int) -> tuple[Tensor, Tensor, float]:
     """Weight [outputs, F], bias [outputs] and penalty, of bags that all have the label."""
     kind = kind_of(task)
-    n = len(x)
+    n = len(bags.x)
     if n < 2 * _FOLDS:
         constant = torch.from_numpy(kind.constant(task, column))
-        return x.new_zeros(task.outputs, x.shape[1]), constant, math.inf
+        return bags.x.new_zeros(task.outputs, bags.x.shape[1]), constant, math.inf
     order = permutation(generator(Stream.LINEAR_FOLDS, seed, 0), n)[:_CHOOSING]
-    penalty = _best_penalty(task, x[order], column[order])
-    basis = _Basis(x)
-    weight, bias = _path(task, basis.rows, column, [penalty])[-1]
-    return basis.weight(weight), bias, penalty
+    penalty = _best_penalty(task, bags.of(torch.from_numpy(order)).rows(), column[order])
+    rows = bags.rows()
+    weight, bias = _path(task, rows, column, [penalty])[-1]
+    return bags.weight(rows, weight), bias, penalty
 
 
-def _best_penalty(task: TaskSpec, x: Tensor, column: Any) -> float:
-    kind, rows, target = kind_of(task), _Basis(x).rows, torch.from_numpy(column)
+def _best_penalty(task: TaskSpec, rows: Tensor, column: Any) -> float:
+    kind, target = kind_of(task), torch.from_numpy(column)
     losses = torch.zeros(len(_PENALTIES), dtype=torch.float64)
     for fold in range(_FOLDS):
-        out = np.arange(fold, len(x), _FOLDS)
-        own = np.setdiff1d(np.arange(len(x)), out)
+        out = np.arange(fold, len(rows), _FOLDS)
+        own = np.setdiff1d(np.arange(len(rows)), out)
         for index, (weight, bias) in enumerate(_path(task, rows[own], column[own], _PENALTIES)):
             losses[index] += kind.losses(task, rows[out] @ weight.T + bias, target[out]).sum()
     return _PENALTIES[int(losses.nan_to_num(math.inf).argmin())]
 
 
+@dataclass(frozen=True)
 class _Basis:
-    """Rows with the inner products of `x` [n, F] and no more than n columns: what a ridge sees of many features.
+    """Features x [n, F], with the inner products of all rows, [n, n], where there are more features than rows, and with
+    them rows of no more than n columns: what a ridge sees of many features.
 
     `x x^T = L L^T` by Cholesky; the minimum of a loss of `L w` plus `|w|^2` is that of `x W` with `W = x^T L^-T w`,
     which has the same length.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        self._x, self._wide = x, x.shape[1] > x.shape[0]
-        self.rows = x
-        if self._wide:
-            gram = x @ x.T
-            gram.diagonal().add_(1e-9 * gram.diagonal().mean().clamp_min(1e-300))
-            self.rows = torch.linalg.cholesky(gram)
+    x: Tensor
+    gram: Tensor | None
 
-    def weight(self, weight: Tensor) -> Tensor:
-        """[outputs, F] of one for `rows`."""
-        if not self._wide:
+    def of(self, rows: Tensor) -> _Basis:
+        """Some of the rows, int64 [m]."""
+        return _Basis(self.x[rows], None if self.gram is None else self.gram[rows[:, None], rows])
+
+    def rows(self) -> Tensor:
+        """L, or x where it has no more features than rows, or had not when `gram` was made."""
+        if self.gram is None:
+            return self.x
+        gram = self.gram.clone()
+        gram.diagonal().add_(1e-9 * gram.diagonal().mean().clamp_min(1e-300))
+        found: Tensor = torch.linalg.cholesky(gram)
+        return found
+
+    def weight(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """[outputs, F] of one for `rows()`."""
+        if self.gram is None:
             return weight
-        found: Tensor = torch.linalg.solve_triangular(self.rows.T, weight.T, upper=True).T @ self._x
+        found: Tensor = torch.linalg.solve_triangular(rows.T, weight.T, upper=True).T @ self.x
         return found
 
 
