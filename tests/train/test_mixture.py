@@ -21,7 +21,6 @@ from umda_fast.runtime.fabric import make_fabric
 from umda_fast.score import inference
 from umda_fast.score.calibration import Calibration
 from umda_fast.score.collect import calibrate, collect
-from umda_fast.score.mixing import SURE
 from umda_fast.studies.compare import model_config
 from umda_fast.studies.maps import explain
 from umda_fast.studies.readapt import readapt
@@ -53,7 +52,8 @@ def test_the_mixture_is_what_is_measured_and_kept(run: RunResult) -> None:
         assert task["losses"]["mixture"] <= task["losses"]["model"]
         assert on_val.calibrated_losses[name] == pytest.approx(task["losses"]["mixture"], rel=1e-4)
         assert on_val.tasks[name][task["metric"]] == pytest.approx(task["mixture"], rel=1e-4)
-        assert (task["weight"] > 0) == (task["gain"] > SURE * task["error"])
+        assert 0 <= task["weight"] <= task["best"] <= 1
+        assert task["gain"] == pytest.approx(task["losses"]["model"] - task["losses"]["mixture"], abs=1e-9)
 
 
 def test_calibration_and_thresholds_are_of_the_mixture(run: RunResult) -> None:
@@ -131,6 +131,21 @@ def test_lines() -> None:
         "z: auroc 0.5000, linear model 0.7500, not mixed in",
         "warning: below a linear model of bag means on validation bags: z",
     ]
+    assert comparison_lines({"tasks": {}, "below": [], "worse": ["y", "z"]}) == [
+        "warning: the mixture's loss on validation bags is not greater than the model's, but its score is less: y, z "
+        "(train.linear=beside leaves the model as it is)"
+    ]
+
+
+def test_a_mixture_that_scores_less_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights go by the loss, and thresholds make a score of it."""
+    scores = iter([0.5, 0.3, 0.4, *[0.5, 0.3, 0.6] * 7])  # of every task the model, the linear one, the two together
+    monkeypatch.setattr("umda_fast.train.linear.primary_score", lambda *_: next(scores))
+    torch.manual_seed(0)
+    model = UMDA(UMDAConfig(DATA["train"].views, DATA["train"].tasks, width=16, heads=2, layers=1)).eval()
+    for worse in ([DATA["train"].tasks[0].name], []):
+        _, told = beside_linear(model, DATA["train"], DATA["val"], FABRIC, DataConfig(), 0, mix=True)
+        assert told["worse"] == worse
 
 
 def test_plain_models_are_compared_as_they_are() -> None:

@@ -28,6 +28,7 @@ class Stream(IntEnum):
     LINEAR_FOLDS = 9
     CONTENT = 10
     SHOTS = 11
+    MIXING = 12
 
 
 def generator(stream: Stream, *key: int) -> np.random.Generator:

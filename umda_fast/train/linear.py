@@ -218,9 +218,10 @@ def beside_linear(
     Returns:
         `model`, or the `Mixture` if the linear model has a part in any task; and what was found: `tasks`: task ->
         `metric` (its primary), `model` and `linear` (the scores on `val`); `penalties`; `below`, the tasks in which
-        what is returned scores less than the linear model. With `mix` a task further has `mixture` (the score of the
-        two together), `losses` of the three at their best temperatures, and `weight`, `gain` and `error` of the linear
-        model's part.
+        what is returned scores less than the linear model; `worse`, those in which it scores less than `model` alone,
+        though its loss is not greater. With `mix` a task further has `mixture` (the score of the two together),
+        `losses` of the three at their best temperatures, and of the linear model's part `weight`, `best`, `deviation`,
+        `gain` and `error` (see `umda_fast.score.mixing.Addition`).
 
     Raises:
         DataError: a feature or a label is NaN or infinite.
@@ -241,9 +242,10 @@ def beside_linear(
     tasks, coefficients = one_decides(processes, measure)
     used = {name: told["mixture" if mix else "model"] for name, told in tasks.items()}
     below = [name for name, told in tasks.items() if used[name] < told["linear"]]
+    worse = [name for name, told in tasks.items() if used[name] < told["model"]]
     if any(own[1] != 0.0 for own in coefficients.values()):
         model = Mixture(model, {Linear.architecture: linear}, coefficients).eval()
-    return model, {"tasks": tasks, "penalties": penalties, "below": below}
+    return model, {"tasks": tasks, "penalties": penalties, "below": below, "worse": worse}
 
 
 def _beside(
@@ -269,7 +271,7 @@ def _beside(
         losses[name] = float((each * counts).sum() / counts.sum())
     (added,) = mixture.additions
     told |= {"mixture": score(mixed), "losses": losses}
-    return told | {"weight": added.weight, "gain": added.gain, "error": added.error}, mixture.coefficients
+    return told | {key: value for key, value in vars(added).items() if key != "scale"}, mixture.coefficients
 
 
 def comparison_lines(comparison: Mapping[str, Any]) -> list[str]:
@@ -284,5 +286,10 @@ def comparison_lines(comparison: Mapping[str, Any]) -> list[str]:
     if comparison["below"]:
         lines.append(
             f"warning: below a linear model of bag means on validation bags: {', '.join(comparison['below'])}"
+        )
+    if comparison.get("worse"):
+        lines.append(
+            f"warning: the mixture's loss on validation bags is not greater than the model's, but its score is less: "
+            f"{', '.join(comparison['worse'])} (train.linear=beside leaves the model as it is)"
         )
     return lines
