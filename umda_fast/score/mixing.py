@@ -122,7 +122,8 @@ def _best_weights(
     task: TaskSpec, mixtures: Sequence[Tensor], target: Tensor
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], float]:
     """The weight, of `_WEIGHTS`, at which `mixtures` have the least loss: in every bootstrap sample, [_DRAWS], and on
-    all bags. The lower of two that are as good."""
+    all bags. The lower of two that are as good. A loss that depends on the bags beside a bag (`TaskKind.joint`) is
+    found over all bags, and the samples weigh its terms."""
     bags, rng, kind = len(target), generator(Stream.MIXING, 0), kind_of(task)
     times = np.ones((1 + _DRAWS, bags))  # how often each sample has each bag; the first row is all bags
     for row in times[1:]:
