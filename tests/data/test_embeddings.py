@@ -131,6 +131,22 @@ class TestBesidePatches:
             assert torch.equal(other.mask[:-1][:, [0, 2]], here)
             assert torch.equal(other.views["uni_v1"][: len(one)], one.views["uni_v1"])
 
+    def test_an_encoder_of_both(self, job: Path) -> None:
+        """TRIDENT's gigapath is one of patches and one of slides."""
+        folder = job / "20x_256px_0px_overlap"
+        (folder / "slide_features_titan").rename(folder / "slide_features_uni_v1")
+        noted = load_source(job, partial=True)
+        assert "not read: uni_v1_slide; data.options.views=[uni_v1, uni_v1_slide]" in noted.description
+        for views in (["uni_v1", "uni_v1_slide"], ["uni_v1_slide"]):
+            assert self.views(load_source(job, views=views, partial=True).whole) == views
+        assert load_source(job, views=["uni_v1"], partial=True).whole.sizes.tolist() == noted.whole.sizes.tolist()
+
+    def test_folders_beside_files_are_not_read(self, job: Path, tmp_path: Path) -> None:
+        folder = job / "20x_256px_0px_overlap"
+        (folder / "features_uni_v1").rename(tmp_path / "flat")
+        (folder / "slide_features_titan").rename(tmp_path / "flat" / "slide_features_titan")
+        assert "views=" not in load_source(tmp_path / "flat").description
+
     def test_packed(self, job: Path, tmp_path: Path) -> None:
         pack_slides(job, tmp_path / "packed", views=["uni_v1", "titan"])
         packed, whole = load_source(tmp_path / "packed").whole, load_source(job, views=["uni_v1", "titan"]).whole

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from torch import Tensor
 
 from umda_fast.model import TaskSpec
-from umda_fast.tasks import kind_of
+from umda_fast.tasks import Classes, OneClass, Values, kind_of
 
 __all__ = ["ClassScores", "class_scores", "plot_curves", "worst_bags"]
 
@@ -45,7 +45,7 @@ def class_scores(task: TaskSpec, prediction: Tensor, target: Tensor) -> list[Cla
         prediction: as `decode` gives it. target: [B] or, multilabel, [B, C].
     """
     kind = kind_of(task)
-    if not kind.class_count(task):
+    if not isinstance(kind, Classes):
         return []
     given, labels = prediction.double().numpy(), target.double().numpy()
     if given.shape[1] == 1:
@@ -99,15 +99,15 @@ def worst_bags(
         prediction: as `decode` gives it, [B, outputs]. target: [B]. names: of the B bags. most: rows.
     """
     kind = kind_of(task)
-    if kind.several or target.dim() != 1:
-        return None
-    if not kind.class_count(task):
+    if isinstance(kind, Values):
         error = (prediction[:, 0].double() - target.double()).numpy()
         order = np.argsort(-np.abs(error), kind="stable")[:most]
         numbers = [(names[row], float(target[row]), float(prediction[row, 0]), float(error[row])) for row in order]
         rows = [[name, f"{label:.4g}", f"{said:.4g}", f"{off:+.4g}"] for name, label, said, off in numbers]
         return ["bag", "label", "predicted", "error"], rows
-    chosen = kind.predicted(task, prediction).long().numpy()  # type: ignore[attr-defined]
+    if not isinstance(kind, OneClass):
+        return None
+    chosen = kind.predicted(task, prediction).long().numpy()
     label = target.long().numpy()
     given = prediction.double().numpy()
     if given.shape[1] == 1:

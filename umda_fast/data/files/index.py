@@ -143,7 +143,8 @@ class FileIndex:
         if unread:
             notes.append(f"not read, as there are files beside: {', '.join(unread)}")
         names = [spec.name for spec in self.views]
-        whole = [name for name in whole_folders(path) if name not in names] if not self.whole else []
+        # A view of whole slides that would be called as one of patches is, has a word more.
+        whole = [f"{name}_slide" if name in names else name for name in whole_folders(path)] if not self.whole else []
         if whole:
             asked = ", ".join([*names, *whole])
             notes.append(f"features of whole slides, not read: {', '.join(whole)}; data.options.views=[{asked}]")

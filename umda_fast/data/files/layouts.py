@@ -57,7 +57,7 @@ def _entries(directory: Path, whole: Collection[str] | bool = False) -> tuple[li
 def _is_wanted(folder: str, whole: Collection[str] | bool) -> bool:
     found = _WHOLE.fullmatch(folder)
     if found is not None:
-        return whole if isinstance(whole, bool) else found[1] in whole
+        return whole if isinstance(whole, bool) else not {found[1], f"{found[1]}_slide"}.isdisjoint(whole)
     return folder != _NOT_FEATURES
 
 
@@ -99,7 +99,8 @@ def find_folders(path: Path, whole: Collection[str] = ()) -> list[Folder]:
     """The folders with files of bags in a directory, by path; only itself where it has some.
 
     Args:
-        whole: encoders of whole slides of which TRIDENT's folders count too; all, where there is nothing else.
+        whole: views, among them those of whole slides of which TRIDENT's folders count too; all folders do where there
+            is nothing else.
 
     Raises:
         DataError: no file.
@@ -114,7 +115,9 @@ def find_folders(path: Path, whole: Collection[str] = ()) -> list[Folder]:
 
 
 def whole_folders(path: Path) -> list[str]:
-    """Encoders of TRIDENT's folders of whole slides in a directory."""
+    """Encoders of TRIDENT's folders of whole slides in a directory; none where its own files are all that is read."""
+    if _clam_files(path) or _entries(path)[0]:
+        return []
     found = (_WHOLE.fullmatch(folder.parts[-1]) for folder in _found_below(path, True) if folder.parts)
     return [match[1] for match in found if match is not None]
 
