@@ -87,7 +87,7 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
         "metrics.json",
         "model.safetensors",
         "config.json",
-        "mixture.json",  # after so short a training the linear model knows more
+        "mixture.json",  # after so short a training the linear kept model knows more
         "linear.safetensors",
         "calibration.json",
         "checkpoint.pt",
@@ -129,6 +129,9 @@ def test_evaluate_repeats_the_run_s_own_figures(run: Path, tmp_path: Path) -> No
     assert scores["mean_score"] == metrics["mean_score"]
     for task, found in scores["intervals"].items():
         assert found["low"] <= scores["tasks"][task][found["metric"]] <= found["high"]
+        others = found["others"]
+        assert {found["metric"], *others} == set(scores["tasks"][task])
+        assert all(ends["low"] <= scores["tasks"][task][name] <= ends["high"] for name, ends in others.items())
         assert (found["unit"], found["units"], found["level"]) == ("bags", 16, 0.95)
 
 

@@ -24,7 +24,15 @@ from umda_fast.score.metrics import TaskMetrics
 from umda_fast.score.mixing import mix_task
 from umda_fast.tasks import kind_of
 from umda_fast.tasks.intervals import choose_cuts, marginal_hazards
-from umda_fast.tasks.survival_scores import censored_later, harrell, integrated_brier, kaplan_meier, uno
+from umda_fast.tasks.survival_scores import (
+    auc_at,
+    censored_later,
+    harrell,
+    integrated_brier,
+    kaplan_meier,
+    mean_auc,
+    uno,
+)
 from umda_fast.train import make_config, train
 from umda_fast.train.linear import fit_linear
 
@@ -192,6 +200,21 @@ def test_scores_agree_with_torchsurv(bags: int) -> None:
     score = brier.BrierScore()
     score(s, e, t, new_time=at.float(), weight=own, weight_new_time=then)
     assert integrated_brier(survival, time, event, times) == pytest.approx(float(score.integral()), abs=1e-6)
+    auc = pytest.importorskip("torchsurv.metrics.auc").Auc()
+    expected = auc(1.0 - s, e, t, weight=own, new_time=at.float(), weight_new_time=then).numpy()
+    found = auc_at(1.0 - s.numpy(), time, event, times)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert mean_auc(s.numpy(), time, event, times) == pytest.approx(found.mean(), abs=1e-6)
+
+
+def test_an_auc_is_of_both_sides_or_none() -> None:
+    time, event = np.array([1.0, 2.0, 2.0, 3.0]), np.array([1.0, 1.0, 0.0, 0.0])
+    risk = np.array([[0.3], [0.2], [0.2], [0.1]])
+    # By 1, one of one before three; by 2, two (the censoring at 2 is neither), before one.
+    found = auc_at(np.tile(risk, (1, 4)), time, event, np.array([0.5, 1.0, 2.0, 3.0]))
+    np.testing.assert_array_equal(found, [np.nan, 1.0, 1.0, np.nan])
+    assert auc_at(np.zeros((4, 1)), time, event, np.array([1.0])) == 0.5
+    assert math.isnan(mean_auc(np.zeros((4, 0)), time, event, np.zeros(0)))
 
 
 def test_concordance_by_hand() -> None:

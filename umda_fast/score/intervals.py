@@ -6,7 +6,7 @@ By resampling bags, or patients (percentile bootstrap, Efron and Tibshirani 1993
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from umda_fast.model import TaskSpec, decode
 from umda_fast.tasks import kind_of
 
-__all__ = ["bootstrap_interval", "primary_score"]
+__all__ = ["bootstrap_interval", "bootstrap_intervals", "primary_score"]
 
 Array = npt.NDArray[Any]
 
@@ -59,21 +59,60 @@ def bootstrap_interval(
         Its ends; NaN where the score is undefined in more than a tenth of the draws.
     """
     prediction, truth = decode(task, logits.double()).numpy(), target.double().numpy()
+    kind = kind_of(task)
+
+    def of_rows(rows: npt.NDArray[np.intp]) -> dict[str, float]:
+        return {kind.primary: primary_score(task, prediction[rows], truth[rows])}
+
+    found = _intervals(task, of_rows, truth, groups, level, samples, seed)
+    return found.get(kind.primary, (float("nan"), float("nan")))
+
+
+def bootstrap_intervals(
+    task: TaskSpec,
+    logits: Tensor,
+    target: Tensor,
+    *,
+    groups: Sequence[str] | None = None,
+    level: float = 0.95,
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """As `bootstrap_interval`, of every metric of the task, by name, on the same draws; {} without bags. How wide few
+    units make it: `TaskKind.few_units_of`."""
+    prediction, truth = decode(task, logits.double()).numpy(), target.double().numpy()
+    kind = kind_of(task)
+    return _intervals(
+        task, lambda rows: kind.scores(task, prediction[rows], truth[rows]), truth, groups, level, samples, seed
+    )
+
+
+def _intervals(
+    task: TaskSpec,
+    scores: Callable[[npt.NDArray[np.intp]], dict[str, float]],
+    truth: Array,
+    groups: Sequence[str] | None,
+    level: float,
+    samples: int,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
     if not len(truth):
-        return float("nan"), float("nan")
+        return {}
     members = _members(len(truth), groups)
     draws = np.random.default_rng(seed).integers(0, len(members), (samples, len(members)))
-    drawn = (np.concatenate([members[unit] for unit in units]) for units in draws)
-    scores = np.array([primary_score(task, prediction[rows], truth[rows]) for rows in drawn])
-    defined = scores[~np.isnan(scores)]
-    if len(defined) < 0.9 * samples:
-        return float("nan"), float("nan")
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    score = primary_score(task, prediction, truth)
+    drawn = [scores(np.concatenate([members[unit] for unit in units])) for units in draws]
     firsts = truth[[rows[0] for rows in members]]
-    few = kind_of(task).few_units(task, score, firsts, level)
-    ends = (float(low), float(high))
-    return ends if few is None else (min(ends[0], few[0]), max(ends[1], few[1]))
+    found = {}
+    for metric, score in scores(np.arange(len(truth))).items():
+        each = np.array([draw[metric] for draw in drawn])
+        defined = each[~np.isnan(each)]
+        if len(defined) < 0.9 * samples:
+            found[metric] = (float("nan"), float("nan"))
+            continue
+        low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]).tolist()
+        few = kind_of(task).few_units_of(task, metric, score, firsts, level)
+        found[metric] = (low, high) if few is None else (min(low, few[0]), max(high, few[1]))
+    return found
 
 
 def _members(bags: int, groups: Sequence[str] | None) -> list[npt.NDArray[np.intp]]:

@@ -239,10 +239,10 @@ def _scores(
         low, high = (between[task.name][end] for end in ("low", "high"))
         score = primary_score(task, decode(task, logits.double()).numpy(), target.double().numpy())
         scores.append(score)
-        interval = "n/a" if low != low else f"{low:.3f} to {high:.3f}"
-        primary = kind_of(task).primary
+        interval, primary = _between(low, high), kind_of(task).primary
         others = ", ".join(
-            f"{metric_name(name)} {_number(value)}" for name, value in values[task.name].items() if name != primary
+            f"{metric_name(name)} {_number(values[task.name][name])} ({_between(**ends)})"
+            for name, ends in between[task.name]["others"].items()
         )
         rows.append([task.name, str(len(target)), str(metric_name(primary)), _number(score), interval, others])
     units = "bags" if patients is None else "patients"
@@ -255,6 +255,10 @@ def _scores(
                 f"{units} allow (of an AUROC by Newcombe's formula, else of classes by Wilson's); they say how much "
                 f"the score would vary with other {units}, not with another training.")
     )  # fmt: skip
+
+
+def _between(low: float, high: float) -> str:
+    return "n/a" if low != low else f"{low:.3f} to {high:.3f}"
 
 
 def _curves(tasks: Sequence[TaskSpec], found: Predictions) -> str:

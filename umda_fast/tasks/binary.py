@@ -8,6 +8,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from umda_fast.tasks import class_scores as of
 from umda_fast.tasks.classes import THRESHOLD, OneClass, predicted_labels
 from umda_fast.tasks.columns import as_numbers
 from umda_fast.tasks.few_units import auroc_interval
@@ -50,18 +51,18 @@ class Binary(OneClass):
         return 0.5
 
     def metrics(self, task: TaskSpec) -> dict[str, Metric]:
-        from torchmetrics import classification as of
+        from torchmetrics import classification
 
         from umda_fast.tasks.sensitivity import SensitivityAtSpecificity
 
         return {
-            "auroc": of.BinaryAUROC(),
-            "accuracy": of.BinaryAccuracy(threshold=THRESHOLD),
-            "balanced_accuracy": of.MulticlassAccuracy(2, average="macro"),
-            "f1": of.BinaryF1Score(threshold=THRESHOLD),
-            "auprc": of.BinaryAveragePrecision(),
+            "auroc": classification.BinaryAUROC(),
+            "accuracy": classification.BinaryAccuracy(threshold=THRESHOLD),
+            "balanced_accuracy": classification.MulticlassAccuracy(2, average="macro"),
+            "f1": classification.BinaryF1Score(threshold=THRESHOLD),
+            "auprc": classification.BinaryAveragePrecision(),
             "sensitivity_90": SensitivityAtSpecificity(0.9),
-            "cohen_kappa": of.BinaryCohenKappa(threshold=THRESHOLD),
+            "cohen_kappa": classification.BinaryCohenKappa(threshold=THRESHOLD),
         }
 
     def for_metric(self, task: TaskSpec, metric: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,6 +77,26 @@ class Binary(OneClass):
         from sklearn.metrics import roc_auc_score
 
         return float(roc_auc_score(target, prediction[:, 0])) if 0 < target.sum() < len(target) else float("nan")
+
+    def scores(self, task: TaskSpec, prediction: Array, target: Array) -> dict[str, float]:
+        score, positive = prediction[:, 0], target == 1
+        cells = of.confusion(target, score >= THRESHOLD, 2)
+        found = {
+            "auroc": of.auroc(score, positive),
+            "accuracy": float(cells.diagonal().sum() / cells.sum()),
+            "balanced_accuracy": of.balanced_accuracy(cells),
+            "f1": of.f1(cells, 1),
+            "auprc": of.average_precision(score, positive),
+            "sensitivity_90": of.sensitivity_at(0.9, score, positive),
+            "cohen_kappa": of.cohen_kappa(cells),
+        }
+        both = positive.any() and not positive.all()
+        return {name: value if both or name == "accuracy" else float("nan") for name, value in found.items()}
+
+    def units_of(self, task: TaskSpec, metric: str, target: Array) -> float:
+        """Of what is said of class 1 alone its bags."""
+        alone = metric in ("f1", "auprc", "sensitivity_90")
+        return float((target == 1).sum()) if alone else super().units_of(task, metric, target)
 
     def few_units(self, task: TaskSpec, score: float, target: Array, level: float) -> tuple[float, float] | None:
         positives = int(target.sum())

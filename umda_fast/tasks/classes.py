@@ -67,6 +67,19 @@ class Classes(TaskKind):
         """Wilson's interval: exact in kind for an accuracy, and wide enough for other means of values in 0..1."""
         return wilson_interval(score, len(target), level)
 
+    def few_units_of(
+        self, task: TaskSpec, metric: str, score: float, target: Array, level: float
+    ) -> tuple[float, float] | None:
+        """Wilson's interval of the others too, for as many units as they rest on; none below 0, where no share is."""
+        if metric == self.primary:
+            return self.few_units(task, score, target, level)
+        count = self.units_of(task, metric, target)
+        return wilson_interval(score, count, level) if score >= 0.0 and count > 0 else None
+
+    def units_of(self, task: TaskSpec, metric: str, target: Array) -> float:
+        """Independent units with which a share is as uncertain as a metric."""
+        return float(len(target))
+
     def confidence(self, task: TaskSpec, probabilities: Tensor) -> Tensor:
         """That of the least certain label."""
         return torch.maximum(probabilities, 1 - probabilities).amin(1)
@@ -169,6 +182,13 @@ class OneClass(Classes):
         return f"no bag of class {', '.join(absent)}" if absent else None
 
     # ---- scores
+
+    def units_of(self, task: TaskSpec, metric: str, target: Array) -> float:
+        """Of means over k classes `k^2 / sum(1 / n_c)`, with which the variance is that of shares of n_c each."""
+        if metric not in ("balanced_accuracy", "f1_macro", "auprc"):
+            return super().units_of(task, metric, target)
+        _, counts = np.unique(target, return_counts=True)
+        return float(len(counts) ** 2 / (1.0 / counts).sum()) if len(counts) else 0.0
 
     def correct(self, task: TaskSpec, probabilities: Tensor, target: Tensor) -> Tensor:
         return self.predicted(task, probabilities) == target

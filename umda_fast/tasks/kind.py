@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -388,6 +389,29 @@ class TaskKind(ABC):
     @abstractmethod
     def primary_score(self, task: TaskSpec, prediction: Array, target: Array) -> float:
         """The metric `primary` by NumPy alone, many times as fast on few bags; NaN where undefined. B > 0."""
+
+    def scores(self, task: TaskSpec, prediction: Array, target: Array) -> dict[str, float]:
+        """All of `metrics`, NaN where undefined, of predictions [B, n] and labels, float64, B > 0. A kind whose
+        intervals should not take long has them by NumPy alone."""
+        known, labels = torch.from_numpy(prediction), torch.from_numpy(target).to(self.label_dtype)
+        found = {}
+        for name, metric in self.metrics(task).items():
+            defined = self.defined(task, name, labels)
+            if defined is not None and not bool(defined.any()):
+                found[name] = float("nan")
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of where it is not defined, which is known
+                metric.update(*self.for_metric(task, name, known, labels))
+                value = metric.compute()
+            found[name] = float((value[defined] if defined is not None and value.ndim else value).double().mean())
+        return found
+
+    def few_units_of(
+        self, task: TaskSpec, metric: str, score: float, target: Array, level: float
+    ) -> tuple[float, float] | None:
+        """As `few_units`, of any of `metrics`."""
+        return self.few_units(task, score, target, level) if metric == self.primary else None
 
     def few_units(
         self, task: TaskSpec, score: float, target: Array, level: float

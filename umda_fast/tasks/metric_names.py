@@ -35,6 +35,7 @@ METRIC_NAMES = {
     "mae_grades": MetricName("MAE in grades", lower_is_better=True),
     "c_index": MetricName("C-index (Harrell)"),
     "c_index_uno": MetricName("C-index (Uno)"),
+    "auc_td": MetricName("time-dependent AUC"),
     "ibs": MetricName("integrated Brier score", lower_is_better=True),
     "r2": MetricName("R2"),
 }

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from umda_fast.tasks import class_scores as of
 from umda_fast.tasks.classes import OneClass
 from umda_fast.tasks.kind import Array, FloatArray, TaskSpec
 
@@ -66,17 +67,17 @@ class Multiclass(OneClass):
         return prediction.argmax(1)
 
     def metrics(self, task: TaskSpec) -> dict[str, Metric]:
-        from torchmetrics import classification as of
+        from torchmetrics import classification
 
         # Per class, because a class without a single positive (or negative) has no AUROC; torchmetrics would
         # count it as 0.
         return {
-            "auroc": of.MulticlassAUROC(task.classes, average=None),
-            "accuracy": of.MulticlassAccuracy(task.classes, average="micro"),
-            "balanced_accuracy": of.MulticlassAccuracy(task.classes, average=None),
-            "f1_macro": of.MulticlassF1Score(task.classes, average=None),
-            "auprc": of.MulticlassAveragePrecision(task.classes, average=None),
-            "cohen_kappa": of.MulticlassCohenKappa(task.classes),
+            "auroc": classification.MulticlassAUROC(task.classes, average=None),
+            "accuracy": classification.MulticlassAccuracy(task.classes, average="micro"),
+            "balanced_accuracy": classification.MulticlassAccuracy(task.classes, average=None),
+            "f1_macro": classification.MulticlassF1Score(task.classes, average=None),
+            "auprc": classification.MulticlassAveragePrecision(task.classes, average=None),
+            "cohen_kappa": classification.MulticlassCohenKappa(task.classes),
         }
 
     def for_metric(self, task: TaskSpec, metric: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +93,17 @@ class Multiclass(OneClass):
 
     def primary_score(self, task: TaskSpec, prediction: Array, target: Array) -> float:
         return float((prediction.argmax(axis=1) == target).mean())
+
+    def scores(self, task: TaskSpec, prediction: Array, target: Array) -> dict[str, float]:
+        cells, classes = of.confusion(target, prediction.argmax(axis=1), task.classes), range(task.classes)
+        return {
+            "auroc": of.mean_of(of.auroc(prediction[:, index], target == index) for index in classes),
+            "accuracy": float(cells.diagonal().sum() / cells.sum()),
+            "balanced_accuracy": of.balanced_accuracy(cells),
+            "f1_macro": of.macro_f1(cells),
+            "auprc": of.mean_of(of.average_precision(prediction[:, index], target == index) for index in classes),
+            "cohen_kappa": of.cohen_kappa(cells) if (cells.sum(1) > 0).sum() > 1 else float("nan"),
+        }
 
     def confidence(self, task: TaskSpec, probabilities: Tensor) -> Tensor:
         return probabilities.amax(1)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from umda_fast.errors import DataError
+from umda_fast.tasks import class_scores as of
 from umda_fast.tasks.classes import THRESHOLD, Classes, predicted_labels
 from umda_fast.tasks.kind import Array, FloatArray, TaskSpec
 from umda_fast.tasks.shown import Rows, Shown
@@ -151,12 +152,25 @@ class Multilabel(Classes):
         return (target == 1).any(dim=0) if metric == "map" else None
 
     def primary_score(self, task: TaskSpec, prediction: Array, target: Array) -> float:
-        chosen = prediction >= np.asarray(THRESHOLD if task.thresholds is None else task.thresholds)
-        true = target == 1
+        chosen, true = self._chosen(task, prediction), target == 1
         hits = (chosen & true).sum(axis=0)
         total = chosen.sum(axis=0) + true.sum(axis=0)
         # As torchmetrics has it: a label that is neither predicted nor there scores 0.
         return float(np.divide(2 * hits, total, out=np.zeros(len(hits)), where=total > 0).mean())
+
+    def scores(self, task: TaskSpec, prediction: Array, target: Array) -> dict[str, float]:
+        chosen, true = self._chosen(task, prediction), target == 1
+        total = chosen.sum() + true.sum()
+        precisions = (of.average_precision(prediction[:, label], true[:, label]) for label in range(task.classes))
+        return {
+            "f1_macro": self.primary_score(task, prediction, target),
+            "f1_micro": float(2 * (chosen & true).sum() / total) if total else 0.0,
+            "map": of.mean_of(precisions),
+        }
+
+    def _chosen(self, task: TaskSpec, prediction: Array) -> npt.NDArray[np.bool_]:
+        chosen: npt.NDArray[np.bool_] = prediction >= np.asarray(task.thresholds or THRESHOLD)
+        return chosen
 
     def correct(self, task: TaskSpec, probabilities: Tensor, target: Tensor) -> Tensor:
         return (predicted_labels(task, probabilities) == (target == 1)).all(1)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from umda_fast.errors import DataError
+from umda_fast.tasks import class_scores as of
 from umda_fast.tasks.classes import OneClass
 from umda_fast.tasks.columns import as_numbers, as_texts, distinct_texts
 from umda_fast.tasks.kind import Array, FloatArray, TaskSpec
@@ -145,6 +146,22 @@ class Ordinal(OneClass):
             return float("nan")
         apart = (grade**2).mean() + (target**2).mean() - 2.0 * grade.mean() * target.mean()
         return float(1.0 - ((grade - target) ** 2).mean() / apart)
+
+    def scores(self, task: TaskSpec, prediction: Array, target: Array) -> dict[str, float]:
+        grade = (prediction.cumsum(axis=1)[:, :-1] < 0.5).sum(axis=1)
+        cells = of.confusion(target, grade, task.classes)
+        return {
+            "kappa": self.primary_score(task, prediction, target),
+            "mae_grades": float(np.abs(grade - target).mean()),
+            "accuracy": float(cells.diagonal().sum() / cells.sum()),
+            "balanced_accuracy": of.balanced_accuracy(cells),
+        }
+
+    def few_units_of(
+        self, task: TaskSpec, metric: str, score: float, target: Array, level: float
+    ) -> tuple[float, float] | None:
+        """None of an error in grades, which is no share."""
+        return None if metric == "mae_grades" else super().few_units_of(task, metric, score, target, level)
 
     def few_units(self, task: TaskSpec, score: float, target: Array, level: float) -> tuple[float, float] | None:
         """None below 0, where no share is like it."""

@@ -26,7 +26,7 @@ from umda_fast.tasks.intervals import choose_cuts, marginal_hazards, survival_at
 from umda_fast.tasks.kind import Array, ClassWeights, FloatArray, TaskKind, TaskSpec
 from umda_fast.tasks.likelihood import Likelihood, cuts_of
 from umda_fast.tasks.shown import Followed, Rows, Shown
-from umda_fast.tasks.survival_scores import harrell, kaplan_meier, uno
+from umda_fast.tasks.survival_scores import harrell, integrated_brier, kaplan_meier, mean_auc, uno
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -170,14 +170,18 @@ class Survival(TaskKind):
         return 1.0 - prediction.mean(1)
 
     def metrics(self, task: TaskSpec) -> dict[str, Metric]:
-        from umda_fast.tasks.survival_metrics import Concordance, IntegratedBrier
+        from umda_fast.tasks.survival_metrics import AtTimes, Concordance
 
-        found = {"c_index": Concordance(harrell), "c_index_uno": Concordance(uno)}
-        # To the last but one: what comes then lies with the few who are left, and may be most of the time.
-        return found | {"ibs": IntegratedBrier((task.cuts or ())[:-1])}
+        times = _scored_times(task)
+        return {
+            "c_index": Concordance(harrell),
+            "c_index_uno": Concordance(uno),
+            "auc_td": AtTimes(mean_auc, times),
+            "ibs": AtTimes(integrated_brier, times),
+        }
 
     def for_metric(self, task: TaskSpec, metric: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        if metric != "ibs":
+        if metric.startswith("c_index"):
             return self.risk(prediction.double())[:, None], target
         return torch.stack([prediction, cuts_of(task, prediction).expand_as(prediction)], 1), target
 
@@ -189,10 +193,26 @@ class Survival(TaskKind):
     def primary_score(self, task: TaskSpec, prediction: Array, target: Array) -> float:
         return harrell(1.0 - prediction.mean(axis=1), target[:, 0], target[:, 1])
 
+    def scores(self, task: TaskSpec, prediction: Array, target: Array) -> dict[str, float]:
+        time, event = target.T
+        if not ((event == 1) & (time < time.max())).any():
+            return dict.fromkeys(("c_index", "c_index_uno", "auc_td", "ibs"), float("nan"))
+        risk, times = 1.0 - prediction.mean(axis=1), _scored_times(task)
+        known = prediction[:, : len(times)]  # they are the first cuts
+        found = {"c_index": harrell(risk, time, event), "c_index_uno": uno(risk, time, event)}
+        found["auc_td"] = mean_auc(known, time, event, np.array(times))
+        return found | {"ibs": integrated_brier(known, time, event, np.array(times))}
+
     def few_units(self, task: TaskSpec, score: float, target: Array, level: float) -> tuple[float, float] | None:
         """As of an AUROC of the bags with the event against half of the others, as many as live longer on average."""
         events, others = int(target[:, 1].sum()), (len(target) - 1) // 2
         return auroc_interval(score, others, events, level) if events and others and score == score else None
+
+    def few_units_of(
+        self, task: TaskSpec, metric: str, score: float, target: Array, level: float
+    ) -> tuple[float, float] | None:
+        """The others that are shares of pairs as `c_index`."""
+        return None if metric == "ibs" else self.few_units(task, score, target, level)
 
     # ---- shown
 
@@ -235,6 +255,11 @@ class Survival(TaskKind):
         header = [f"alive after {time:.4g}: observed / predicted (at risk)" for time in times]
         table = Rows(["risk", "bags", "events", *header], rows)
         return Followed(target[:, 0], target[:, 1], group, names, table)
+
+
+def _scored_times(task: TaskSpec) -> tuple[float, ...]:
+    """The cuts but the last: what comes then lies with the few who are left, and may be most of the time."""
+    return (task.cuts or ())[:-1]
 
 
 def _event(where: str, text: str) -> float:

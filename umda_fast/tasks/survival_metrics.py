@@ -11,9 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from umda_fast.tasks.intervals import survival_at
-from umda_fast.tasks.survival_scores import integrated_brier
 
-__all__ = ["Concordance", "IntegratedBrier"]
+__all__ = ["AtTimes", "Concordance"]
 
 
 class _Gathered(Metric):
@@ -54,12 +53,13 @@ class Concordance(_Gathered):
         return torch.tensor(self.score(risk[:, 0], time, event))
 
 
-class IntegratedBrier(_Gathered):
-    """At `times` [M], of survival and the cuts at which it is, [B, 2, K], which differ between folds."""
+class AtTimes(_Gathered):
+    """A score of survival at `times` [M]; takes survival and the cuts at which it is, [B, 2, K], which differ between
+    folds."""
 
-    def __init__(self, times: tuple[float, ...]) -> None:
+    def __init__(self, score: Callable[[Any, Any, Any, Any], float], times: tuple[float, ...]) -> None:
         super().__init__()
-        self.times = times
+        self.score, self.times = score, times
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Takes in some bags, all with the same cuts."""
@@ -69,4 +69,4 @@ class IntegratedBrier(_Gathered):
     def compute(self) -> Tensor:
         """Of all bags seen."""
         survival, time, event = self.gathered()
-        return torch.tensor(integrated_brier(survival, time, event, np.array(self.times)))
+        return torch.tensor(self.score(survival, time, event, np.array(self.times)))

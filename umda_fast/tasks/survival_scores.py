@@ -10,7 +10,7 @@ import numpy as np
 
 from umda_fast.tasks.kind import Array, FloatArray
 
-__all__ = ["censored_later", "harrell", "integrated_brier", "kaplan_meier", "uno"]
+__all__ = ["auc_at", "censored_later", "harrell", "integrated_brier", "kaplan_meier", "mean_auc", "uno"]
 
 _ROWS = 4_000_000
 """Pairs that are compared at once."""
@@ -90,3 +90,35 @@ def integrated_brier(survival: Array, time: Array, event: Array, times: Array) -
     scores += np.divide((1.0 - survival) ** 2, then, out=np.zeros_like(survival), where=alive & (then > 0.0))
     mean = scores.mean(0)
     return float(((mean[1:] + mean[:-1]) / 2.0 * np.diff(times)).sum() / (times[-1] - times[0]))
+
+
+def auc_at(risk: Array, time: Array, event: Array, times: Array) -> FloatArray:
+    """The cumulative/dynamic AUC at each of `times`, [M]: of who has had the event by then and who lives longer, the
+    share of pairs in which the former has the higher risk, pairs of equal risk counting half. Who was censored before
+    is left out, for which the former count by the inverse probability of not being censored before their event (Uno et
+    al., "Evaluating prediction rules for t-year survivors with censored regression models", JASA 2007).
+
+    Args:
+        risk: at each of the times, [B, M]. time, event: [B].
+
+    Returns:
+        NaN where nobody had the event, or nobody lives longer.
+    """
+    own = censored_later(time, event, time)
+    weight = np.divide(1.0, own, out=np.zeros(len(own)), where=(event == 1) & (own > 0.0))
+    found = np.full(len(times), np.nan)
+    for number, moment in enumerate(times):
+        case, longer = (time <= moment) & (weight > 0.0), time > moment
+        if case.any() and longer.any():
+            others = np.sort(risk[longer, number])
+            below = np.searchsorted(others, risk[case, number], side="left")
+            up_to = np.searchsorted(others, risk[case, number], side="right")
+            found[number] = (weight[case] @ ((below + up_to) / 2.0)) / (weight[case].sum() * len(others))
+    return found
+
+
+def mean_auc(survival: Array, time: Array, event: Array, times: Array) -> float:
+    """The mean of `auc_at` over `times`, of the risk that each survival [B, M] leaves, as far as it is defined."""
+    found = auc_at(1.0 - survival, time, event, times)
+    known = found[~np.isnan(found)]
+    return float(known.mean()) if len(known) else float("nan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec
 from umda_fast.score.collect import Predictions
 from umda_fast.score.evaluation import SplitResult, evaluate_dataset
-from umda_fast.score.intervals import bootstrap_interval
+from umda_fast.score.intervals import bootstrap_intervals
 from umda_fast.score.metrics import TaskMetrics, mean_score
 from umda_fast.score.patients import Patients, join_predictions
 from umda_fast.tasks import kind_of
@@ -114,7 +115,7 @@ def intervals(
     tasks: Sequence[TaskSpec], found: Predictions, patients: Sequence[str] | None, samples: int
 ) -> dict[str, dict[str, Any]]:
     """Of each task's primary `metric`, `low` and `high`, NaN where it is not defined, at `level`; over how many `units`
-    and of what, `unit`: bags, or the patients whose bags they are.
+    and of what, `unit`: bags, or the patients whose bags they are; and `others`, `low` and `high` of its other metrics.
 
     Args:
         patients: of every bag, as of `patients_of_bags`.
@@ -125,8 +126,12 @@ def intervals(
         logits, target = found.of(task)
         kept = found.masks[task.name].nonzero()[:, 0].tolist()
         groups = None if patients is None else [patients[row] for row in kept]
-        low, high = bootstrap_interval(task, logits, target, groups=groups, level=LEVEL, samples=samples)
+        each = bootstrap_intervals(task, logits, target, groups=groups, level=LEVEL, samples=samples)
+        primary = kind_of(task).primary
+        low, high = each.pop(primary, (math.nan, math.nan))
         units = len(target) if groups is None else len({*groups})
-        ends = {"metric": kind_of(task).primary, "level": LEVEL, "low": low, "high": high}
-        result[task.name] = {**ends, "unit": "bags" if groups is None else "patients", "units": units}
+        ends: dict[str, Any] = {"metric": primary, "level": LEVEL, "low": low, "high": high}
+        ends |= {"unit": "bags" if groups is None else "patients", "units": units}
+        ends["others"] = {name: {"low": low, "high": high} for name, (low, high) in each.items()}
+        result[task.name] = ends
     return result
