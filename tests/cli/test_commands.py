@@ -87,7 +87,7 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
         "metrics.json",
         "model.safetensors",
         "config.json",
-        "mixture.json",  # after so short a training the linear kept model knows more
+        "mixture.json",  # after so short a training the linear model knows more
         "linear.safetensors",
         "calibration.json",
         "checkpoint.pt",
@@ -107,7 +107,7 @@ def test_a_run_directory_holds_what_it_should(run: Path) -> None:
 
     metrics = read_json(run / "metrics.json", "metrics")
     keys = "seed data tasks mean_score skill view_consistency gradient_variance conflict_share outlier_tasks seconds"
-    keys += " instances_per_second peak_memory_mb processes versions backend linear schema commit machine time"
+    keys += " instances_per_second peak_memory_mb processes versions backend linear schema commit machine time kept"
     assert set(metrics) == set(keys.split())
     assert set(metrics["tasks"]) == {"has_nine", "largest", "present", "mean"}
     of_two = "auroc accuracy balanced_accuracy f1 auprc sensitivity_90 cohen_kappa"
