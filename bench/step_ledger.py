@@ -247,6 +247,7 @@ def make_batch(instances: int) -> BagBatch:
         labels={"grade": torch.tensor([2]), "response": torch.tensor([1.0]), "age": torch.tensor([0.5])},
         label_mask={task.name: torch.ones(1, dtype=torch.bool) for task in TASKS},
         names=["bag"],
+        complete=True,
     )
 
 

@@ -379,3 +379,18 @@ def test_all_finite(dtype):
             broken = values.clone()
             broken.view(-1)[place] = bad
             assert not all_finite(broken)
+
+
+def test_a_mask_is_handed_on_where_a_view_is_missing() -> None:
+    """A batch in which none is missing needs none; what is known of it goes with it to another device."""
+    views = (ViewSpec("a", 2), ViewSpec("b", 3))
+    whole = Bag("x", {"a": torch.ones(4, 2), "b": torch.ones(4, 3)})
+    partly = Bag("y", {"a": torch.ones(4, 2)})
+    batch = collate([whole], views, ())
+    assert batch.complete
+    assert batch.inputs()["mask"] is None
+    assert batch.to("cpu").inputs()["mask"] is None
+    batch = collate([whole, partly], views, ()).to("cpu")
+    assert not batch.complete
+    mask = batch.inputs()["mask"]
+    assert torch.equal(mask, torch.tensor([[True, True]] * 4 + [[True, False]] * 4))

@@ -1,10 +1,18 @@
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from umda_fast.train.optim import learning_rate_factor, parameter_groups
+from umda_fast.runtime.config import TrainConfig
+from umda_fast.train.optim import (
+    WeightAverage,
+    learning_rate_factor,
+    make_optimizer,
+    parameter_groups,
+    restore_optimizer,
+)
 
 
 def test_only_matrices_decay() -> None:
@@ -44,3 +52,70 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine() -> None:
     assert factors[-1] == pytest.approx(0.01)
     assert all(b <= a for a, b in pairwise(factors[100:]))
     assert learning_rate_factor(0.0, 0.0, 0.1) == 1.0
+
+
+def trained(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def layers() -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList([nn.Linear(300, 200), nn.Linear(200, 7)])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_fused_adamw_is_adamw_on_any_number_of_threads(threads: int) -> None:
+    ours, plain, alone = layers(), layers(), layers()
+    options = TrainConfig()
+    fused = make_optimizer(ours, options)
+    assert fused.defaults["fused"]
+    other = torch.optim.AdamW(parameter_groups(plain, options.weight_decay), lr=options.lr, foreach=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        trained(fused, list(ours.parameters()), range(5))
+        torch.set_num_threads(1)
+        trained(make_optimizer(alone, options), list(alone.parameters()), range(5))
+    finally:
+        torch.set_num_threads(before)
+    trained(other, list(plain.parameters()), range(5))
+    for one, same, near in zip(ours.parameters(), alone.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, same)
+        torch.testing.assert_close(one, near)
+
+
+def test_the_state_of_an_optimiser_that_was_not_fused_is_continued() -> None:
+    """As a checkpoint from before has it."""
+    model, options = layers(), TrainConfig()
+    before = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.lr)
+    trained(before, list(model.parameters()), range(3))
+    expected = layers()
+    expected.load_state_dict(model.state_dict())
+    after = make_optimizer(expected, options)
+    restore_optimizer(after, copy.deepcopy(before.state_dict()))
+    assert all(group["fused"] for group in after.param_groups)
+    trained(before, list(model.parameters()), range(3, 6))
+    trained(after, list(expected.parameters()), range(3, 6))
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_mean_of_the_weights_and_the_latest_buffers() -> None:
+    model = nn.BatchNorm1d(3)
+    average = WeightAverage(model, 0.75)
+    weights = []
+    for value in (1.0, 2.0, 5.0):
+        with torch.no_grad():
+            model.weight.fill_(value)
+            model.running_mean.fill_(-value)
+            model.num_batches_tracked.fill_(int(value))
+        average.update_parameters(model)
+        weights.append(average.module.weight[0].item())
+    assert weights == [1.0, 1.25, 0.75 * 1.25 + 0.25 * 5.0]
+    assert average.module.running_mean[0].item() == -5.0
+    assert average.module.num_batches_tracked.item() == 5
+    assert average.n_averaged.item() == 3

@@ -32,6 +32,8 @@ class BagBatch:
         metadata: float32 [B, M], NaN where missing, or None.
         frames: int64 [S+1], offsets of the slides of which bags are made, S at least the number of bags that have
             instances; None where every bag is one slide.
+        complete: whether it is known that no view is missing, as `collate` finds out: a mask that is True everywhere
+            costs passes over the features and changes nothing.
     """
 
     views: dict[str, Tensor]
@@ -43,6 +45,7 @@ class BagBatch:
     coords: Tensor | None = None
     metadata: Tensor | None = None
     frames: Tensor | None = None
+    complete: bool = False
 
     def __len__(self) -> int:
         """The number of bags."""
@@ -53,8 +56,9 @@ class BagBatch:
         return self.mask.shape[0]
 
     def inputs(self) -> dict[str, Any]:
-        """Keyword arguments for the model's forward."""
-        inputs = {"views": self.views, "ptr": self.ptr, "mask": self.mask, "coords": self.coords}
+        """Keyword arguments for the model's forward; `mask` is None where the batch is `complete`."""
+        mask = None if self.complete else self.mask
+        inputs = {"views": self.views, "ptr": self.ptr, "mask": mask, "coords": self.coords}
         more = {"metadata": self.metadata, "frames": self.frames}
         return {**inputs, **{name: value for name, value in more.items() if value is not None}}
 
@@ -83,6 +87,7 @@ class BagBatch:
             coords=None if self.coords is None else move(self.coords),
             metadata=None if self.metadata is None else move(self.metadata),
             frames=None if self.frames is None else share_checks(self.frames, move(self.frames)),
+            complete=self.complete,
         )
 
 
@@ -116,6 +121,7 @@ def pack(bags: Sequence[Bag], views: Sequence[ViewSpec], tasks: Sequence[TaskSpe
         coords=_collate_coords(bags),
         metadata=_collate_metadata(bags),
         frames=frames_of(slides, ptr, mask) if any(slide is not None for slide in slides) else None,
+        complete=bool(mask.all()),
     )
 
 

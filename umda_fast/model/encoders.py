@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -54,8 +55,7 @@ class QuantileBins(nn.Module):
 def squash(x: Tensor, limit: float) -> Tensor:
     """x between -limit and limit; beyond them, the distance d to the nearer as `asinh(d)`: d if it is small, about
     `log(2 d)` if it is large, so that an outlier stays one and does not outweigh all else."""
-    inside = x.clamp(-limit, limit)
-    return inside + (x - inside).asinh()
+    return x.clamp(-limit, limit) + F.softshrink(x, limit).asinh()
 
 
 class FeatureEncoder(nn.Sequential):
@@ -149,25 +149,49 @@ class FeatureEncoder(nn.Sequential):
     @staticmethod
     def row_statistics(x: Tensor) -> Tensor:
         """Mean and root mean square [n, 2] of rows of standardised features [n, features]."""
-        return torch.stack([x.mean(1), x.square().mean(1).sqrt()], 1)
+        length = torch.linalg.vector_norm(x, dim=1) / math.sqrt(x.shape[1])
+        return torch.stack([x.mean(1), length], 1)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, shift: Tensor | None = None) -> Tensor:
+        """features [n, features] -> [n, width]; `shift` [width] is added to the result."""
+        _, _, _, _, out, *binned = self
+        out, dropout = cast(nn.Linear, out), cast(nn.Dropout, self[3])
         x = self.standardized(features)
-        norm, _, _, _, out, *binned = self
-        linear, dropout = cast(nn.Linear, self[1]), cast(nn.Dropout, self[3])
-        read = F.dropout(norm(x), self.input_dropout, self.training)
-        if self.whole and not self.few:
-            rows = (self.row_statistics(x) - self.row_shift) / self.row_scale
-            read = torch.cat([read, squash(rows, self.LIMIT).to(read.dtype)], 1)
+        product, bias = self._first_layer(x)
         if binned:
             bins, own = binned
-            h = linear(read)
-            steps = F.dropout(bins(features).to(h.dtype), self.input_dropout, self.training)
-            h = gelu_dropout(torch.cat([h, own(steps)], -1), p=rate(dropout))
+            steps = F.dropout(bins(features).to(product.dtype), self.input_dropout, self.training)
+            h = gelu_dropout(torch.cat([product + bias, own(steps)], -1), p=rate(dropout))
         else:
-            h = gelu_dropout(F.linear(read, linear.weight), linear.bias, p=rate(dropout))
-        result: Tensor = out(h)
-        return result
+            h = gelu_dropout(product, bias, p=rate(dropout))
+        if shift is None:
+            return F.linear(h, out.weight, out.bias)
+        if h.dtype != shift.dtype:  # under autocast: in half precision the residual stream that begins here loses
+            return F.linear(h, out.weight, out.bias) + shift  # what blocks with small gains add to it
+        return F.linear(h, out.weight, out.bias + shift)
+
+    def _first_layer(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The linear layer of what it reads of x [n, features], standardised: a product [n, hidden], and what is still
+        to be added [hidden].
+
+        Gain and shift of the LayerNorm go into the weights, which are few, and not into the features: backward then
+        needs no gradient of those, a product as large as that of the weights."""
+        linear, count = cast(nn.Linear, self[1]), x.shape[1]
+        whole, bias = linear.weight, linear.bias
+        if self.few:
+            return F.linear(F.dropout(x, self.input_dropout, self.training), whole), bias
+        norm, weight = cast(nn.LayerNorm, self[0]), whole[:, :count]
+        if self.training and self.input_dropout > 0.0:  # what is dropped is shifted as well
+            read = F.dropout(norm(x), self.input_dropout, True)
+        else:
+            read = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+            bias = bias + (weight * norm.bias).sum(1)
+            weight = weight * norm.weight
+        if not self.whole:
+            return F.linear(read, weight), bias
+        rows = squash((self.row_statistics(x) - self.row_shift) / self.row_scale, self.LIMIT)
+        # Beside one another they would be a copy of all features, in rows of a length that suits no matrix product.
+        return torch.addmm(F.linear(rows, whole[:, count:]), read, weight.T), bias
 
 
 class ViewEncoders(nn.Module):
@@ -242,13 +266,14 @@ class ViewEncoders(nn.Module):
                 absent = ~mask[:, position].reshape(-1, *[1] * (features.dim() - 1))
                 # Before the encoder, or the gradient of its weights is 0 * NaN.
                 features = features.masked_fill(absent, 0)
-            vector = encoder(features)
+            own = isinstance(encoder, FeatureEncoder)
+            vector = encoder(features, self.embedding[position]) if own else encoder(features)
             if vector.shape != (count, self.width):
                 raise ValueError(
                     f"encoder of view {view.name!r}: expected an output of shape [{count}, {self.width}], "
                     f"got {list(vector.shape)}"
                 )
-            encoded.append(vector + self.embedding[position])
+            encoded.append(vector if own else vector + self.embedding[position])
         x = torch.stack(encoded, 1)
         return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
 

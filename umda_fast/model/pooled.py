@@ -105,24 +105,27 @@ class PooledInstances:
         assert self.top is not None
         found = self.top.found
         wide = torch.promote_types(self.z.dtype, torch.float32)
-        maxima = torch.stack([torch.where(found, gradient, 0.0).double() for gradient in d_top])  # [S,B,D]
-        own = maxima.flatten(1) @ maxima.flatten(1).T
-        sums = torch.stack([self._at_maxima(p.to(wide)).double() for p in d_pooled]).flatten(1)  # [S,B*D]
-        cross = sums @ maxima.flatten(1).T
+        maxima = torch.where(found, torch.stack(list(d_top)), 0.0).double().flatten(1)  # [S,B*D]
+        gradients = torch.stack(list(d_pooled), 1).to(wide)  # [B,S,T,D]
+        parts = [slice(first, first + BAGS) for first in range(0, len(gradients), BAGS)]
+        sums = torch.cat([self._at_maxima(gradients[bags], bags) for bags in parts]).double()  # [B,D,S]
+        own = maxima @ maxima.T
+        cross = sums.permute(2, 0, 1).flatten(1) @ maxima.T
         return own + cross + cross.T
 
-    def _at_maxima(self, d_pooled: Tensor) -> Tensor:
-        """a_s[i, d], the gradient through `pooled` [N, D] (docs/model.md, section 4), at the instance i that has the
-        maximum of dimension d of its bag, [B, D]."""
+    def _at_maxima(self, d_pooled: Tensor, bags: slice) -> Tensor:
+        """a_s[i, d], the gradient through `pooled` (docs/model.md, section 4), at the instance i that has the maximum
+        of dimension d of its bag, [b, D, S], for the gradients [b, S, T, D] of some bags.
+
+        With the derivative k[i, h] of `value * gate` by z[i, d] it is `sum_t attention[i, t] (d_pooled[s, t, d] +
+        (d_pooled[s, t] . (z[i] - pooled[t])) (score_weight[t] . k[i]))`."""
         assert self.top is not None
-        instance, tasks = self.top.instance, d_pooled.shape[1]
-        bag = torch.searchsorted(self.ptr, torch.arange(len(self.z), device=self.ptr.device), right=True) - 1
-        z, value, gate = (x.to(d_pooled.dtype) for x in (self.z, self.value, self.gate))
-        # Task after task: [N, T, D] would be larger than all else.
-        along = torch.stack([(d_pooled[bag, t] * z).sum(1) for t in range(tasks)], 1)  # [N,T]
-        offset = (d_pooled * self.pooled).sum(-1)  # [B,T]
-        c = (self.attention * (along - offset[bag])) @ self.score_weight.to(z.dtype)  # [N,H]
-        hidden = torch.cat([c * gate * (1 - value * value), c * value * gate * (1 - gate)], 1)  # [N,2H]
-        weight = torch.cat([self.value_weight, self.gate_weight]).to(z.dtype)  # [2H,D]
-        through_scores = torch.cat([(hidden[part] * weight.T).sum(-1) for part in instance.split(BAGS)])  # [B,D]
-        return through_scores + (self.attention[instance] * d_pooled.transpose(1, 2)).sum(-1)
+        instance, dtype = self.top.instance[bags], d_pooled.dtype
+        z, attention, value, gate = (x[instance].to(dtype) for x in (self.z, self.attention, self.value, self.gate))
+        along = (z @ d_pooled.flatten(1, 2).mT).unflatten(-1, d_pooled.shape[1:3])  # [b,D,S,T]
+        offset = (d_pooled * self.pooled[bags, None].to(dtype)).sum(-1)  # [b,S,T]
+        k = (1 - value * value) * self.value_weight.T.to(dtype)  # [b,D,H]
+        k = gate * (k + value * (1 - gate) * self.gate_weight.T.to(dtype))
+        scores = k @ self.score_weight.T.to(dtype)  # [b,D,T]
+        through = (along - offset[:, None]) * scores[:, :, None] + d_pooled.permute(0, 3, 1, 2)
+        return (through * attention[:, :, None]).sum(-1)

@@ -20,8 +20,11 @@ from umda_fast.blocks import BlockRecord, Place
 
 __all__ = ["Count", "Traffic", "tensor_bytes"]
 
-# Views, and memory that is only set aside.
+# Views, memory that is only set aside, what asks for no tensor's values, and the marks of a profile itself.
 _MOVE_NOTHING = {
+    "aten::promote_types",
+    "profiler::_record_function_enter_new",
+    "profiler::_record_function_exit",
     "aten::_unsafe_view",
     "aten::empty",
     "aten::empty_like",

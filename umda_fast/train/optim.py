@@ -12,7 +12,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from umda_fast.runtime.config import TrainConfig
 
-__all__ = ["WeightAverage", "learning_rate_factor", "make_optimizer", "parameter_groups", "set_learning_rate"]
+__all__ = [
+    "WeightAverage",
+    "learning_rate_factor",
+    "make_optimizer",
+    "parameter_groups",
+    "restore_optimizer",
+    "set_learning_rate",
+]
 
 
 class WeightAverage(AveragedModel):
@@ -30,6 +37,19 @@ class WeightAverage(AveragedModel):
         self.decay = decay
 
     @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take the parameters of `model` in; its buffers replace those here. A call each, however many there are."""
+        mean, new = ([x.detach() for x in one.parameters()] for one in (self.module, model))
+        if int(self.n_averaged) == 0:
+            torch._foreach_copy_(mean, new)
+        else:
+            self._average(mean, new, self.n_averaged)
+        kept, buffers = list(self.module.buffers()), list(model.buffers())
+        if kept:
+            torch._foreach_copy_(kept, buffers)
+        self.n_averaged += 1
+
+    @torch.no_grad()
     def _average(self, mean: Any, new: Any, updates: Any) -> None:
         torch._foreach_lerp_(mean, new, 1.0 - self._decay_now())
 
@@ -43,8 +63,25 @@ class WeightAverage(AveragedModel):
 def make_optimizer(
     model: nn.Module, options: TrainConfig, averaged: Iterable[nn.Parameter] = (), beta: float = 0.0
 ) -> torch.optim.AdamW:
-    """AdamW for all trainable parameters of `model`; `averaged` and `beta` as for `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, options.weight_decay, averaged, beta), lr=options.lr)
+    """AdamW for all trainable parameters of `model`; `averaged` and `beta` as for `parameter_groups`. Where PyTorch has
+    it, as one fused call for each group, not several for each parameter."""
+    groups = parameter_groups(model, options.weight_decay, averaged, beta)
+    parameters = [p for group in groups for p in group["params"]]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    # False would not mean its absence but a choice against foreach.
+    return torch.optim.AdamW(groups, lr=options.lr, fused=True if fused else None)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict(state)`, where the state may be of an optimiser that computed the same in other calls
+    (not fused, before version 0.2).
+
+    Raises:
+        ValueError, KeyError: it is of other parameters.
+    """
+    fused = optimizer.defaults["fused"]
+    groups = [{**group, "fused": fused} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, options: TrainConfig, progress: float) -> float:

@@ -23,7 +23,7 @@ from umda_fast.runtime.config import RunConfig, as_dict
 from umda_fast.runtime.guard import NonFiniteError, explain_non_finite
 from umda_fast.score.inference import to_device
 from umda_fast.train.gradients import make_gradients
-from umda_fast.train.optim import WeightAverage, make_optimizer, set_learning_rate
+from umda_fast.train.optim import WeightAverage, make_optimizer, restore_optimizer, set_learning_rate
 from umda_fast.train.risk_sets import RiskSets
 from umda_fast.train.share import Share, processes_for
 
@@ -237,7 +237,7 @@ class TrainStep:
             RuntimeError, ValueError, KeyError, TypeError: it is of another model.
         """
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.gradients.load_state_dict(state["sgl"])
         if self.average is not None:
             self.average.load_state_dict(state["average"] or {})
