@@ -1,10 +1,14 @@
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.model.conftest import VIEWS, make_batch, make_config, total_loss
 from umda_fast import UMDA, ViewSpec
 from umda_fast.model import FeatureEncoder, QuantileBins
 from umda_fast.model.adapters import add_adapters
+from umda_fast.model.encoders import squash
 
 
 class TestInputDropout:
@@ -185,3 +189,37 @@ def test_wide_and_whole_by_default():
 def test_what_is_wrong_is_named(options, error, message):
     with pytest.raises(error, match=message):
         make_config(**options)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("input_dropout", [0.0, 0.4])
+def test_gain_and_shift_in_the_weights_are_those_of_the_features(whole: bool, input_dropout: float) -> None:
+    """The layer norm's, forward and backward, as PyTorch composes it; and where features are dropped as well."""
+    torch.manual_seed(0)
+    encoder = FeatureEncoder(11, 6, dropout=0.0, input_dropout=input_dropout, whole=whole).double()
+    with torch.no_grad():
+        encoder[0].weight.normal_()
+        encoder[0].bias.normal_()
+    features, shift = torch.randn(9, 11, dtype=torch.float64) * 3.0, torch.randn(6, dtype=torch.float64)
+    torch.manual_seed(1)
+    found = encoder(features, shift)
+    torch.manual_seed(1)
+    x = encoder.standardized(features)
+    read = F.dropout(encoder[0](x), input_dropout)
+    if whole:
+        rows = torch.stack([x.mean(1), x.square().mean(1).sqrt()], 1)
+        read = torch.cat([read, squash((rows - encoder.row_shift) / encoder.row_scale, encoder.LIMIT)], 1)
+    expected = encoder[4](F.gelu(encoder[1](read))) + shift
+    torch.testing.assert_close(found, expected)
+    weights = list(encoder.parameters())
+    cotangent = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, weights, cotangent), torch.autograd.grad(expected, weights, cotangent), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_squashing_bends_at_the_limit() -> None:
+    x = torch.tensor([-30.0, -4.0, 0.5, 4.0, 6.0], dtype=torch.float64)
+    expected = torch.tensor([-4.0 - math.asinh(26.0), -4.0, 0.5, 4.0, 4.0 + math.asinh(2.0)], dtype=torch.float64)
+    torch.testing.assert_close(squash(x, 4.0), expected)
