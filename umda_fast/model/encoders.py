@@ -177,7 +177,8 @@ class FeatureEncoder(nn.Sequential):
         Gain and shift of the LayerNorm go into the weights, which are few, and not into the features: backward then
         needs no gradient of those, a product as large as that of the weights."""
         linear, count = cast(nn.Linear, self[1]), x.shape[1]
-        whole, bias = linear.weight, linear.bias
+        whole: Tensor = linear.weight
+        bias: Tensor = linear.bias
         if self.few:
             return F.linear(F.dropout(x, self.input_dropout, self.training), whole), bias
         norm, weight = cast(nn.LayerNorm, self[0]), whole[:, :count]

@@ -128,4 +128,5 @@ class PooledInstances:
         k = gate * (k + value * (1 - gate) * self.gate_weight.T.to(dtype))
         scores = k @ self.score_weight.T.to(dtype)  # [b,D,T]
         through = (along - offset[:, None]) * scores[:, :, None] + d_pooled.permute(0, 3, 1, 2)
-        return (through * attention[:, :, None]).sum(-1)
+        found: Tensor = (through * attention[:, :, None]).sum(-1)
+        return found
