@@ -53,6 +53,10 @@ def table():
     from umda_fast.data.files.tables import read_table
     from pathlib import Path
     read_table(Path("t.xlsx"))
+def searching():
+    from umda_fast.studies import search
+    from umda_fast.train import make_config
+    search(make_config(), "new")
 def skipping():
     from umda_fast.data import load_source
     load_source("d", skip_bad=True)
@@ -60,7 +64,7 @@ cases = [
     ("umda_fast.train", "pydantic"), ("umda_fast.train", "lightning_fabric"), ("umda_fast.train", "tensorboard"),
     ("umda_fast.studies", "matplotlib"), ("umda_fast.score", "torchmetrics"), ("umda_fast.pyg", "torch_geometric"),
     (saved, "safetensors"), (loaded, "safetensors"), (slides, "h5py"), (skipping, "h5py"), (digits, "sklearn"),
-    (balancer, "torchjd"), (table, "openpyxl"),
+    (balancer, "torchjd"), (table, "openpyxl"), (searching, "optuna"),
 ]
 said = {}
 for what, package in cases:
@@ -99,7 +103,7 @@ def test_everything_names_the_extra_that_it_needs(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    assert len(said) == 13
+    assert len(said) == 14
     for case, found in said.items():
         package = case.rpartition(" ")[2]
         assert found is not None, case

@@ -24,6 +24,7 @@ EXTRAS = {
     "torch_geometric": "graph",
     "sentence_transformers": "text",
     "torchjd": "balancers",
+    "optuna": "search",
 }
 """The extra that brings a package, by the name it is imported under."""
 

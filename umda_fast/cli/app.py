@@ -22,6 +22,7 @@ COMMANDS = (
     "parity",
     "info",
     "compare",
+    "search",
     "explain",
     "report",
     "adapt",

@@ -24,6 +24,7 @@ __all__ = [
     "print_info",
     "print_inspection",
     "print_profile",
+    "search_table",
     "shots_table",
 ]
 
@@ -36,6 +37,10 @@ def make_console() -> Console:
 
 def _cell(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def _spread(figures: Mapping[str, float | None]) -> str:
+    return _cell(figures["mean"]) if figures["std"] is None else f"{_cell(figures['mean'])} ± {figures['std']:.4f}"
 
 
 def metrics_table(
@@ -121,18 +126,35 @@ def shots_table(result: Mapping[str, Any]) -> Table:
     for found in results:
         table.add_column(str(found["shots"]), justify="right")
 
-    def spread(figures: Mapping[str, float | None]) -> str:
-        return _cell(figures["mean"]) if figures["std"] is None else f"{_cell(figures['mean'])} ± {figures['std']:.4f}"
-
     for task, metrics in results[0]["tasks"].items():
         for index, metric in enumerate(metrics):
-            cells = [spread(found["tasks"][task][metric]) for found in results]
+            cells = [_spread(found["tasks"][task][metric]) for found in results]
             table.add_row(
                 task if index == 0 else "", metric_name(metric).title, *cells, end_section=index == len(metrics) - 1
             )
-    table.add_row("mean_score", "", *(spread(found["mean_score"]) for found in results))
+    table.add_row("mean_score", "", *(_spread(found["mean_score"]) for found in results))
     bags = [(found["bags"]["min"], found["bags"]["max"]) for found in results]
     table.add_row("training bags", "", *(f"{low}" if low == high else f"{low} to {high}" for low, high in bags))
+    return table
+
+
+def search_table(result: Mapping[str, Any]) -> Table:
+    """Mean and standard deviation over the outer folds of `search`'s result, of what was configured and of what the
+    search chose in each."""
+    title = f"{result['source']}: {result['folds']} outer folds"
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "metric"):
+        table.add_column(column)
+    for column in ("given", "searched"):
+        table.add_column(column, justify="right")
+    found = [result[column] for column in ("given", "searched")]
+    for task, metrics in found[0]["tasks"].items():
+        for index, metric in enumerate(metrics):
+            cells = [_spread(column["tasks"][task][metric]) for column in found]
+            last = index == len(metrics) - 1
+            table.add_row(task if index == 0 else "", metric_name(metric).title, *cells, end_section=last)
+    for name in ("mean_score", "skill"):
+        table.add_row(name, "", *(_spread(column[name]) for column in found))
     return table
 
 

@@ -37,6 +37,7 @@ SCHEMAS: Mapping[str, int] = {
     "metrics": 1,
     "parity": 1,
     "profile": 1,
+    "search": 1,
     "shots": 1,
 }
 """Schemas by name, with their versions; `umda_fast/schemas/<name>.json` each."""
@@ -70,7 +71,7 @@ def versions() -> dict[str, str]:
         "umda_fast": umda_fast.__version__,
         "torch": torch.__version__,
     }
-    for package in ("numpy", "triton", "lightning-fabric", "torchmetrics", "torch_geometric", "torchjd"):
+    for package in ("numpy", "triton", "lightning-fabric", "torchmetrics", "torch_geometric", "torchjd", "optuna"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     if torch.version.cuda is not None:

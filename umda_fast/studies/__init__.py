@@ -15,6 +15,7 @@ from umda_fast.studies.maps import explain
 from umda_fast.studies.predict import predict
 from umda_fast.studies.readapt import readapt
 from umda_fast.studies.report import write_report
+from umda_fast.studies.search import search
 from umda_fast.studies.shots import few_shot
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "few_shot",
     "predict",
     "readapt",
+    "search",
     "write_report",
 ]

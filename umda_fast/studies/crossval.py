@@ -25,7 +25,7 @@ from umda_fast.studies.out_of_fold import FoldOutputs, fold_outputs, pooled_metr
 from umda_fast.train.recorded import check_recorded
 from umda_fast.train.run import train
 
-__all__ = ["check_settings", "cross_validate", "figures", "finished_run"]
+__all__ = ["check_settings", "comparable", "cross_validate", "figures", "finished_run", "over_folds", "pooled"]
 
 
 # Who computes is no part of what is computed.
@@ -94,7 +94,7 @@ def cross_validate(
         report = one_decides(processes, partial(stamped, "crossval", _report(settings, results)))
         if processes is None or processes.rank == 0:
             write_json(directory / "crossval.json", report)
-    report["pooled"] = _pooled(outputs, folds, repeats)
+    report["pooled"] = pooled(outputs, folds, repeats)
     if outputs and (processes is None or processes.rank == 0):
         write_out_of_fold(directory / "out_of_fold.csv", outputs)
         write_json(directory / "crossval.json", report)
@@ -158,23 +158,27 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _pooled(outputs: Mapping[tuple[int, int], FoldOutputs], folds: int, repeats: int) -> list[dict[str, Any]]:
+def pooled(outputs: Mapping[tuple[int, int], FoldOutputs], folds: int, repeats: int) -> list[dict[str, Any]]:
     """`pooled_metrics` of every repeat all of whose folds left outputs."""
-    pooled = []
+    found = []
     for repeat in range(repeats):
         runs = [outputs[repeat, fold] for fold in range(folds) if (repeat, fold) in outputs]
         if len(runs) == folds:
-            pooled.append({"repeat": repeat, **pooled_metrics(runs)})
-    return pooled
+            found.append({"repeat": repeat, **pooled_metrics(runs)})
+    return found
 
 
 def _report(settings: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {**settings, **over_folds(results), "results": list(results)}
+
+
+def over_folds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`figures` of the `mean_score` and of each metric of the `tasks` of several runs."""
     tasks = {
         task: {metric: figures([r["tasks"][task][metric] for r in results]) for metric in metrics}
         for task, metrics in results[0]["tasks"].items()
     }
-    scores = figures([r["mean_score"] for r in results])
-    return {**settings, "tasks": tasks, "mean_score": scores, "results": list(results)}
+    return {"tasks": tasks, "mean_score": figures([r["mean_score"] for r in results])}
 
 
 def figures(values: Sequence[float | None]) -> dict[str, float | int | None]:
