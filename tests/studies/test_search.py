@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.command_line import call
@@ -16,11 +17,12 @@ from tests.small import small_config
 from tests.train.cohort import Cohort, cohort_config
 from tests.written import read_json
 from umda_fast.cli.render import make_console, search_table
-from umda_fast.data import load_folds
+from umda_fast.data import BagDataset, Splits, load_folds
 from umda_fast.errors import DataError
-from umda_fast.runtime.config import RunConfig, as_dict, dump_config, make_config
+from umda_fast.runtime.config import ConfigError, RunConfig, as_dict, dump_config, make_config
 from umda_fast.runtime.guard import NonFiniteError
 from umda_fast.studies import search as run_search
+from umda_fast.studies.search import CHOICES, choices_of, inner_folds
 from umda_fast.studies.trials import Chosen, Value, choose
 from umda_fast.train import load_config, load_data
 from umda_fast.train.split_record import SplitRecord
@@ -225,6 +227,41 @@ def test_wrong_options_are_one_line(
     said = capsys.readouterr().err.splitlines()
     assert line in said[-1]
     assert not list((tmp_path / "out").glob("**/*.json"))
+
+
+@pytest.mark.parametrize("name", ["trials", "folds", "inner"])
+def test_numbers_out_of_range_are_named(searched: Searched, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: expected at least 2, got 1$"):
+        again(searched[0], tmp_path / "out", **{name: 1})
+    assert not (tmp_path / "out").exists()
+
+
+def test_patients_are_never_on_both_sides_and_test_bags_nowhere() -> None:
+    groups = [f"patient {row // 2}" for row in range(60)]
+    labels = {"y": [row // 2 % 2 for row in range(60)]}
+    whole = BagDataset.from_arrays({"x": np.ones((60, 2))}, labels=labels, name="made").with_groups(groups)
+    train, val, test = (whole.subset(np.arange(*part)) for part in ((0, 30), (30, 40), (40, 60)))
+    patient = dict(zip(whole.names, groups, strict=True))
+    folds = inner_folds(Splits("made", "", train, val, test, whole, groups=groups), make_config(), 4, 0)
+    assert sorted(name for fold in folds for name in fold.test.names) == sorted([*train.names, *val.names])
+    for fold in folds:
+        parts = [{patient[name] for name in part.names} for part in fold.values()]
+        assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+        assert set.union(*parts) == {patient[name] for name in [*train.names, *val.names]}
+        assert len(fold.val) == pytest.approx(30 / 4, abs=2)  # a quarter of what is not left out, as of the whole
+
+
+@pytest.mark.parametrize(
+    ("given", "choices"), [("auto", ("auto", False)), (True, (True, False)), (False, (False, True))]
+)
+def test_what_is_configured_is_the_first_choice(given: Value, choices: tuple[Value, ...]) -> None:
+    config = make_config({"model": {"hcva": given, "dropout": 0.3}, "train": {"weight_decay": 0.05}})
+    found = choices_of(config, None, 2)
+    assert [*found] == [*CHOICES]
+    assert found["model.hcva"] == choices
+    assert found["model.dropout"] == (0.3, 0.0, 0.1, 0.25, 0.5)
+    assert found["train.weight_decay"] == (0.05, 0.0, 0.01, 0.2)
+    assert "model.hcva" not in choices_of(config, None, 1)
 
 
 def test_bags_of_a_seed_are_refused(tmp_path: Path) -> None:
