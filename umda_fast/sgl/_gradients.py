@@ -13,8 +13,8 @@ CHUNK = 1 << 20
 
 def bias_correction(counts: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     """`1 / (1 - beta^k)` for k updates of each entry; 1 for an entry never updated, which is zero."""
-    kept = torch.pow(beta, counts.double())
-    return torch.where(counts > 0, 1 / (1 - kept), torch.ones_like(kept)).to(dtype)
+    kept = torch.pow(beta, counts.double())  # below 1, but for no update
+    return (1 - kept).reciprocal().nan_to_num(posinf=1.0).to(dtype)
 
 
 def smooth(

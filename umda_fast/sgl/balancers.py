@@ -189,7 +189,7 @@ class SGLBalancer(StatefulBalancer):
         held = losses.clamp_min(self._FLOOR)
         new = state["first_loss"] == 0
         first = torch.where(new, held, state["first_loss"])
-        smoothed = torch.where(new, held, self.loss_beta * state["loss_ema"] + (1 - self.loss_beta) * held)
+        smoothed = torch.where(new, held, state["loss_ema"].lerp(held, 1 - self.loss_beta))
         self._write(tasks, first_loss=first, loss_ema=smoothed)
 
         count = gram.shape[0]
@@ -199,12 +199,13 @@ class SGLBalancer(StatefulBalancer):
         mean_norm = norms.mean()
         scale = (mean_norm * rate.pow(self.alpha) / norms).clamp(1 / self.clip, self.clip)
         scale = torch.where(mean_norm > 0, scale, torch.ones_like(scale))
-        align = 1 + self.alignment * (cosines.sum(1) - cosines.diagonal()) / max(count - 1, 1)
+        pull = self.alignment / max(count - 1, 1)
+        align = cosines.sum(1) * pull + (1 - pull)  # the cosine with itself is 1
         strength = scale * align
         if self.conflict_threshold is not None and count > 1:
             projected = strength @ freed_coefficients(gram, self.conflict_threshold).to(strength.dtype)
             strength = torch.minimum(projected, self.clip * strength)
-        return count * strength / strength.sum()
+        return strength / strength.mean()
 
 
 class FunctionBalancer(Balancer):

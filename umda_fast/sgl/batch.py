@@ -121,6 +121,8 @@ class Batch:
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """This process's parts [A] of the losses, detached, zeros where it has none."""
+        if len(self.own) == len(self.losses):
+            return torch.stack([loss for _, loss in self.own]).detach().to(dtype)
         zero = torch.zeros((), dtype=dtype, device=self.present.mask.device)
         return torch.stack([zero if loss is None else loss.detach().to(dtype) for loss in self.losses])
 

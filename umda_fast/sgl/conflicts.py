@@ -16,18 +16,14 @@ which is 1 for one gradient or orthogonal ones, and 1/k for k of one direction. 
 import torch
 from torch import Tensor
 
-from umda_fast.sgl.telemetry import cosine_matrix
-
-
-def inverse_norms(norms: Tensor) -> Tensor:
-    """1 / n, and 0 for a zero gradient, which no weight can make matter."""
-    return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+from umda_fast.sgl.telemetry import cosine_matrix, inverse_norms
 
 
 def in_gradients(unit: Tensor, norms: Tensor) -> Tensor:
     """Coefficients [T, T] of the gradients, from those of the unit gradients, each row in units of its own norm."""
-    own = torch.eye(len(norms), dtype=torch.bool, device=norms.device)
-    return torch.where(own, unit, unit * norms[:, None] * inverse_norms(norms)[None, :])
+    coefficients = unit * norms[:, None] * inverse_norms(norms)[None, :]
+    coefficients.diagonal().copy_(unit.diagonal())  # also where the norm is 0
+    return coefficients
 
 
 def share(steps: Tensor, cosines: Tensor) -> Tensor:
@@ -35,7 +31,7 @@ def share(steps: Tensor, cosines: Tensor) -> Tensor:
     squares = steps.square().sum(1, keepdim=True)
     length = ((steps @ cosines) * steps).sum(1, keepdim=True)
     # squares / length, at most 1, without a division by what may be 0.
-    return squares / torch.maximum(torch.maximum(length, squares), torch.full_like(squares, 1e-300))
+    return squares / torch.maximum(length, squares).clamp_min(1e-300)
 
 
 def tied(cosines: Tensor, resolution: float) -> Tensor:
@@ -86,8 +82,9 @@ def freed_coefficients(gram: Tensor, threshold: float = 0.0) -> Tensor:
     norms, cosines = cosine_matrix(gram.double())
     own = torch.eye(len(norms), dtype=torch.bool, device=gram.device)
     left_alone = own if threshold == 0 else own | (cosines >= threshold)
-    unit = own.to(cosines.dtype)
-    for _ in range(len(norms)):
-        steps = (-(unit @ cosines)).clamp_min(0).masked_fill(left_alone, 0)
-        unit = unit + share(steps, cosines) * steps
+    unit, met = own.to(cosines.dtype), cosines  # of the unit gradients with what `unit` has made of each
+    for turn in range(len(norms)):
+        met = unit @ cosines if turn else met
+        steps = met.clamp_max(0).masked_fill(left_alone, 0)  # as they are to be taken off
+        unit = torch.addcmul(unit, share(steps, cosines), steps, value=-1)
     return in_gradients(unit, norms)

@@ -111,10 +111,11 @@ class Running:
             raise ValueError(f"balancer: expected {losses.shape[0]} weights of {name}, got shape {got}")
         new = self.exchange.agreed(new)
         ready = ready & finite(new).all()
+        taken = sound & ready
         if isinstance(balancer, StatefulBalancer):
-            balancer.forget(before, present.mask & ~sound | ~ready)
+            balancer.forget(before, ~taken if present.everyone else present.mask & ~sound | ~ready)
         self.weights.held += ~ready
-        self.weights.update(new, present, sound & ready)
+        self.weights.update(new, present, taken)
 
     def step(self, weights: Tensor, present: Present) -> SGLStep:
         """What a call with these weights [T] hands back."""

@@ -42,8 +42,7 @@ class GramStatistics:
 
     def average(self, mean: Tensor, new: Tensor, pairs: Tensor) -> None:
         """`mean <- beta mean + (1 - beta) new`, [T, T], in place and where `pairs` holds."""
-        mixed = self.beta * mean + (1 - self.beta) * new
-        mean.copy_(torch.where(pairs, mixed, mean))
+        mean.copy_(torch.where(pairs, mean.lerp(new, 1 - self.beta), mean))
 
     def judge(self, losses: Tensor, squares: Tensor | None, present: Present) -> Tensor:
         """The tasks present that count in this step, bool [T]: loss and gradient are finite. No wait for the device.
@@ -52,10 +51,12 @@ class GramStatistics:
             losses: [A].
             squares: [T] squared lengths of the gradients, None: there are none.
         """
-        sound = present.put(torch.zeros_like(present.mask), finite(losses))
+        sound = finite(losses)
+        if not present.everyone:
+            sound = present.put(torch.zeros_like(present.mask), sound)
         if squares is not None:
             sound = sound & finite(squares)
-        self.skipped += present.mask & ~sound
+        self.skipped += ~sound if present.everyone else present.mask & ~sound
         return sound
 
     def finite_losses(self, losses: Tensor, sound: Tensor, present: Present) -> tuple[Tensor, Tensor]:
@@ -103,8 +104,7 @@ class TaskWeights:
     def update(self, new: Tensor, present: Present, taken: Tensor) -> None:
         """Smooths new weights [A] of the tasks present into the running ones, where `taken` [T] holds."""
         old = present.take(self.running, 0)
-        mixed = self.beta * old + (1 - self.beta) * new.to(old.dtype)
-        mixed = torch.where(present.take(taken, 0), mixed, old)
+        mixed = torch.where(present.take(taken, 0), old.lerp(new.to(old.dtype), 1 - self.beta), old)
         self.running = present.put(self.running, mixed)
         self.forget()
 
@@ -116,13 +116,14 @@ class TaskWeights:
         """Weights [A] of the tasks present; they sum to their number where the balancer's always do."""
         weights = present.take(self.running, 0)
         # Needed with all tasks present too: after a step without some of them the running weights' sum drifts.
-        return weights * (len(present.rows) / weights.sum()) if self.normalized else weights
+        return weights / weights.mean() if self.normalized else weights
 
     def of_step(self, present: Present) -> tuple[Tensor, Tensor]:
         """`used`, and [T] with 0 for the others; made once between two updates."""
         if present.rows not in self._of_step:
             weights = self.used(present)
             # Never the running weights themselves: a step that was handed out is not to change with them.
-            everyone = torch.zeros_like(self.running).index_copy(0, present.index, weights)
+            own = present.everyone and self.normalized
+            everyone = weights if own else torch.zeros_like(self.running).index_copy(0, present.index, weights)
             self._of_step[present.rows] = weights, everyone
         return self._of_step[present.rows]

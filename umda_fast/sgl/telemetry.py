@@ -20,6 +20,11 @@ import torch
 from torch import Tensor
 
 
+def inverse_norms(norms: Tensor) -> Tensor:
+    """1 / n, and 0 for a zero gradient, which no weight can make matter, and for one that is not finite."""
+    return norms.reciprocal().nan_to_num(0.0, 0.0, 0.0)
+
+
 def cosine_matrix(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Norms [T] and cosines [T, T] of the rows behind a Gram matrix.
 
@@ -27,10 +32,9 @@ def cosine_matrix(gram: Tensor) -> tuple[Tensor, Tensor]:
     """
     norms = gram.diagonal().clamp_min(0).sqrt()
     # Divided one side at a time: the product of two norms may leave the range of float32.
-    inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    inverse = inverse_norms(norms)
     cosines = (gram * inverse[:, None] * inverse[None, :]).clamp(-1, 1)
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return norms, torch.where(identity.bool(), identity, cosines)
+    return norms, cosines.fill_diagonal_(1)
 
 
 def gram_metrics(gram: Tensor, weights: Tensor) -> dict[str, float]:

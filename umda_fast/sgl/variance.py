@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from umda_fast.sgl.buffers import FlatLayout, as_numbers, finite, write_row
+from umda_fast.sgl.buffers import FlatLayout, as_numbers, write_row
+from umda_fast.sgl.telemetry import inverse_norms
 
 
 class DirectionVariance:
@@ -40,9 +41,9 @@ class DirectionVariance:
     def update(self, direction: Tensor, scale: Tensor | None = None) -> None:
         """Takes one update direction [P], which is `scale` times too long; no wait for the device."""
         norm = torch.linalg.vector_norm(direction)
-        sound = finite(norm)
-        norm = torch.where(sound, norm, torch.zeros_like(norm))
-        inverse = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
+        sound = norm < math.inf  # NaN is not
+        norm = norm.nan_to_num(0.0, 0.0)
+        inverse = inverse_norms(norm)
         kept = sound.to(norm.dtype) if scale is None else sound / scale
         numbers = torch.nan_to_num(direction, 0.0, 0.0, 0.0)  # for 0 times inf would be NaN
         self._sum.addcmul_(numbers, kept)

@@ -59,15 +59,15 @@ class RepresentationScope(GradientScope):
 
     def _part(self, batch: Batch, representation: Tensor | Representation | None) -> Tensor:
         """Gram matrix [T, T] of the gradients on this process's instances, zeros where it has none."""
-        full = torch.zeros_like(self._gram_ema)
         own = batch.own
         if not own:
-            return full
+            return torch.zeros_like(self._gram_ema)
         assert representation is not None
         here = self._setting.exchange.sets(tuple(batch.present.rows[position] for position, _ in own))
         gram = self._gram([batch.scaled(loss) for _, loss in own], representation)
         if here.everyone:
             return gram
+        full = torch.zeros_like(self._gram_ema)
         wide = torch.zeros_like(full[here.index]).index_copy(1, here.index, gram)
         return full.index_copy(0, here.index, wide)
 
