@@ -56,6 +56,7 @@ def test_task_without_labels_is_absent() -> None:
     masks = {"b": torch.tensor([False, False]), "v": torch.tensor([False, True])}
     assert list(task_losses([BINARY, VALUE], logits, labels, masks)) == ["v"]
     assert list(task_losses([BINARY, VALUE], logits, {"b": labels["b"]})) == ["b"]
+    assert list(task_losses([BINARY, VALUE], logits, labels, {"v": masks["v"]}, labelled={"v"})) == ["v"]
 
 
 def test_masked_labels_have_no_gradient() -> None:

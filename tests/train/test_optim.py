@@ -119,3 +119,20 @@ def test_the_mean_of_the_weights_and_the_latest_buffers() -> None:
     assert average.module.running_mean[0].item() == -5.0
     assert average.module.num_batches_tracked.item() == 5
     assert average.n_averaged.item() == 3
+
+
+def test_a_loaded_mean_goes_on_from_its_number_of_updates() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    first, second = WeightAverage(model, "auto"), WeightAverage(model, "auto")
+    for value in (1.0, 2.0, 5.0):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        first.update_parameters(model)
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        model.weight.fill_(9.0)
+    before = first.module.weight.item()
+    for average in (first, second):
+        average.update_parameters(model)
+        assert average.n_averaged.item() == 4
+        assert average.module.weight.item() == pytest.approx(before + (1 - 4 / 13) * (9.0 - before), rel=1e-6)

@@ -244,8 +244,9 @@ class BagPooling(nn.Module):
             scores = torch.cat([scores, scores.new_zeros(scores.shape[0], 1)], 1)
             score_weight = torch.cat([score_weight, score_weight.new_zeros(1, score_weight.shape[1])])
         pool = bag_attention_pool(z, scores, ptr)
-        attention = torch.exp(scores.to(pool.lse.dtype) - pool.lse[bag_index(ptr, z.shape[0])])
-        top = bag_maximum(z, ptr) if self.statistics else None
+        bag = bag_index(ptr, z.shape[0])
+        attention = torch.exp(scores.to(pool.lse.dtype) - pool.lse[bag])
+        top = bag_maximum(z, ptr, bag) if self.statistics else None
         weights = (score_weight, self.value.weight, self.gate.weight)
         instances = PooledInstances(z, ptr, attention, pool.pooled, value, gate, *weights, top)
         return BagPoolingOutput(
@@ -257,19 +258,19 @@ class BagPooling(nn.Module):
         )
 
 
-def bag_maximum(z: Tensor, ptr: Tensor) -> BagMaximum:
+def bag_maximum(z: Tensor, ptr: Tensor, bag: Tensor | None = None) -> BagMaximum:
     """The maximum over the instances of every bag, dimension by dimension; its gradient goes to the first instance that
     has it.
 
     Args:
-        z: [N, D]. ptr: int64 [B+1].
+        z: [N, D]. ptr: int64 [B+1]. bag: `bag_index` of the instances, where it is at hand.
     """
     n, width = z.shape
     if n == 0:
         empty = ptr.new_zeros(ptr.shape[0] - 1, width)
         return BagMaximum(z.new_zeros(empty.shape), empty, empty > 0)
     with torch.no_grad():
-        bag = bag_index(ptr, n)[:, None].expand(n, width)
+        bag = (bag_index(ptr, n) if bag is None else bag)[:, None].expand(n, width)
         highest = z.new_full((ptr.shape[0] - 1, width), -torch.inf).scatter_reduce(0, bag, z, "amax")
         own = torch.arange(n, dtype=torch.int32, device=z.device)[:, None]
         there = torch.where(z == highest.gather(0, bag), own, n)

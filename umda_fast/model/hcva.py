@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, cast
 
 import torch
@@ -128,7 +129,11 @@ def concentration_penalty(entropy: Tensor, mask: Tensor | None = None) -> Tensor
         A scalar, 0 where no instance has two views.
     """
     *blocks, n, views, heads = entropy.shape
-    present = entropy.new_ones(n, views) if mask is None else mask.to(entropy.dtype)
+    if mask is None:
+        if n == 0 or views == 1:
+            return entropy.sum() * 0.0
+        return 1.0 - entropy.mean() / math.log(views)
+    present = mask.to(entropy.dtype)
     count = present.sum(1, keepdim=True)
     weight = present * (count > 1)  # [N,V]
     scale = weight / count.clamp_min(2.0).log()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ def task_losses(
     logits: Mapping[str, Tensor],
     labels: Mapping[str, Tensor],
     label_mask: Mapping[str, Tensor] | None = None,
+    labelled: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Mean loss of every task over the bags that carry its label.
 
@@ -35,27 +36,27 @@ def task_losses(
             [B, 2], times and events (survival).
         label_mask: task -> bool [B], True where the label is present; a task not in it has all of its labels.
             Labels elsewhere are never used (they may be NaN).
+        labelled: names of the tasks with at least one label, where that is known already; others are left out.
 
     Returns:
         task -> scalar, float32 (float64 for float64). A task without a single label is absent. Finding out
-        which are reads the masks: one synchronisation with a GPU.
+        which are, without `labelled`, reads the masks: one synchronisation with a GPU.
 
     Raises:
         ValueError: labels, logits or a mask of another shape.
     """
     masks = label_mask or {}
-    wanted = [task for task in tasks if task.name in labels]
+    wanted = [task for task in tasks if task.name in labels and (labelled is None or task.name in labelled)]
     for task in wanted:
         _check(task, logits, labels[task.name], masks.get(task.name))
-    bounded = [masks[task.name].any() for task in wanted if task.name in masks]
-    some = iter(torch.stack(bounded).tolist() if bounded else [])
-    losses = {}
-    for task in wanted:
-        target = labels[task.name]
-        keep = masks.get(task.name)
-        if (len(target) > 0) if keep is None else next(some):
-            losses[task.name] = kind_of(task).loss(task, wide(logits[task.name]), target, keep)
-    return losses
+    if labelled is None:
+        bounded = [masks[task.name].any() for task in wanted if task.name in masks]
+        some = iter(torch.stack(bounded).tolist() if bounded else [])
+        wanted = [task for task in wanted if (next(some) if task.name in masks else len(labels[task.name]) > 0)]
+    return {
+        task.name: kind_of(task).loss(task, wide(logits[task.name]), labels[task.name], masks.get(task.name))
+        for task in wanted
+    }
 
 
 def view_losses(
@@ -146,9 +147,8 @@ def penalty_loss(penalties: Mapping[str, Tensor], weights: Mapping[str, float]) 
     for name in weights:
         if name not in penalties:
             raise ValueError(f"weights: expected penalties among {', '.join(penalties)}, got {name!r}")
-    total = next(iter(penalties.values())).new_zeros(())
-    for name, penalty in penalties.items():
-        weight = weights.get(name, 0.0)
-        if weight != 0.0:
-            total = total + weight * penalty
-    return total
+    factors = {name: float(weights[name]) for name in penalties if weights.get(name, 0.0) != 0.0}
+    if not factors:
+        return next(iter(penalties.values())).new_zeros(())
+    terms = torch._foreach_mul([penalties[name] for name in factors], list(factors.values()))
+    return torch.stack(list(terms)).sum()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from umda_fast.blocks import block
 from umda_fast.model import pretrained
+from umda_fast.model._numerics import autocast_off
 from umda_fast.model.atsb import ATSB, cohesion_penalty
 from umda_fast.model.chunked import CrossViews, in_chunks
 from umda_fast.model.config import UMDAConfig
@@ -201,13 +202,16 @@ class UMDA(nn.Module):
                 raise ValueError(f"metadata: expected [{len(pooled)}, {len(self.config.metadata)}], got None")
             pooled = self.film(pooled, metadata)
 
-        with block("ATSB"):
-            branches, influence = self.atsb(pooled, task_cosines, statistics)
+        # Of the size of the bags: autocast would save no time there, round, and cost a cast for every operand.
+        dtype = self.atsb.norm.weight.dtype
+        with block("ATSB"), autocast_off(pooled):
+            numbers = None if statistics is None else statistics.to(dtype)
+            branches, influence = self.atsb(pooled.to(dtype), task_cosines, numbers)
         with block("penalties"):
             penalties["divergence"] = self.atsb.divergence()
             penalties["cohesion"] = cohesion_penalty(branches, influence, ptr.diff() > 0) if self.atsb.private else zero
             penalties["linear"] = zero if self.linear is None else self.linear.penalty()
-        with block("heads"):
+        with block("heads"), autocast_off(branches):
             heads = zip(self.config.tasks, self.heads, self.dropout(branches).unbind(1), strict=True)
             logits = {task.name: head(branch) for task, head, branch in heads}
         return UMDAOutput(

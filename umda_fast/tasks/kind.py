@@ -269,6 +269,8 @@ class TaskKind(ABC):
 
     def loss(self, task: TaskSpec, logits: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
         """The mean of `bag_losses` by their weights, a scalar."""
+        if keep is None and self.weights(task, target, logits) is None:
+            return self.losses(task, logits, target).mean()
         losses, weight = self.bag_losses(task, logits, target, keep)
         return (losses * weight).sum() / weight.sum()
 

@@ -35,19 +35,33 @@ class WeightAverage(AveragedModel):
     def __init__(self, model: nn.Module, decay: float | Literal["auto"]) -> None:
         super().__init__(model, multi_avg_fn=self._average)
         self.decay = decay
+        self._done: int | None = 0  # `n_averaged` on the host, which would wait for a device; None: to be read
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Take the parameters of `model` in; its buffers replace those here. A call each, however many there are."""
         mean, new = ([x.detach() for x in one.parameters()] for one in (self.module, model))
-        if int(self.n_averaged) == 0:
+        done = self._updates()
+        if done == 0:
             torch._foreach_copy_(mean, new)
         else:
-            self._average(mean, new, self.n_averaged)
+            self._average(mean, new, done)
         kept, buffers = list(self.module.buffers()), list(model.buffers())
         if kept:
             torch._foreach_copy_(kept, buffers)
         self.n_averaged += 1
+        self._done = done + 1
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; the number of updates is one of the buffers."""
+        found = super().load_state_dict(*args, **kwargs)
+        self._done = None
+        return found
+
+    def _updates(self) -> int:
+        if self._done is None:
+            self._done = int(self.n_averaged)
+        return self._done
 
     @torch.no_grad()
     def _average(self, mean: Any, new: Any, updates: Any) -> None:
@@ -56,7 +70,7 @@ class WeightAverage(AveragedModel):
     def _decay_now(self) -> float:
         if self.decay != "auto":
             return self.decay
-        done = int(self.n_averaged)  # on the host, whatever the model is on
+        done = self._updates()
         return min(0.98, (1 + done) / (10 + done))
 
 

@@ -34,7 +34,8 @@ def on_host(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Scalars read from their device, all at once."""
     if not values:
         return {}
-    numbers = torch.stack([value.detach().double().reshape(()) for value in values.values()]).tolist()
+    # `stack` promotes, so that nothing is rounded.
+    numbers = torch.stack([value.detach().reshape(()) for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True))
 
 

@@ -1,5 +1,5 @@
-"""One step of training: forward, losses, gradients, clipping, and the update. It waits for the device twice:
-`task_losses` reads which labels there are, and all that decides whether the weights may be touched is read at once.
+"""One step of training: forward, losses, gradients, clipping, and the update. It waits for the device once, to read all
+that decides whether the weights may be touched; which labels there are is known from the batch on the host.
 
 The model is called itself, inside `fabric.autocast()`, and not through Fabric's module wrapper: the wrapper casts every
 output, which would cut `representation` out of the graph that self-guided learning differentiates, and wraps gradients
@@ -97,6 +97,14 @@ class _Forward:
         return {} if self.out is None else self.out.penalties
 
 
+def _labels_of(host: BagBatch, batch: BagBatch) -> tuple[set[str], dict[str, Tensor]]:
+    """Tasks with a label in a batch, and the masks of those that some of its bags lack: read on the host, used on the
+    device."""
+    there = {name: mask.numpy() for name, mask in host.label_mask.items()}
+    labelled = {name for name in host.labels if name not in there or there[name].any()}
+    return labelled, {name: mask for name, mask in batch.label_mask.items() if not there[name].all()}
+
+
 class TrainStep:
     """Updates a model's weights batch by batch; a callable.
 
@@ -188,11 +196,12 @@ class TrainStep:
                 out = self.model(**batch.inputs(), **self.gradients.model_inputs())
             with block("losses"):
                 compared, compared_alone = self.risk_sets.losses(host, batch, out)
-                losses = task_losses(self._apart, out.logits, batch.labels, batch.label_mask) | compared
+                labelled, masks = _labels_of(host, batch)
+                losses = task_losses(self._apart, out.logits, batch.labels, masks, labelled) | compared
                 view_weight, alone = self.options.view_loss * (1.0 - progress), {}
                 if view_weight > 0.0 and getattr(out, "view_logits", None) is not None:
-                    labelled = [task for task in self._apart if task.name in losses]
-                    alone = view_losses(labelled, out.view_logits, out.view_present, batch.labels, batch.label_mask)
+                    there = [task for task in self._apart if task.name in losses]
+                    alone = view_losses(there, out.view_logits, out.view_present, batch.labels, masks)
                     alone |= compared_alone
                 weights = share.penalty_weights(self.penalty_weights)
                 penalty = penalty_loss(out.penalties, weights) if out.penalties else None
