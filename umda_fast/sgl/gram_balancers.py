@@ -15,8 +15,8 @@ from torch import Tensor
 
 from umda_fast.sgl import solvers
 from umda_fast.sgl.balancers import Balancer, StatefulBalancer
-from umda_fast.sgl.conflicts import conflict_coefficients, in_gradients, inverse_norms, resolution, share, tied
-from umda_fast.sgl.telemetry import cosine_matrix
+from umda_fast.sgl.conflicts import conflict_coefficients, in_gradients, resolution, share, tied
+from umda_fast.sgl.telemetry import cosine_matrix, inverse_norms
 
 
 def _correlation(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from umda_fast.sgl.balancers import Balancer, StatefulBalancer
-from umda_fast.sgl.conflicts import inverse_norms
+from umda_fast.sgl.telemetry import inverse_norms
 
 _TINY = 1e-8
 
