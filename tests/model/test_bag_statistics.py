@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from tests.model.conftest import make_batch, make_config, total_loss
 from umda_fast import UMDA
+from umda_fast.model import task_losses
 from umda_fast.model.chunked import forward_chunked
 from umda_fast.model.gmip import bag_maximum
 
@@ -64,3 +65,16 @@ def test_bags_cut_into_pieces_and_no_instances() -> None:
     for name, logits in whole.logits.items():
         torch.testing.assert_close(served.logits[name], logits, rtol=1e-9, atol=1e-11)
         assert nothing.logits[name].isfinite().all()
+
+
+def test_a_batch_of_empty_bags_alone_has_gradients() -> None:
+    """Of zeros on the instances, of which there are none: the biases of the heads still learn."""
+    torch.manual_seed(0)
+    model, batch = UMDA(make_config(bag_statistics=True)).double(), make_batch((0, 0)).double()
+    out = model(**batch.inputs())
+    losses = list(task_losses(model.config.tasks, out.logits, batch.labels).values())
+    gram = out.instances.gradient_gram(losses)
+    assert gram.shape == (len(losses), len(losses))
+    assert (gram == 0).all()
+    sum(losses).backward()
+    assert all(head.bias.grad.any() for head in model.heads)

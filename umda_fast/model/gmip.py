@@ -268,7 +268,7 @@ def bag_maximum(z: Tensor, ptr: Tensor, bag: Tensor | None = None) -> BagMaximum
     n, width = z.shape
     if n == 0:
         empty = ptr.new_zeros(ptr.shape[0] - 1, width)
-        return BagMaximum(z.new_zeros(empty.shape), empty, empty > 0)
+        return BagMaximum(z.sum(0).expand(empty.shape), empty, empty > 0)  # 0, and still a function of z
     with torch.no_grad():
         bag = (bag_index(ptr, n) if bag is None else bag)[:, None].expand(n, width)
         highest = z.new_full((ptr.shape[0] - 1, width), -torch.inf).scatter_reduce(0, bag, z, "amax")

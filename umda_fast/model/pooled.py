@@ -92,7 +92,7 @@ class PooledInstances:
             self.gate_weight.detach(),
             backend=backend,
         )
-        if self.top is None:
+        if self.top is None or not len(self.z):
             return gram
         return gram + self._through_maxima(d_pooled, [gradients[1] for gradients in whole]).to(gram)
 
