@@ -122,6 +122,7 @@ def test_it_is_gone_on_with(study: tuple[RunConfig, Path, dict[str, Any]]) -> No
     ("shots", "line"),
     [
         ("0", "shots: expected distinct whole numbers of at least 1, got 0"),
+        ("inf", "shots: expected whole numbers, got inf"),
         ("2,2", "shots: expected distinct whole numbers of at least 1, got 2, 2"),
         ("1.5", "shots: expected whole numbers, got 1.5"),
         ("one", "shots: expected numbers with commas between them, got 'one'"),

@@ -122,7 +122,7 @@ def whole_numbers(option: str, given: Sequence[float]) -> list[int]:
     from umda_fast.errors import DataError
 
     for value in given:
-        if value != value or value != int(value):
+        if not float(value).is_integer():
             raise DataError(f"{option}: expected whole numbers, got {value:g}")
     return [int(value) for value in given]
 
