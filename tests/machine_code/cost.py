@@ -1,4 +1,4 @@
-"""Gate 5, the static cost model: what share of the copy rate, or of the tensor rate, machine code can reach.
+"""Gate 5, the static cost model: an estimate of what share of the copy or the tensor rate machine code reaches.
 
 A kernel's *path* is what it runs over and over: the innermost loop that multiplies on tensor cores, or else the one
 that moves most, with the code around it as often as it comes; a kernel without such a loop is one path from start to
@@ -10,10 +10,12 @@ end. Of a path is counted
   independent loads overlap and chains of them do not. This is interval analysis (Huang et al., "GPUMech", MICRO 2014),
   with registers in place of averages.
 
-Each gives a bound on the rate of a multiprocessor full of resident warps; the least is the prediction (Williams et al.,
-"Roofline", CACM 2009). It errs upwards where nothing is known: bank conflicts, warps of several programs in each
-other's way, the last wave, a clock that falls under load. Of branches the way is taken that moves most
-in the fewest instructions (`_way`). Lanes that a predicate turns off count as on.
+Each would bound the rate of a multiprocessor full of resident warps, were latencies and rates what is taken for them;
+the least is the prediction (Williams et al., "Roofline", CACM 2009), an estimate that may be off either way. It errs
+upwards where nothing is known: random access to memory, bank conflicts, warps of several programs in each other's way,
+the last wave, a clock that falls under load. It may err downwards where `alone` takes more for latency than there is.
+Of branches the way is taken that moves most in the fewest instructions (`_way`). Lanes that a predicate turns off count
+as on.
 """
 
 from __future__ import annotations
@@ -377,7 +379,7 @@ def predict(
     floor: float | None = None,
     flops: float = 0.0,
 ) -> Prediction:
-    """What a kernel can reach on a device at most.
+    """What a kernel is estimated to reach on a device.
 
     Args:
         nest: how its loops turn.
