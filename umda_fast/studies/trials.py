@@ -101,7 +101,8 @@ def choose(
 
 
 def _number(trial: optuna.trial.FrozenTrial) -> int:
-    return trial.number
+    number: int = trial.number  # of any type where optuna is not installed
+    return number
 
 
 def _opened(journal: Path, study: str) -> optuna.Study:
