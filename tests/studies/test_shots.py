@@ -149,7 +149,7 @@ def test_bags_of_a_seed_are_refused(tmp_path: Path) -> None:
 def test_the_table(study: tuple[RunConfig, Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     make_console().print(shots_table(study[2]))
     said = capsys.readouterr().out
-    assert "bags of each class, 3 folds x 1 repeats" in said
+    assert "bags of each class, 3 folds x 1 repeats" in " ".join(said.split())
     assert "±" in said
     (line,) = (line for line in said.splitlines() if "training bags" in line)
     assert [cell.strip() for cell in line.split("│")[3:5]] == ["2", "8"]

@@ -30,11 +30,12 @@ RESULT = SplitResult(
     influence=None,
 )
 LINEAR = {"mean_score": 0.25}
+KEPT = {"select": "skill", "epoch": 2, "split": "val", "score": 0.5}
 
 
 def made(run: RunDirectory, guided: SelfGuided | None = None) -> dict[str, Any]:
     state = TrainingState(instances=300, train_seconds=2.0, total_seconds=3.0)
-    more: dict[str, Any] = {"scaling": ["view a: as it is"], "guided": guided, "linear": LINEAR}
+    more: dict[str, Any] = {"scaling": ["view a: as it is"], "guided": guided, "linear": LINEAR, "kept": KEPT}
     found = summary(
         small_config(seed=5), DATA, "test", RESULT, run, state, **more, processes=2, peak_memory=123.0
     )
@@ -100,6 +101,6 @@ def test_it_always_has_the_same_keys(tmp_path: Path) -> None:
     assert list(made(run)) == [
         "schema", "versions", "commit", "machine", "time",
         "seed", "data", "tasks", "mean_score", "skill", "view_consistency", "gradient_variance", "conflict_share",
-        "outlier_tasks", "linear", "seconds", "instances_per_second", "peak_memory_mb", "processes",
-        "backend",
+        "outlier_tasks", "linear", "kept", "seconds", "instances_per_second", "peak_memory_mb",
+        "processes", "backend",
     ]  # fmt: skip
