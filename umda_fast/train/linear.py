@@ -52,8 +52,8 @@ def fit_linear(
 
     A task's head minimises the mean loss of its kind plus `penalty / (2 n) sum W^2`, n the bags with a label, by
     L-BFGS; the penalty is the best of 11 from 1 to 10^5, by the loss in 3-fold cross-validation, of 1200 of the bags at
-    most. With `balance` labels of a multilabel task are balanced (the loss of positives times negatives / positives) unless the
-    task has class weights of its own, so that rare ones come above the threshold of 1/2.
+    most. With `balance` labels of a multilabel task are balanced (the loss of positives times negatives / positives)
+    unless the task has class weights of its own, so that rare ones come above the threshold of 1/2.
 
     Means are standardised, so that a rare feature (a word that few bags have) may say as much as a frequent one, and
     multiplied by the square root of the share of a view's means that are not 0, by which their mean square length is
