@@ -38,7 +38,7 @@ __all__ = ["beside_linear", "comparison_lines", "fit_linear"]
 NUMBERS = 40_000_000
 # `1 / C` of a logistic regression whose features are standardised, strongest first: each fit begins at the last one's.
 # Two a decade: the best of a ridge regression can be far better than those ten times stronger and weaker.
-_PENALTIES = tuple(10.0 ** (half / 2) for half in range(10, -1, -1))
+_PENALTIES: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(10, -1, -1))
 _FOLDS = 3
 # Bags that penalties are chosen on, at most.
 _CHOOSING = 1200
