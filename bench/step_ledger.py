@@ -240,15 +240,16 @@ _PRODUCTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
 def make_batch(instances: int) -> BagBatch:
     """One bag of both views on the host, and a label for every task."""
     generator = torch.Generator().manual_seed(0)
-    return BagBatch(
+    batch = BagBatch(
         views={view.name: torch.randn(instances, view.width, generator=generator) for view in VIEWS},
         mask=torch.ones(instances, len(VIEWS), dtype=torch.bool),
         ptr=torch.tensor([0, instances]),
         labels={"grade": torch.tensor([2]), "response": torch.tensor([1.0]), "age": torch.tensor([0.5])},
         label_mask={task.name: torch.ones(1, dtype=torch.bool) for task in TASKS},
         names=["bag"],
-        complete=True,
     )
+    batch.complete = True
+    return batch
 
 
 def count_step(

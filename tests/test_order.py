@@ -1,5 +1,7 @@
 """The order in which `make test` hands out files."""
 
+from typing import Any
+
 from tests.conftest import LONGEST, TESTS, pytest_collection_modifyitems
 
 
@@ -17,7 +19,7 @@ def test_every_long_file_is_there() -> None:
 
 def test_long_files_come_first_and_the_others_stay_in_order() -> None:
     names = ["test_a.py", LONGEST[1], "test_c.py", LONGEST[0], "test_b.py", LONGEST[1]]
-    items = [Found(name) for name in names]
-    pytest_collection_modifyitems(items)  # type: ignore[arg-type]
+    items: list[Any] = [Found(name) for name in names]
+    pytest_collection_modifyitems(items)
     order = [str(item.path.relative_to(TESTS)) for item in items]
     assert order == [LONGEST[0], LONGEST[1], LONGEST[1], "test_a.py", "test_c.py", "test_b.py"]

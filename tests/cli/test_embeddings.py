@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.cli.test_slides import NAMES, config, write  # noqa: F401 - a fixture
+from tests.cli.test_slides import NAMES, write
 from tests.command_line import call
 from tests.data.test_embeddings import write_whole
 
@@ -30,7 +30,7 @@ def job(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("architecture", ["umda", "linear"])
-def test_alone(job: Path, config: Path, tmp_path: Path, architecture: str) -> None:  # noqa: F811
+def test_alone(job: Path, config: Path, tmp_path: Path, architecture: str) -> None:
     for folder in ("features_uni_v1", "features_conch_v15"):
         shutil.rmtree(job / "20x_256px_0px_overlap" / folder)
     run, table = tmp_path / "run", tmp_path / "p.csv"
@@ -48,7 +48,7 @@ def test_alone(job: Path, config: Path, tmp_path: Path, architecture: str) -> No
         assert sum(right) >= 12
 
 
-def test_beside_patches(job: Path, config: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_beside_patches(job: Path, config: Path, tmp_path: Path) -> None:
     run, maps, out = tmp_path / "run", tmp_path / "a.h5", tmp_path / "maps"
     views = ["--set", "data.options.views=[uni_v1,conch_v15,titan]", "--set", "model.coords_k=2"]
     assert call("train", "--data", job, "--config", config, "--out", run, *views, "-q") == 0

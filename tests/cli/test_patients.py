@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cli.test_slides import NAMES, config, write  # noqa: F401 - a fixture
+from tests.cli.test_slides import NAMES, write
 from tests.command_line import call
 from tests.slide_files import write_labels
+from umda_fast.errors import DataError
 from umda_fast.model import TaskSpec, decode
 from umda_fast.score.patients import Patients, mean_of_bags
 from umda_fast.train import load_run
@@ -37,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_slide(root: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def by_slide(root: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "by_slide"
     assert call("train", "--data", root, "--config", config, "--out", run, "-q") == 0
     return run
@@ -48,7 +49,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_a_bag_for_each_patient(root: Path, config: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_bag_for_each_patient(root: Path, config: Path, tmp_path: Path) -> None:
     run, table, maps = tmp_path / "run", tmp_path / "p.csv", tmp_path / "a.h5"
     options = ["--set", "data.options.bag=patient", "--set", "model.coords_k=2"]
     assert call("train", "--data", root, "--config", config, "--out", run, *options, "-q") == 0
@@ -123,7 +124,7 @@ def test_measures_by_patient(root: Path, by_slide: Path, tmp_path: Path) -> None
 
 
 def test_other_data_says_whose_its_bags_are(
-    root: Path, by_slide: Path, tmp_path: Path, config: Path  # noqa: F811
+    root: Path, by_slide: Path, tmp_path: Path, config: Path
 ) -> None:
     """Patients are those of the data that is measured, not of bags of the same names in the run's own."""
     other = write(tmp_path / "other", "trident")
@@ -195,6 +196,11 @@ def test_the_mean_is_of_what_is_predicted(task: TaskSpec) -> None:
     each = decode(task, logits.double())
     expected = torch.stack([(each[0] + each[5]) / 2, (each[1] + each[4]) / 2, each[3]])  # s2 has no instances
     torch.testing.assert_close(joined, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_bag_of_nobody_with_the_name_of_a_patient_is_refused() -> None:
+    with pytest.raises(DataError, match="data: bag 'A' has no patient and is named like one"):
+        Patients.of("data", ["A", "s1"], ["slide A", "patient A"])
 
 
 def test_a_run_by_slide_knows_patients_without_its_table(root: Path, by_slide: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import yaml
 
 from tests.command_line import call
 from tests.slide_files import grid, write_clam, write_labels, write_stamp, write_trident
@@ -43,15 +42,6 @@ def write(root: Path, tool: str) -> Path:
     }
     write_labels(root / "labels.csv", columns)
     return root
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model; nothing about the data but the size of its batches."""
-    path = tmp_path_factory.mktemp("config") / "small.yaml"
-    model = {"width": 16, "heads": 2, "layers": 1}
-    path.write_text(yaml.safe_dump({"device": "cpu", "data": {"budget": 40}, "model": model, "train": {"epochs": 1}}))
-    return path
 
 
 @pytest.mark.parametrize("tool", ["clam", "trident", "stamp"])

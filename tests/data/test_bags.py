@@ -1,6 +1,7 @@
 import math
 import pickle
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from umda_fast.data import Bag, BagDataset, collate, concat
 from umda_fast.data.arrays import all_finite
+from umda_fast.data.thinning import drop_instances
 from umda_fast.errors import DataError
 from umda_fast.model.specs import TaskSpec, ViewSpec
 
@@ -390,6 +392,9 @@ def test_a_mask_is_handed_on_where_a_view_is_missing() -> None:
     assert batch.complete
     assert batch.inputs()["mask"] is None
     assert batch.to("cpu").inputs()["mask"] is None
+    assert drop_instances(batch, 0.5).inputs()["mask"] is None
+    other = replace(batch, mask=torch.tensor([[True, False]] * 4))
+    assert other.inputs()["mask"] is other.mask  # not what was known of another mask
     batch = collate([whole, partly], views, ()).to("cpu")
     assert not batch.complete
     mask = batch.inputs()["mask"]

@@ -49,8 +49,9 @@ class TestBags:
         assert torch.equal(joined.views[view], torch.cat([first.views[view], second.views[view]]))
         assert torch.equal(joined.coords, torch.cat([first.coords, second.coords]))
         assert joined.slides.tolist() == [0] * len(first) + [1] * len(second)
-        assert whole.slides is not None
-        assert whole.subset([2]).slides.names(0) == ["s04", "s05"]  # type: ignore[union-attr]
+        of_one = whole.subset([2]).slides
+        assert of_one is not None
+        assert of_one.names(0) == ["s04", "s05"]
 
     def test_labels_are_those_of_patients(self, clam: Path) -> None:
         table(clam, grade=["abc"[index // 2 % 3] if index != 4 else "" for index in range(12)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class BagBatch:
     coords: Tensor | None = None
     metadata: Tensor | None = None
     frames: Tensor | None = None
-    complete: bool = False
+    complete: bool = field(default=False, init=False)  # so that a copy with another mask does not keep it
 
     def __len__(self) -> int:
         """The number of bags."""
@@ -77,7 +77,7 @@ class BagBatch:
     def _map(self, move: Callable[[Tensor], Tensor]) -> BagBatch:
         if self.ptr.device.type == "cpu":
             check_batch(self.ptr, self.mask)  # here, where it costs no synchronisation
-        return BagBatch(
+        moved = BagBatch(
             views={name: move(features) for name, features in self.views.items()},
             mask=share_checks(self.mask, move(self.mask)),
             ptr=share_checks(self.ptr, move(self.ptr)),
@@ -87,8 +87,9 @@ class BagBatch:
             coords=None if self.coords is None else move(self.coords),
             metadata=None if self.metadata is None else move(self.metadata),
             frames=None if self.frames is None else share_checks(self.frames, move(self.frames)),
-            complete=self.complete,
         )
+        moved.complete = self.complete
+        return moved
 
 
 def collate(bags: Sequence[Bag], views: Sequence[ViewSpec], tasks: Sequence[TaskSpec]) -> BagBatch:
@@ -111,7 +112,7 @@ def pack(bags: Sequence[Bag], views: Sequence[ViewSpec], tasks: Sequence[TaskSpe
     check_batch(ptr, mask)
     slides = [bag.slides for bag in bags]
     labels, label_mask = _collate_labels(bags, tasks)
-    return BagBatch(
+    batch = BagBatch(
         views={view.name: _collate_view(bags, view, mask[:, column]) for column, view in enumerate(views)},
         mask=mask,
         ptr=ptr,
@@ -121,8 +122,9 @@ def pack(bags: Sequence[Bag], views: Sequence[ViewSpec], tasks: Sequence[TaskSpe
         coords=_collate_coords(bags),
         metadata=_collate_metadata(bags),
         frames=frames_of(slides, ptr, mask) if any(slide is not None for slide in slides) else None,
-        complete=bool(mask.all()),
     )
+    batch.complete = bool(mask.all())
+    return batch
 
 
 def frames_of(slides: Sequence[Tensor | None], ptr: Tensor, mask: Tensor) -> Tensor:

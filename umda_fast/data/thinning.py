@@ -41,7 +41,7 @@ def drop_instances(batch: BagBatch, share: float, seed: int = 0, epoch: int = 0)
         kept.append(first + np.sort(np.argsort(order, kind="stable")[:keep]))
     rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *kept]))
     sizes = torch.tensor([0, *(len(part) for part in kept)])
-    return replace(
+    thinned = replace(
         batch,
         views={name: features[rows] for name, features in batch.views.items()},
         mask=batch.mask[rows],
@@ -49,3 +49,5 @@ def drop_instances(batch: BagBatch, share: float, seed: int = 0, epoch: int = 0)
         coords=None if batch.coords is None else batch.coords[rows],
         frames=None if batch.frames is None else torch.searchsorted(rows, batch.frames),
     )
+    thinned.complete = batch.complete
+    return thinned

@@ -35,7 +35,7 @@ class Patients:
         """Those of the bags of these `names`, by their groups as `BagDataset.groups` has them.
 
         Raises:
-            DataError: nothing says whose the bags are.
+            DataError: nothing says whose the bags are, or a bag of nobody has the name of a patient.
         """
         if groups is None:
             raise DataError(
@@ -49,6 +49,11 @@ class Patients:
             names[own[0]] if group.startswith("slide ") else group.removeprefix("patient ")
             for group, own in rows.items()
         ]
+        seen: set[str] = set()
+        for name in shown:
+            if name in seen:
+                raise DataError(f"{where}: bag {name!r} has no patient and is named like one; say whose it is")
+            seen.add(name)
         return cls(shown, [np.array(own, dtype=np.int64) for own in rows.values()])
 
 
