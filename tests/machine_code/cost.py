@@ -246,9 +246,10 @@ def _way(function: Function, body: frozenset[int], through: frozenset[int], *, l
         here = best[block][0]
         forward = [x for x in function.successors[block] if position.get(x, -1) > position[block]]
         for x in forward:
-            there = tuple(map(sum, zip(here, value(x), strict=True)))
+            more = value(x)
+            there = here[0] + more[0], here[1] + more[1], here[2] + more[2]
             if x not in best or there > best[x][0]:
-                best[x] = there, block  # type: ignore[assignment]
+                best[x] = there, block
     # A loop ends where it jumps back, a kernel where nothing follows.
     closing = [x for x in best if inside[0] in function.successors[x]]
     ends = closing or [x for x in best if not function.successors[x]] or list(best)

@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     compiled = []
     real = _aot.triton.compile
 
-    def keep(*args, **options):  # type: ignore[no-untyped-def]
+    def keep(*args: Any, **options: Any) -> Any:
         compiled.append(real(*args, **options))
         return compiled[-1]
 
